@@ -1,0 +1,70 @@
+"""The database for prompt representations: compute a piece of a prompt once, keep it for good.
+
+>>> import backprompt_db as bp
+>>> with bp.open(":memory:") as db:
+...     db.counters.num_hits
+0
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from backprompt_db.text import Runner, register_pair_runner
+
+if TYPE_CHECKING:
+    from backprompt_db import errors as errors
+    from backprompt_db.database import Counters as Counters
+    from backprompt_db.database import Database as Database
+    from backprompt_db.database import open_database as open  # noqa: A004, F401 - reads as bp.open
+    from backprompt_db.errors import BackpromptError as BackpromptError
+    from backprompt_db.model import LanguageModel as LanguageModel
+    from backprompt_db.model import ModelCounters as ModelCounters
+    from backprompt_db.representation import ModelRepr as ModelRepr
+    from backprompt_db.text import Seam as Seam
+    from backprompt_db.text import Text as Text
+    from backprompt_db.text import parallel as parallel
+
+__version__ = version("backprompt-db")
+
+# Public names load when they are first used: the command line and a run of full hits need neither torch nor SQLAlchemy.
+_HOMES = {
+    "BackpromptError": "errors",
+    "Counters": "database",
+    "Database": "database",
+    "LanguageModel": "model",
+    "ModelCounters": "model",
+    "ModelRepr": "representation",
+    "Seam": "text",
+    "Text": "text",
+    "open": "database",
+    "parallel": "text",
+}
+_NAMES_AT_HOME = {"open": "open_database"}
+
+__all__ = [*_HOMES, "__version__", "errors"]  # noqa: PLE0604 - all are str
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("backprompt_db.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'backprompt_db' has no attribute {name!r}")
+    value = getattr(import_module(f"backprompt_db.{_HOMES[name]}"), _NAMES_AT_HOME.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _runner_of_pair(model: Any, tokenizer: Any) -> Runner:
+    from backprompt_db.model import language_model_of
+
+    return language_model_of(model, tokenizer)
+
+
+register_pair_runner(_runner_of_pair)

@@ -1,0 +1,187 @@
+"""What is written to the catalog: plain functions on an open write transaction."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, Select, Update, and_, bindparam, delete, exists, func, select, update
+from sqlalchemy.dialects.sqlite import Insert, insert
+
+from backprompt_db.catalog.tables import NBYTES, Base, Model, Parent, Representation, Segment, Tokenizer
+from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from backprompt_db.catalog.records import StoredPart
+    from backprompt_db.representation import Part
+
+_MAX_VARIABLES = 900
+"""SQLite builds may allow no more than 999 variables in a statement."""
+
+_NO_MODEL: dict[str, object] = {
+    "name": "",
+    "architecture": "",
+    "dtype": "",
+    "num_layers": 0,
+    "num_kv_heads": 0,
+    "head_dim": 0,
+    "vocab_size": 0,
+    "verdict": "unchecked",
+}
+_NO_TOKENIZER: dict[str, object] = {"name": "", "kind": "", "vocab_size": 0}
+
+
+def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) -> None:
+    """Write the rows of `parts` and of everything that they refer to; what is there already is completed."""
+    origins = {part.address: part.origin for part in parts}
+    ids = {address: origin.segment_id for address, origin in origins.items()}
+    _add(connection, Model, [_model(weights_id) for weights_id in {o.weights_id for o in origins.values()}])
+    _add(connection, Tokenizer, [_tokenizer(key) for key in {o.tokenizer_id for o in origins.values()}])
+    _add(
+        connection,
+        Segment,
+        [
+            {"id": ids[address], "text": origin.text, "start": origin.start, "namespace": origin.namespace}
+            for address, origin in origins.items()
+        ],
+    )
+    _add(
+        connection,
+        Parent,
+        [
+            {"segment_id": ids[address], "parent_id": parent}
+            for address, origin in origins.items()
+            for parent in origin.parents
+        ],
+    )
+    connection.execute(_UPSERT, [_representation(part, ids[part.address], at=at) for part in parts])
+
+
+def _model(weights_id: WeightsId) -> dict[str, object]:
+    return {"weights_id": weights_id, **_NO_MODEL}
+
+
+def _tokenizer(tokenizer_id: TokenizerId) -> dict[str, object]:
+    return {"tokenizer_id": tokenizer_id, **_NO_TOKENIZER}
+
+
+def _representation(part: StoredPart, segment_id: SegmentId, *, at: float) -> dict[str, object]:
+    sizes = {column.key: part.nbytes if part.part is kind else None for kind, column in NBYTES.items()}
+    return {
+        "address": part.address,
+        "segment_id": segment_id,
+        "weights_id": part.origin.weights_id,
+        "tokenizer_id": part.origin.tokenizer_id,
+        "num_tokens": part.origin.num_tokens,
+        "compute_seconds": part.origin.compute_seconds,
+        "created_at": at,
+        "num_hits": 0,
+        "is_pinned": False,
+        **sizes,
+    }
+
+
+def _add(connection: Connection, table: type[Base], rows: Sequence[Mapping[str, object]]) -> None:
+    if rows:
+        connection.execute(insert(table).on_conflict_do_nothing(), rows)
+
+
+def _upsert() -> Insert:
+    new = insert(Representation)
+    sizes = {column.key: func.coalesce(new.excluded[column.key], column) for column in NBYTES.values()}
+    slower = func.max(new.excluded.compute_seconds, Representation.compute_seconds)
+    return new.on_conflict_do_update(index_elements=["address"], set_={**sizes, "compute_seconds": slower})
+
+
+_UPSERT = _upsert()
+
+
+def replace(connection: Connection, table: type[Base], values: Mapping[str, object]) -> None:
+    """Write one row, over the one with the same primary key if there is one."""
+    new = insert(table).values(values)
+    key = [column.name for column in table.__table__.primary_key]
+    connection.execute(
+        new.on_conflict_do_update(index_elements=key, set_={name: new.excluded[name] for name in values})
+    )
+
+
+def touch(connection: Connection, hits: Mapping[Address, int], *, at: float) -> None:
+    """Add to the number of hits of representations, and set when they were last used unless they were used later."""
+    used = func.max(func.coalesce(Representation.last_used_at, at), at)
+    statement = _one().values(num_hits=Representation.num_hits + bindparam("more"), last_used_at=used)
+    connection.execute(statement, [{"which": address, "more": more} for address, more in hits.items()])
+
+
+def annotate(connection: Connection, addresses: Iterable[Address], **values: object) -> None:
+    """Set columns of representations that only people set."""
+    rows = [{"which": address} for address in addresses]
+    if rows:
+        connection.execute(_one().values(values), rows)
+
+
+def _one() -> Update:
+    return update(Representation).where(Representation.address == bindparam("which"))
+
+
+def forget(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> None:
+    """Clear the sizes of parts; rows that say nothing any more go, up to the first ancestor that something needs."""
+    gone: dict[Part, list[Address]] = defaultdict(list)
+    for address, part in keys:
+        gone[part].append(address)
+    for part, addresses in gone.items():
+        annotate(connection, addresses, **{NBYTES[part].key: None})
+    for some in _chunks({address for addresses in gone.values() for address in addresses}):
+        _delete_empty(connection, some)
+
+
+def _delete_empty(connection: Connection, addresses: Sequence[Address]) -> None:
+    is_empty = and_(Representation.address.in_(addresses), *(column.is_(None) for column in NBYTES.values()))
+    ids = connection.execute(select(Representation.segment_id).where(is_empty)).scalars().all()
+    connection.execute(delete(Representation).where(is_empty))
+    if unneeded := _unneeded(connection, ids):
+        connection.execute(
+            delete(Segment).where(Segment.id == bindparam("which")), [{"which": key} for key in unneeded]
+        )
+
+
+def _unneeded(connection: Connection, ids: Sequence[SegmentId]) -> set[SegmentId]:
+    """Return those of the segments `ids`, and of their ancestors, with no representation and no child that stays.
+
+    Suspects are the segments without representations from `ids` upwards. Every other segment stays; so a suspect stays
+    if it has a child that is no suspect, or one that stays.
+    """
+    edges = connection.execute(_SUSPECTS_AND_CHILDREN, {"ids": ids}).all()
+    suspects = {suspect for suspect, _ in edges}
+    parents = defaultdict(list)
+    for suspect, child in edges:
+        parents[child].append(suspect)
+    kept = set[SegmentId]()
+    staying = [child for child in parents if child is not None and child not in suspects]
+    while staying:
+        new = [parent for parent in parents[staying.pop()] if parent not in kept]
+        kept.update(new)
+        staying.extend(new)
+    return suspects - kept
+
+
+def _suspects_and_children() -> Select[SegmentId, SegmentId | None]:
+    has_none = ~exists().where(Representation.segment_id == Segment.id)
+    first = select(Segment.id).where(Segment.id.in_(bindparam("ids", expanding=True)), has_none)
+    suspects = first.cte("suspects", recursive=True)
+    above = select(Segment.id).join(Parent, Parent.parent_id == Segment.id)
+    suspects = suspects.union(above.join(suspects, Parent.segment_id == suspects.c.id).where(has_none))
+    return select(suspects.c.id, Parent.segment_id).join_from(
+        suspects, Parent, Parent.parent_id == suspects.c.id, isouter=True
+    )
+
+
+_SUSPECTS_AND_CHILDREN = _suspects_and_children()
+
+
+def _chunks(addresses: Iterable[Address]) -> Iterator[list[Address]]:
+    remaining = iter(addresses)
+    while chunk := list(islice(remaining, _MAX_VARIABLES)):
+        yield chunk

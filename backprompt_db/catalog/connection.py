@@ -1,0 +1,135 @@
+"""Short connections to one SQLite file, and the one place where its errors become `CatalogError`.
+
+Each operation opens a connection and closes it again (some 0.3 ms). A pool would save that, at the price of connections
+that must not be shared between threads and may not exist at all when the process forks: SQLite keeps the locks that a
+process holds in that process's memory, and a child would inherit the belief without the locks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Connection, NullPool, create_engine, event
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from backprompt_db.errors import CatalogError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+BUSY_TIMEOUT_SECONDS = 30.0
+"""How long an operation waits for another process to finish writing."""
+
+OPERATION = threading.RLock()
+"""Held during every operation, and by a fork, so that no child starts with half an operation in its memory."""
+
+os.register_at_fork(before=OPERATION.acquire, after_in_parent=OPERATION.release, after_in_child=OPERATION.release)
+
+_BUSY = "Another process has kept it locked; try again, and look for a process that hangs if this stays."
+_FULL = "Free disk space; the store is not affected and the catalog catches up with the next reindex."
+_DAMAGED = "Delete the file: the catalog is derived, and a reindex rebuilds it from the store."
+_DENIED = "Open it as a user who may write to the file and its directory."
+_MISSING = "Check that the path is a file that this user may open, in a directory that exists."
+_DISK = "Check the disk's space, quota and health; the catalog is derived, and a reindex rebuilds it from the store."
+_OTHER = "If this stays, delete the file: the catalog is derived, and a reindex rebuilds it from the store."
+
+_SQLITE_HINTS = {
+    sqlite3.SQLITE_BUSY: _BUSY,
+    sqlite3.SQLITE_LOCKED: _BUSY,
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_IOERR: _DISK,
+    sqlite3.SQLITE_CORRUPT: _DAMAGED,
+    sqlite3.SQLITE_NOTADB: _DAMAGED,
+    sqlite3.SQLITE_READONLY: _DENIED,
+    sqlite3.SQLITE_PERM: _DENIED,
+    sqlite3.SQLITE_CANTOPEN: _MISSING,
+}
+_PRAGMAS = ("PRAGMA journal_mode = TRUNCATE", "PRAGMA foreign_keys = ON")
+
+
+@contextmanager
+def catalog_errors(path: Path) -> Iterator[None]:
+    """Turn whatever SQLAlchemy, SQLite or the operating system raises about `path` into `CatalogError`."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, OSError, UnicodeError, json.JSONDecodeError, OverflowError) as error:
+        cause = (error.orig if isinstance(error, DBAPIError) else None) or error
+        raise CatalogError(f"the catalog {path} failed: {cause}", hint=_hint(cause)) from error
+
+
+def _hint(cause: BaseException) -> str:
+    match cause:
+        case sqlite3.Error():
+            # The low byte is the kind of error; the bytes above it say where in SQLite it arose.
+            return _SQLITE_HINTS.get(getattr(cause, "sqlite_errorcode", 0) & 0xFF, _OTHER)
+        case TimeoutError():
+            return _BUSY
+        case PermissionError():
+            return _DENIED
+        case FileNotFoundError() | NotADirectoryError() | IsADirectoryError():
+            return _MISSING
+        case OSError():
+            return _DISK
+    return _OTHER
+
+
+class Connections:
+    """Opens a connection to an existing catalog file for each operation; safe to use from any thread."""
+
+    def __init__(self, path: Path, *, readonly: bool = False) -> None:
+        self._path = path
+        self._readonly = readonly
+        self._is_closed = False
+        self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
+        event.listen(self._engine, "begin", _begin)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Yield a connection in one consistent read."""
+        with self._operation(), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Yield a connection in one write, of which everything is committed or, after an error, nothing."""
+        with self._operation(), self._engine.execution_options(begin="BEGIN IMMEDIATE").begin() as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Refuse all further operations."""
+        self._is_closed = True
+
+    @contextmanager
+    def _operation(self) -> Iterator[None]:
+        if self._is_closed:
+            raise CatalogError(f"the catalog {self._path} is closed", hint="Open it again.")
+        with OPERATION, catalog_errors(self._path):
+            yield
+
+    def _connect(self) -> sqlite3.Connection:
+        # As a URI, because a plain path has no `mode`. Not mode=rwc: a catalog that somebody has deleted must be an
+        # error, not an empty file without a schema. The pragmas are set here and not in a "connect" event, after
+        # whose failure the connection would stay open.
+        uri = f"{self._path.absolute().as_uri()}?mode={'ro' if self._readonly else 'rw'}"
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            for pragma in () if self._readonly else _PRAGMAS:
+                connection.execute(pragma)
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+
+def _begin(connection: Connection) -> None:
+    # The driver would begin only before an INSERT, UPDATE or DELETE: too late for a read that must be consistent, and
+    # without IMMEDIATE a write that has read first fails at once when another process writes.
+    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))

@@ -1,0 +1,99 @@
+"""Which revision of the schema a catalog has, and how it gets to the newest one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backprompt_db.catalog.connection import OPERATION, Connections, catalog_errors
+from backprompt_db.errors import CatalogError, CatalogTooNew
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+HEAD = "0001"
+"""The newest revision in `migrations/versions`. Revisions are numbers of four digits, so their order is their age."""
+
+LOCK_TIMEOUT_SECONDS = 60.0
+"""How long to wait for another process that is creating or upgrading the same catalog."""
+
+
+def revision(connection: Connection) -> str | None:
+    """Return the schema's revision, `None` for an empty file.
+
+    Raises `CatalogError` for an SQLite file that is something else.
+    """
+    tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars().all()
+    if "alembic_version" in tables:
+        found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        return found
+    if tables:
+        raise CatalogError(
+            f"an SQLite file with the tables {', '.join(sorted(tables)[:5])} is not a catalog",
+            hint="Give the path of a catalog, or of a file that does not exist yet.",
+        )
+    return None
+
+
+def is_current(connection: Connection) -> bool:
+    """Return whether the schema is the newest one; raise `CatalogTooNew` when it is newer than this code."""
+    found = revision(connection)
+    if found is not None and found > HEAD:
+        raise CatalogTooNew(
+            f"the catalog's schema has revision {found}, and this version knows revisions up to {HEAD}",
+            hint="Upgrade backprompt-db; until then the store works without the catalog.",
+        )
+    return found == HEAD
+
+
+def upgrade(path: Path, *, mode: int) -> None:
+    """Create the catalog at `path` with permissions `mode`, or bring its schema to the newest revision.
+
+    Any number of processes and threads may do so at once: one of them does the work and the others find it done.
+    """
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f"{path.name}.lock"), mode=mode, timeout=LOCK_TIMEOUT_SECONDS)
+    # Alembic's `context` and `op` are global: threads must take turns even with different files.
+    with OPERATION, catalog_errors(path):
+        # Before the lock, which would create a missing directory with whatever permissions the umask leaves.
+        _create(path, mode=mode)
+        with lock, Connections(path).writing() as connection:
+            if not is_current(connection):
+                _run_migrations(connection)
+
+
+def _create(path: Path, *, mode: int) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    try:
+        os.fchmod(descriptor, mode)
+    finally:
+        # This drops every lock that the process has on the file, and on a file this new there is none.
+        os.close(descriptor)
+
+
+def _run_migrations(connection: Connection) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util import CommandError
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(_environment()).replace("%", "%%"))
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise CatalogError(
+            f"the catalog's schema cannot be upgraded: {error}",
+            hint="Delete the file: the catalog is derived, and a reindex rebuilds it from the store.",
+        ) from error
+
+
+def _environment() -> Path:
+    """Return the Alembic environment: inside an installed package, at the top of a source checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"

@@ -1,0 +1,103 @@
+"""The values that go into the catalog and come out of it. Times are POSIX seconds (UTC), sizes are bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
+    from backprompt_db.representation import Origin, Part
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """One part that the writer has put into the store."""
+
+    address: Address
+    part: Part
+    nbytes: int
+    origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """One model, and what checking its packed passes against plain ones has shown."""
+
+    weights_id: WeightsId
+    name: str
+    """`""` while all that is known of the model is that representations were computed with it."""
+    architecture: str
+    dtype: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int | None
+    verdict: str
+    """`"packs"`, `"chains"`, `"refused"` or `"unchecked"`; the catalog takes no other."""
+    mask_form: str | None
+    max_error: float | None
+    reason: str | None
+    checked_with: str | None
+    """The library versions and the attention implementation that the check ran with."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerRecord:
+    """One tokenizer."""
+
+    tokenizer_id: TokenizerId
+    name: str
+    kind: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The ids of a model whose files have not changed, so that they need not be digested again."""
+
+    key: bytes
+    """32-byte digest of what tells that the files are unchanged."""
+    name: str
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One representation, with the segment and the model that it belongs to."""
+
+    address: Address
+    segment_id: SegmentId
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+    model_name: str | None
+    """`None` until the model has been saved under a name."""
+    namespace: str
+    text: str
+    start: int | None
+    num_tokens: int
+    nbytes: dict[Part, int]
+    """Stored bytes of each part that is present."""
+    compute_seconds: float
+    created_at: float
+    last_used_at: float | None
+    num_hits: int
+    is_pinned: bool
+    label: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over all representations; segments and models count when they have at least one."""
+
+    num_representations: int
+    num_segments: int
+    num_models: int
+    num_tokens: int
+    nbytes: dict[Part, int]
+    """Stored bytes of every part, 0 where there are none."""
+    num_hits: int
+    saved_seconds: float
+    """Hits times compute seconds."""

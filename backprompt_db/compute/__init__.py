@@ -1,0 +1,1 @@
+"""Computation: from texts to missing segments, to packs, to forward passes."""

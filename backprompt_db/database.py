@@ -1,0 +1,257 @@
+"""The database: parts of representations by address, over a store, a catalog and a writer, in one directory."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import filelock
+import platformdirs
+
+from backprompt_db.catalog import Catalog
+from backprompt_db.codec import decode
+from backprompt_db.errors import BlobFormat, CatalogError, FormatTooNew, StoreClosed, StoreError, UnsafeLocation
+from backprompt_db.keys import Address
+from backprompt_db.manifest import Manifest, read_manifest, write_manifest
+from backprompt_db.representation import Arrays, Part
+from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.lmdb import LmdbStore
+from backprompt_db.store.memory import MemoryStore
+from backprompt_db.writer import NewPart, Writer
+
+logger = logging.getLogger(__name__)
+
+MEMORY = ":memory:"
+"""The location of a database that is kept in memory and leaves nothing behind."""
+
+_STORE = "store"
+_CATALOG = "catalog.sqlite"
+_LOCK = "manifest.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What one database handle did since it was opened."""
+
+    num_hits: int
+    """Representations of which every part that was asked for was found."""
+    num_misses: int
+    num_stored: int
+    """Parts written."""
+    num_stored_nbytes: int
+    num_read_failures: int
+    num_write_failures: int
+    num_quarantined: int
+    """Damaged parts met, which count as misses."""
+
+
+class Database:
+    """Representations by address. Use `open` to get one; it is a context manager.
+
+    A failing store never fails a computation: failures count as misses, are logged once and shown in `counters`. With
+    `strict`, they raise.
+    """
+
+    def __init__(
+        self, store: Store, *, directory: Path | None, readonly: bool = False, namespace: str = "", strict: bool = False
+    ) -> None:
+        self.directory = directory
+        self.readonly = readonly
+        self.namespace = namespace
+        self.strict = strict
+        self.store = store
+        self._writer = Writer(store, lambda: self.catalog)
+        self._is_closed = False
+        self._num_hits = self._num_misses = self._num_read_failures = self._num_malformed = 0
+        self._uses: Counter[Address] = Counter()
+        _open_databases.add(self)
+
+    @cached_property
+    def catalog(self) -> Catalog | None:
+        """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
+        if self.directory is None:
+            return None
+        try:
+            return Catalog.open(self.directory / _CATALOG, readonly=self.readonly)
+        except CatalogError as error:
+            logger.warning("working without the catalog: %s", error)
+            return None
+
+    def fetch(self, wanted: Mapping[Address, Iterable[Part]]) -> dict[Key, Arrays]:
+        """Return the wanted parts that are there. Every array is a copy of its own; a miss is absent."""
+        found = {}
+        for address, parts in wanted.items():
+            arrays = {Key(address, part): self._get(Key(address, part)) for part in parts}
+            found.update({key: value for key, value in arrays.items() if value is not None})
+            is_hit = None not in arrays.values()
+            self._num_hits += is_hit
+            self._num_misses += not is_hit
+            self._uses[address] += is_hit
+        return found
+
+    def has(self, key: Key) -> bool:
+        """Whether a part is stored or queued."""
+        self._check_open()
+        try:
+            return self._writer.get(key) is not None or self.store.has(key)
+        except StoreError as error:
+            self._read_failed(error)
+            return False
+
+    def put(self, parts: Sequence[NewPart]) -> None:
+        """Queue parts for writing; a database opened read-only drops them. Raises `StoreClosed` after `close`."""
+        self._check_open()
+        if not self.readonly:
+            self._writer.put(parts)
+
+    def discard(self, key: Key) -> None:
+        """Remove a stored part that turned out to be unusable, and count it as quarantined."""
+        self._num_malformed += 1
+        logger.warning("quarantined the %s part of %s", key.part.name.lower(), key.address.hex())
+        if not self.readonly:
+            self.store.delete([key])
+
+    def flush(self) -> None:
+        """Wait until everything that was put is on disk. Raises the first `StoreError` since the last flush."""
+        self._check_open()
+        self._writer.flush()
+        self._record_uses()
+
+    def close(self) -> None:
+        """Write what is queued and release the files. Closing twice is allowed."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._writer.close()
+        self._record_uses()
+        if self.catalog is not None:
+            self.catalog.close()
+        self.store.close()
+
+    @property
+    def counters(self) -> Counters:
+        """What this handle did since it was opened."""
+        return Counters(
+            num_hits=self._num_hits,
+            num_misses=self._num_misses,
+            num_stored=self._writer.num_stored,
+            num_stored_nbytes=self._writer.num_stored_nbytes,
+            num_read_failures=self._num_read_failures,
+            num_write_failures=self._writer.num_failed,
+            num_quarantined=self._num_malformed + self.store.num_quarantined,
+        )
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Database {self.directory or MEMORY}{' (read-only)' if self.readonly else ''}>"
+
+    def _get(self, key: Key) -> Arrays | None:
+        self._check_open()
+        queued = self._writer.get(key)
+        if queued is not None:
+            return queued
+        try:
+            blob = self.store.get(key)
+            return None if blob is None else decode(key.part, blob)
+        except FormatTooNew:
+            return None
+        except BlobFormat:
+            self.discard(key)
+        except StoreError as error:
+            self._read_failed(error)
+        return None
+
+    def _read_failed(self, error: StoreError) -> None:
+        if self.strict or isinstance(error, StoreClosed):
+            raise error
+        if not self._num_read_failures:
+            logger.warning("the store cannot be read, computing instead: %s", error)
+        self._num_read_failures += 1
+
+    def _record_uses(self) -> None:
+        uses, self._uses = +self._uses, Counter()
+        if not uses or self.readonly or self.catalog is None:
+            return
+        try:
+            self.catalog.touch(uses, at=time.time())
+        except CatalogError as error:
+            logger.warning("the catalog missed %d uses: %s", len(uses), error)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosed(f"{self!r} was closed", hint="Open it again with backprompt_db.open(...).")
+
+
+def default_location() -> Path:
+    """Return `$BACKPROMPT_DB`, else a directory in the platform's user cache directory."""
+    return Path(os.environ.get("BACKPROMPT_DB") or platformdirs.user_cache_dir("backprompt-db", appauthor=False))
+
+
+def open_database(
+    location: str | os.PathLike[str] | None = None, *, namespace: str = "", strict: bool = False
+) -> Database:
+    """Open the database in a directory, making it if there is none, and return it.
+
+    `location` defaults to `$BACKPROMPT_DB`, else a directory in the platform's user cache directory; `":memory:"` keeps
+    everything in memory. `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
+    the errors of the store instead of computing what it could not give.
+
+    A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
+
+    Raises `UnsafeLocation` for a place where no database can be, `FormatTooNew` for one written by a newer version, and
+    `StoreCorrupt` for a damaged one.
+
+    >>> with open_database(":memory:") as db:
+    ...     db
+    <Database :memory:>
+    """
+    if location == MEMORY:
+        return Database(MemoryStore(), directory=None, namespace=namespace, strict=strict)
+    directory = Path(location if location is not None else default_location()).expanduser().absolute()
+    if read_manifest(directory) is None:
+        _create(directory)
+    readonly = not os.access(directory, os.W_OK) or not os.access(directory / _STORE / "data.mdb", os.W_OK)
+    if readonly:
+        logger.warning("%s is not writable: reading what is there, keeping nothing new", directory)
+    store = LmdbStore(directory / _STORE, readonly=readonly)
+    return Database(store, directory=directory, readonly=readonly, namespace=namespace, strict=strict)
+
+
+def _create(directory: Path) -> None:
+    """Make an empty database; when several processes try at once, one does and the others wait for it."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with filelock.FileLock(directory / _LOCK):
+            if read_manifest(directory) is None:
+                LmdbStore.create(directory / _STORE).close()
+                write_manifest(directory, Manifest())
+    except OSError as error:
+        raise UnsafeLocation(
+            f"no database can be made in {directory} ({error.strerror})", hint="Give a directory that you may write to."
+        ) from error
+
+
+_open_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At interpreter exit, wait for every queue: what was computed is not lost."""
+    for database in list(_open_databases):
+        database.close()

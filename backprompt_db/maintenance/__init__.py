@@ -1,0 +1,1 @@
+"""Maintenance: what is done to a database as a whole."""

@@ -1,0 +1,103 @@
+"""What a database directory is: `manifest.json`, written once, read before anything in the directory is opened."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
+from backprompt_db.representation import FORMAT
+from backprompt_db.store.environment import LMDB_GENERATION
+from backprompt_db.store.records import CHUNK_NBYTES
+
+NAME = "manifest.json"
+
+_UNFINISHED = ("manifest.lock", "store", "CACHEDIR.TAG", f".{NAME}.", ".CACHEDIR.TAG.")
+"""What a process that was killed while it created a database may leave; creation starts over."""
+
+_CACHE_TAG = """Signature: 8a477f597d28d172789f06886806bc55
+# This directory is a backprompt-db database. Everything in it can be computed again.
+# For information about cache directory tags see https://bford.info/cachedir/
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The properties of a database that are fixed when it is created."""
+
+    format: int = FORMAT
+    """Version of addresses, parts and this directory."""
+    fidelity: str = "exact"
+    """How keys and values are stored; `exact` returns them bit for bit."""
+    digest: str = "xxh3-128"
+    """What every chunk is digested with."""
+    lmdb: dict[str, int] = field(default_factory=lambda: {"generation": LMDB_GENERATION, "chunk_nbytes": CHUNK_NBYTES})
+    """LMDB's file format generation and the size of chunks, in bytes."""
+    created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """UTC time of creation, ISO 8601."""
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """Return the manifest of `directory`; None where nothing is, or an empty directory.
+
+    Raises `UnsafeLocation` for a file or a directory that is not a database, `FormatTooNew` for one that a newer
+    version wrote, `FormatError` for a manifest that cannot be read.
+    """
+    try:
+        fields = json.loads((directory / NAME).read_text(encoding="utf-8"))
+        return _from_json(fields, directory)
+    except FileNotFoundError:
+        _check_unused(directory)
+        return None
+    except NotADirectoryError:
+        raise UnsafeLocation(f"{directory} is a file", hint="Give a directory for the database.") from None
+    except PermissionError:
+        raise StoreReadOnly(f"{directory} cannot be read", hint="Ask its owner for permission to read it.") from None
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{directory / NAME} cannot be read ({error})", hint="Restore it from a backup.") from None
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` and `CACHEDIR.TAG`, each whole or not at all."""
+    _write(directory / "CACHEDIR.TAG", _CACHE_TAG)
+    _write(directory / NAME, json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def _from_json(fields: Any, directory: Path) -> Manifest:
+    if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
+        raise ValueError("it has no format version")
+    if fields["format"] > FORMAT:
+        raise FormatTooNew(
+            f"{directory} has format {fields['format']}, this version reads up to {FORMAT}",
+            hint="Upgrade backprompt-db, or use another directory.",
+        )
+    known = {name: value for name, value in fields.items() if name in Manifest.__dataclass_fields__}
+    manifest = Manifest(**known)
+    if manifest.fidelity != "exact" or manifest.digest != "xxh3-128" or manifest.lmdb["chunk_nbytes"] != CHUNK_NBYTES:
+        raise FormatTooNew(
+            f"{directory} uses {manifest.fidelity}, {manifest.digest}, {manifest.lmdb}, unknown to this version",
+            hint="Upgrade backprompt-db, or use another directory.",
+        )
+    return manifest
+
+
+def _check_unused(directory: Path) -> None:
+    if directory.is_dir() and any(not path.name.startswith(_UNFINISHED) for path in directory.iterdir()):
+        raise UnsafeLocation(
+            f"{directory} holds files but no {NAME}: it is not a backprompt-db database",
+            hint="Give an empty or a new directory.",
+        )
+
+
+def _write(path: Path, content: str) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(path)

@@ -1,0 +1,196 @@
+"""What is kept of a segment: its three parts, where they came from, and the arrays they are made of.
+
+Nothing here needs torch: a full hit is answered without importing it. Arrays are raw buffers with a safetensors dtype
+name; `Array.numpy()` and `Array.torch()` are views of them.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from backprompt_db.errors import FormatError, PromptError
+from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, address, segment_id
+
+if TYPE_CHECKING:
+    import torch
+
+    from backprompt_db.text import Text
+
+FORMAT = 1
+"""The format version of addresses, parts and directories that this code writes."""
+
+
+class Part(enum.Enum):
+    """One of the three parts of a representation. The value is its one-byte code in store keys."""
+
+    SCORES = b"s"
+    """`input_ids` int32 [T] and `token_logprobs` float32 [T]."""
+    LOGITS = b"l"
+    """`logits` [vocab_size] after the segment's last token, in the model's dtype."""
+    KV = b"k"
+    """`keys` and `values` [num_layers, num_kv_heads, T, head_dim] of the segment's own tokens, in the model's dtype."""
+
+
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+"""Bytes per element of the dtypes that a part may hold, by safetensors name."""
+
+_NUMPY_DTYPE: dict[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+_TORCH_DTYPE = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Array:
+    """A C-contiguous little-endian array in a buffer: a dtype by safetensors name, a shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def __post_init__(self) -> None:
+        if self.data.nbytes != ITEMSIZE[self.dtype] * math.prod(self.shape):
+            raise FormatError(
+                f"{self.data.nbytes} bytes are not a {self.dtype} array of shape {list(self.shape)}",
+                hint="The part is damaged; it will be computed again.",
+            )
+
+    @classmethod
+    def from_numpy(cls, array: npt.NDArray[np.float32] | npt.NDArray[np.int32]) -> Array:
+        """Wrap a NumPy array of a dtype that parts may hold; contiguous input is not copied."""
+        dtype = {code: name for name, code in _NUMPY_DTYPE.items()}[array.dtype.newbyteorder("<").str]
+        return cls(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> Array:
+        """Wrap a tensor; one that is contiguous and on the CPU is not copied."""
+        import torch
+
+        dtype = {name: code for code, name in _TORCH_DTYPE.items()}[str(tensor.dtype).removeprefix("torch.")]
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        return cls(dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
+
+    def numpy(self) -> npt.NDArray[np.generic]:
+        """Return a NumPy view. NumPy has no bfloat16: a BF16 array raises `KeyError`; use `torch()`."""
+        return np.frombuffer(self.data, dtype=_NUMPY_DTYPE[self.dtype]).reshape(self.shape)
+
+    def torch(self) -> torch.Tensor:
+        """Return a CPU tensor over the same memory."""
+        import torch
+
+        dtype = getattr(torch, _TORCH_DTYPE[self.dtype])
+        if not self.data.nbytes:
+            return torch.empty(self.shape, dtype=dtype)
+        tensor: torch.Tensor = torch.frombuffer(self.data, dtype=dtype).reshape(self.shape)
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array's elements."""
+        return self.data.nbytes
+
+
+Arrays = Mapping[str, Array]
+"""The named arrays of one part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a representation was computed from, and how: all that is needed to rebuild the catalog from the store."""
+
+    text: str
+    parents: tuple[SegmentId, ...]
+    """Ids of the direct parents, ascending; in a namespace, a first segment's only parent is the namespace's id."""
+    start: int | None
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+    num_tokens: int
+    compute_seconds: float
+    """This segment's share, by tokens, of the pass that computed it."""
+    namespace: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def segment_id(self) -> SegmentId:
+        """The id of the segment, recomputed from the text and the parents."""
+        return segment_id(self.text, parents=self.parents, start=self.start)
+
+    @property
+    def address(self) -> Address:
+        """The address that this representation belongs under."""
+        return address(self.segment_id, self.weights_id, self.tokenizer_id)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelRepr:
+    """A language model's representation of one text: what running a prompt returns.
+
+    Attributes:
+        text: the text that was run.
+        input_ids: int64 [T], the tokens of the whole text, segment by segment in the order written.
+        token_logprobs: float32 [T], natural log-probability of each token given the tokens visible to it; NaN for the
+            first token of a prompt and for the first token after parallel branches, which nothing predicts.
+        logits: [vocab_size] in the model's dtype, after the last token. `PromptError` for a text that ends in
+            parallel branches, which has no single last token.
+        past_key_values: a transformers `Cache` of the text's keys and values, each
+            `[1, num_kv_heads, T, head_dim]` per layer, in the order of `input_ids`. Assembled at the first access.
+        num_cached_tokens: tokens of this text whose representation was found.
+        num_computed_tokens: tokens of this text that were computed by the call. A segment shared by several texts of
+            one call is counted as computed once, for the first of them.
+
+    Tensors are on the CPU and share memory with nothing that changes. Reading `logits` or `token_logprobs` imports
+    torch; nothing else of a hit does.
+    """
+
+    text: Text
+    scores: tuple[Arrays, ...] = field(repr=False)
+    """The scores part of each segment, in the order written."""
+    last_logits: Array | None = field(repr=False)
+    """The logits part of the last segment; None after parallel branches."""
+    num_cached_tokens: int
+    num_computed_tokens: int
+
+    @cached_property
+    def input_ids(self) -> torch.Tensor:
+        """int64 [T]: the tokens of the whole text."""
+        import torch
+
+        return torch.cat([scores["input_ids"].torch() for scores in self.scores]).long()
+
+    @cached_property
+    def token_logprobs(self) -> torch.Tensor:
+        """float32 [T]: log-probability of each token, NaN where nothing predicts it."""
+        import torch
+
+        return torch.cat([scores["token_logprobs"].torch() for scores in self.scores])
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[vocab_size]: the logits after the last token."""
+        if self.last_logits is None:
+            raise PromptError(
+                "a text that ends in parallel branches has no last token",
+                hint="Append the text that follows the branches, then run it.",
+            )
+        return self.last_logits.torch()
+
+    @cached_property
+    def past_key_values(self) -> Any:
+        """A transformers `Cache` of the whole text, valid input to `model(...)`.
+
+        Reads the stored keys and values; those that were evicted or never asked for are computed and kept.
+        """
+        return self.text.model.past_key_values(self.text)

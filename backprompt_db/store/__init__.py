@@ -1,0 +1,1 @@
+"""Stores: parts as bytes under addresses."""

@@ -1,0 +1,59 @@
+"""What every store promises. `tests/store_contract.py` holds each of them to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from backprompt_db.keys import Address
+from backprompt_db.representation import Part
+
+
+class Key(NamedTuple):
+    """The name of one blob: which part of which representation."""
+
+    address: Address
+    part: Part
+
+
+class Blob(NamedTuple):
+    """One part as bytes, with its key."""
+
+    key: Key
+    data: bytes
+
+
+class Store(Protocol):
+    """Blobs under keys. A blob is stored entirely or not at all, and is read back exactly or is a miss.
+
+    Methods may be called from any thread. Every method of a closed store raises `StoreClosed`; other failures raise
+    the `StoreError` that fits.
+    """
+
+    def get(self, key: Key) -> memoryview | None:
+        """Return a verified, writable copy of a blob; None for a miss.
+
+        A blob whose bytes do not match their digest is a miss: it is counted in `num_quarantined` and removed.
+        """
+
+    def has(self, key: Key) -> bool:
+        """Whether a blob is stored under `key`; its bytes are not verified."""
+
+    def put(self, blobs: Sequence[Blob]) -> list[Key]:
+        """Store all of `blobs` in one transaction and return the keys that were new.
+
+        The first writer wins: a key that is taken keeps its blob. When this returns, the blobs are on disk.
+        """
+
+    def delete(self, keys: Iterable[Key]) -> int:
+        """Remove blobs in one transaction; return how many there were. Absent keys are ignored."""
+
+    def keys(self) -> Iterator[tuple[Key, int]]:
+        """Yield every key and its blob's size in bytes, ascending; keys put or deleted meanwhile may be missed."""
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many damaged blobs this handle has met."""
+
+    def close(self) -> None:
+        """Release the store. Closing twice is allowed."""

@@ -1,0 +1,76 @@
+"""What LMDB and the operating system say when something fails, in the words of this library."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lmdb
+
+from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly
+
+_RESTORE = "Restore the file from a backup, or delete the database directory: it will be computed again."
+_FREE_SPACE = "Free some space; computation goes on without storing."
+_CLOSE_FILES = "Close some files or raise the limit (ulimit -n)."
+
+_BY_CLASS: dict[type[Exception], tuple[type[StoreError], str]] = {
+    lmdb.MapFullError: (StoreFull, "Evict something, or open the database with a larger address space."),
+    lmdb.TxnFullError: (StoreFull, "Store fewer parts at once."),
+    lmdb.CorruptedError: (StoreCorrupt, _RESTORE),
+    lmdb.PageNotFoundError: (StoreCorrupt, _RESTORE),
+    lmdb.InvalidError: (StoreCorrupt, _RESTORE),
+    lmdb.VersionMismatchError: (StoreCorrupt, "The file was written by another generation of LMDB. " + _RESTORE),
+    lmdb.PanicError: (StoreCorrupt, "Close every process that has the database open, then open it again."),
+    lmdb.ReadersFullError: (StoreLocked, "Close processes that have the database open; 2,048 may read at once."),
+    lmdb.LockError: (StoreLocked, "Another process holds the lock file; try again."),
+    lmdb.ReadonlyError: (StoreReadOnly, "Open the database as a user who may write to it."),
+}
+
+_BY_ERRNO: dict[int, tuple[type[StoreError], str]] = {
+    errno.ENOSPC: (StoreFull, _FREE_SPACE),
+    errno.EDQUOT: (StoreFull, _FREE_SPACE),
+    errno.EFBIG: (StoreFull, "Raise the limit on the size of a file (ulimit -f)."),
+    errno.EMFILE: (StoreError, _CLOSE_FILES),
+    errno.ENFILE: (StoreError, _CLOSE_FILES),
+    errno.EACCES: (StoreReadOnly, "Ask the owner of the directory for write permission."),
+    errno.EPERM: (StoreReadOnly, "Ask the owner of the directory for write permission."),
+    errno.EROFS: (StoreReadOnly, "The filesystem is mounted read-only; use a directory elsewhere."),
+    errno.EAGAIN: (StoreLocked, "Another process holds the store; try again."),
+    errno.EBUSY: (StoreLocked, "Another process holds the store; try again."),
+}
+
+_NEARLY_FULL_NBYTES = 1 << 20
+
+
+@contextmanager
+def store_errors(path: Path) -> Iterator[None]:
+    """Turn every exception of LMDB and of file operations inside into the `StoreError` that says what to do."""
+    try:
+        yield
+    except (lmdb.Error, OSError) as error:
+        raise as_store_error(error, path) from error
+
+
+def as_store_error(error: Exception, path: Path) -> StoreError:
+    """Classify by class, then by errno: a full disk reaches LMDB's callers as EIO or a short write."""
+    code = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
+    kind: type[StoreError]
+    if "closed/deleted" in str(error):
+        kind, hint = StoreClosed, "Open the database again."
+    elif type(error) in _BY_CLASS:
+        kind, hint = _BY_CLASS[type(error)]
+    elif code == errno.EIO and _is_nearly_full(path):
+        kind, hint = StoreFull, _FREE_SPACE
+    else:
+        kind, hint = _BY_ERRNO.get(code or 0, (StoreError, "Run `backprompt-db verify` on the directory."))
+    return kind(f"{path}: {error}", hint=hint)
+
+
+def _is_nearly_full(path: Path) -> bool:
+    try:
+        return shutil.disk_usage(path if path.is_dir() else path.parent).free < _NEARLY_FULL_NBYTES
+    except OSError:
+        return False

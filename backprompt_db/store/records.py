@@ -1,0 +1,102 @@
+"""How a blob lies in LMDB, format 1: one head record, and chunk records when it does not fit into one.
+
+    record key   = address (32 bytes) | part (1 byte) | u32be chunk number, 0 for the head
+    head record  = u32be number of chunks | u64be blob length | XXH3-128 of each chunk (16 bytes each)
+                   | the blob itself, when the number of chunks is 0 | XXH3-128 of (record key | all before)
+    chunk record = up to CHUNK_NBYTES bytes of the blob
+
+The head's own digest covers its key, so a record moved to another address is damage. Chunks are digested one by one: a
+reader verifies each while it is in the processor's cache. Large values in one piece would fragment the file under
+eviction, which reuses only runs of free pages long enough for a whole value.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import xxhash
+
+from backprompt_db.keys import ID_NBYTES, Address
+from backprompt_db.representation import Part
+from backprompt_db.store.contract import Key
+
+CHUNK_NBYTES = (1 << 20) - 16
+"""A chunk and its 16-byte LMDB page header fill 256 pages of 4 KiB."""
+
+DIGEST_NBYTES = 16
+
+_FIELDS = struct.Struct(">IQ")
+_RECORD_KEY = struct.Struct(f">{ID_NBYTES}scI")
+RECORD_KEY_NBYTES = _RECORD_KEY.size
+
+_PARTS = {part.value: part for part in Part}
+
+
+class Head(NamedTuple):
+    """A verified head record."""
+
+    nbytes: int
+    chunk_digests: list[bytes]
+    """Empty when the blob is inline."""
+    inline: memoryview
+    """The blob itself when there are no chunks."""
+
+
+def record_key(key: Key, chunk: int = 0) -> bytes:
+    """Return the LMDB key of a blob's head (chunk 0) or of one of its chunks (from 1)."""
+    return _RECORD_KEY.pack(key.address, key.part.value, chunk)
+
+
+def blob_key(record: bytes) -> Key | None:
+    """Return the key of the blob that an LMDB record key belongs to; None for a record that is not ours."""
+    if len(record) != RECORD_KEY_NBYTES:
+        return None
+    address, code, _ = _RECORD_KEY.unpack(record)
+    return Key(Address(address), _PARTS[code]) if code in _PARTS else None
+
+
+def records(key: Key, blob: bytes) -> Iterator[tuple[bytes, bytes | memoryview]]:
+    """Yield the records of a blob, its head first."""
+    view = memoryview(blob)
+    is_inline = len(blob) <= CHUNK_NBYTES
+    chunks = [] if is_inline else [view[i : i + CHUNK_NBYTES] for i in range(0, len(blob), CHUNK_NBYTES)]
+    yield record_key(key), _head(record_key(key), len(blob), [digest(chunk) for chunk in chunks], inline=blob)
+    for number, chunk in enumerate(chunks, start=1):
+        yield record_key(key, number), chunk
+
+
+def read_head(record: bytes, value: memoryview) -> Head | None:
+    """Return a head record's content, or None when it is damaged or lies under another key than it was written for."""
+    body, own_digest = value[:-DIGEST_NBYTES], value[-DIGEST_NBYTES:]
+    if len(body) < _FIELDS.size or digest(record, body) != own_digest:
+        return None
+    num_chunks, nbytes = _FIELDS.unpack_from(body)
+    rest = body[_FIELDS.size :]
+    if not num_chunks:
+        return Head(nbytes, [], rest) if nbytes == len(rest) else None
+    if len(rest) != num_chunks * DIGEST_NBYTES or num_chunks != -(-nbytes // CHUNK_NBYTES):
+        return None
+    digests = [bytes(rest[i : i + DIGEST_NBYTES]) for i in range(0, len(rest), DIGEST_NBYTES)]
+    return Head(nbytes, digests, rest[:0])
+
+
+def blob_nbytes(value: memoryview) -> int | None:
+    """Return the blob length that an unverified head record claims; None when it is too short to have one."""
+    return int(_FIELDS.unpack_from(value)[1]) if len(value) >= _FIELDS.size else None
+
+
+def digest(*pieces: bytes | memoryview) -> bytes:
+    """Return the XXH3-128 of the concatenated pieces, big-endian."""
+    if len(pieces) == 1:
+        return xxhash.xxh3_128_digest(pieces[0])
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
+
+
+def _head(record: bytes, nbytes: int, chunk_digests: list[bytes], *, inline: bytes) -> bytes:
+    body = _FIELDS.pack(len(chunk_digests), nbytes) + (b"".join(chunk_digests) or inline)
+    return body + digest(record, body)
