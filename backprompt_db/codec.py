@@ -4,7 +4,7 @@
 
 The header names each array's dtype, shape and byte range. Its single `__metadata__` entry, `backprompt-db`, holds JSON:
 format, part, text, parents, start, namespace, weights id, tokenizer id, tokens, compute seconds, library versions.
-Any safetensors reader opens such a blob. `decode` is stricter than that: exactly the arrays of the part, with its dtypes
+Any safetensors reader opens such a blob. `decode` is stricter: exactly the arrays of the part, with its dtypes
 and shapes, and not one byte more. Nothing is allocated before it is checked.
 """
 

@@ -1,0 +1,121 @@
+"""Fixtures that the tests share: a small tokenizer, tiny seeded models, databases in temporary directories."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import backprompt_db as bp
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+VOCAB_SIZE = 600
+CORPUS = [
+    "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n",
+    "Request: show me everyone who signed up this week\nEndpoint: GET /users\n",
+    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n",
+    "A prompt is built by plain concatenation. Every piece of text has one representation under one model.\n",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a small vocabulary, no start tokens."""
+    return train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_with_bos() -> PreTrainedTokenizerFast:
+    """The same, with a BOS token before every prompt."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer()
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the small tokenizer; the result is always the same."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_gpt2(*, seed: int = 0, n_positions: int = 256) -> Any:
+    """A seeded GPT-2 of 3 layers; its weights are large enough that wrong keys and values show."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=n_positions, n_embd=64, n_layer=3, n_head=4, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def gpt2() -> Any:
+    """A tiny seeded GPT-2 that a test may change."""
+    return tiny_gpt2()
+
+
+@pytest.fixture
+def open_db(tmp_path: Path) -> Iterator[Callable[..., bp.Database]]:
+    """Open databases that are closed after the test; without a path, each time another new one."""
+    opened: list[bp.Database] = []
+    numbers = itertools.count()
+
+    def open_one(path: Path | None = None, **options: Any) -> bp.Database:
+        opened.append(bp.open(path or tmp_path / f"db{next(numbers)}", **options))
+        return opened[-1]
+
+    yield open_one
+    for db in opened:
+        db.close()
+
+
+@pytest.fixture
+def db(open_db: Callable[..., bp.Database]) -> bp.Database:
+    """A new database."""
+    return open_db()
+
+
+@pytest.fixture
+def lm(gpt2: Any, tokenizer: PreTrainedTokenizerFast, db: bp.Database) -> bp.LanguageModel:
+    """The tiny GPT-2 on a new database."""
+    return bp.LanguageModel(gpt2, tokenizer, db=db)
+
+
+@pytest.fixture
+def make_lm(
+    gpt2: Any, tokenizer: PreTrainedTokenizerFast, open_db: Callable[..., bp.Database]
+) -> Callable[..., bp.LanguageModel]:
+    """Make further language models: on the same tiny GPT-2 and a new database unless given."""
+
+    def make(model: Any = None, *, db: bp.Database | None = None, **options: Any) -> bp.LanguageModel:
+        return bp.LanguageModel(model or gpt2, tokenizer, db=db or open_db(), **options)
+
+    return make
+
+
+def plain_logprobs(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle: one plain forward pass. Returns the log-probability of each token [T] and the last logits."""
+    with torch.no_grad():
+        logits = model(input_ids[None]).logits[0].float()
+    chosen = logits[:-1].log_softmax(-1).gather(1, input_ids[1:, None])[:, 0]
+    return torch.cat([torch.tensor([torch.nan]), chosen]), logits[-1]
