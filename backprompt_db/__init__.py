@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from backprompt_db import errors as errors
     from backprompt_db.database import Counters as Counters
     from backprompt_db.database import Database as Database
-    from backprompt_db.database import open_database as open  # noqa: A004, F401 - reads as bp.open
+    from backprompt_db.database import open_database
     from backprompt_db.errors import BackpromptError as BackpromptError
     from backprompt_db.model import LanguageModel as LanguageModel
     from backprompt_db.model import ModelCounters as ModelCounters
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from backprompt_db.text import Seam as Seam
     from backprompt_db.text import Text as Text
     from backprompt_db.text import parallel as parallel
+
+    open = open_database  # noqa: A001 - reads as bp.open
 
 __version__ = version("backprompt-db")
 
