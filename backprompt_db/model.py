@@ -289,6 +289,7 @@ class LanguageModel:
                 unusable = [need for need in pack.needs if not job.can_use(need, found)]
                 if unusable:  # evicted or damaged since it was looked up: plan again without it
                     lost.update(unusable)
+                    self._discard(names, [need for need in unusable if found.pop(need, None)])
                     break
                 parts, seconds = job.compute(pack, found)
                 self._persist(names, job, pack, parts, seconds=seconds)
@@ -363,6 +364,11 @@ class LanguageModel:
             new += [NewPart(names.key(segment, part), parts[segment, part], origin) for part in job.kept(segment)]
         self.db.put(new)
 
+    def _discard(self, names: _Names, malformed: Iterable[Need]) -> None:
+        """Remove stored parts that are not of this model's shape, so that right ones can take their place."""
+        for segment, part in malformed:
+            self.db.discard(names.key(segment, part))
+
     def _with_progress(self, job: Job) -> Iterator[plan.Pack]:
         """Yield the packs behind a progress bar, which appears after a second, in a terminal."""
         hidden = None if self._progress else True
@@ -393,10 +399,10 @@ class LanguageModel:
 
     def _own(self, text: Text | str) -> Text:
         """Return a text that belongs to this model. Raises `PromptError` for an empty one, or another model's."""
-        own = Text("", self) + as_text(text)
+        own = as_text(text)
         if not own:
             raise PromptError("the prompt is empty", hint="Give at least one character.")
-        return own
+        return own.on(self)
 
     def _pieces(self, string: str, split: int) -> list[str]:
         """Cut a long string, where the database remembers, else where the tokenizer says."""
