@@ -1,37 +1,28 @@
-"""The one object that a user runs prompts on: plan, fetch, compute, persist."""
+"""The one object that a user runs prompts on. The loop behind it is `compute/engine.py`."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from backprompt_db.catalog import ModelRecord, Source, TokenizerRecord
-from backprompt_db.compute import plan
-from backprompt_db.compute.job import Job, Need, Wanted
+from backprompt_db.catalog import CutsRecord, Source
+from backprompt_db.compute.engine import Engine
+from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
 from backprompt_db.database import Database, open_database
-from backprompt_db.errors import CatalogError, ModelMismatch, PromptError
-from backprompt_db.keys import Address, TokenizerId, WeightsId, address, utf8
-from backprompt_db.representation import Arrays, ModelRepr, Origin, Part
-from backprompt_db.store.contract import Key
+from backprompt_db.errors import PromptError
+from backprompt_db.keys import TokenizerId, WeightsId, utf8
+from backprompt_db.representation import Arrays, ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
-from backprompt_db.writer import NewPart
-
-if TYPE_CHECKING:
-    from backprompt_db.compute.runtime import Runtime
-
-logger = logging.getLogger(__name__)
 
 _CUTS = b"backprompt-db/cuts/1\0"
 _SCORES = frozenset({Part.SCORES})
@@ -93,21 +84,22 @@ class LanguageModel:
         )
         lm._build(source, database, deterministic=deterministic, progress=progress)
         if key and known is None:
-            lm._record(Source(key, source.name, *source.ids))
+            lm._engine.record(Source(key, source.name, *source.ids))
         return lm
 
     def _build(self, source: ModelSource, db: Database | None, *, deterministic: bool, progress: bool) -> None:
         self._source = source
         self._given_db = db
-        self._deterministic = deterministic
-        self._progress = progress
-        self._num_computed_tokens = self._num_cached_tokens = 0
-        self._logged_seams: set[Seam] = set()
+        self._options = {"deterministic": deterministic, "progress": progress}
 
     @cached_property
     def db(self) -> Database:
         """The database; the default one is opened at the first use."""
         return self._given_db if self._given_db is not None else open_database()
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self._source, self.db, **self._options)
 
     @property
     def namespace(self) -> str:
@@ -143,7 +135,7 @@ class LanguageModel:
     def counters(self) -> ModelCounters:
         """What this object did since it was made."""
         num_calls = self._source.runtime.num_calls if self.is_loaded else 0
-        return ModelCounters(num_calls, self._num_computed_tokens, self._num_cached_tokens)
+        return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
 
     def text(self, string: str, *, start: int | None = None, eager: bool = False, split: int | None = None) -> Text:
         """Return a text that runs on this model. Building it computes nothing, unless `eager`.
@@ -210,7 +202,7 @@ class LanguageModel:
         from backprompt_db.compute.kvcache import KVShape, assemble
 
         segments = text.segments(self.namespace)
-        found, _ = self._represent(dict.fromkeys(segments, frozenset({Part.KV})), keep={})
+        found, _ = self._engine.represent(dict.fromkeys(segments, frozenset({Part.KV})), keep={})
         parts = [found[segment, Part.KV] for segment in segments]
         device = self._source.runtime.device if self.is_loaded else None
         num_tokens = sum(arrays["keys"].shape[2] for arrays in parts)
@@ -222,7 +214,7 @@ class LanguageModel:
         tips = [text.tips(self.namespace) for text in bound]
         wanted = dict.fromkeys([segment for each in segments for segment in each], _SCORES)
         wanted.update({tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1})
-        found, computed = self._represent(wanted, keep={})
+        found, computed = self._engine.represent(wanted, keep={})
         return [
             self._result(text, each, tip, found, computed)
             for text, each, tip in zip(bound, segments, tips, strict=True)
@@ -250,13 +242,13 @@ class LanguageModel:
         )
 
     def _score(self, prompts: Sequence[Text | str], completions: Sequence[Text | str]) -> npt.NDArray[np.float64]:
+        endings = [as_text(completion).on(self) for completion in completions]
         pairs: list[list[Segment]] = []
         for prompt in map(self._own, prompts):
-            known = prompt.segments(self.namespace)
-            endings = [(prompt + completion).tips(self.namespace) for completion in completions]
-            pairs += [ancestry(ending, without=known) for ending in endings]
+            tips, known = prompt.tips(self.namespace), prompt.segments(self.namespace)
+            pairs += [ancestry(ending.place(tips, self.namespace), without=known) for ending in endings]
         wanted = dict.fromkeys([segment for pair in pairs for segment in pair], _SCORES)
-        found, _ = self._represent(wanted, keep=wanted)
+        found, _ = self._engine.represent(wanted, keep=wanted)
         sums = [
             sum(float(found[segment, Part.SCORES]["token_logprobs"].numpy().sum(dtype=np.float64)) for segment in pair)
             for pair in pairs
@@ -267,135 +259,6 @@ class LanguageModel:
                 hint="Put the text that asks for the completion after the branches.",
             )
         return np.array(sums).reshape(len(prompts), len(completions))
-
-    def _represent(self, wanted: Wanted, *, keep: Wanted) -> tuple[dict[Need, Arrays], set[Segment]]:
-        """Return the wanted parts and which segments were computed for them: the core loop.
-
-        `keep` names the parts to store of a computed segment, all three where it says nothing.
-        """
-        names = _Names(*self._source.ids)
-        found = self._fetch(names, [(segment, part) for segment, parts in wanted.items() for part in parts])
-        computed: set[Segment] = set()
-        lost: set[Need] = set()
-
-        def is_stored(segment: Segment, part: Part) -> bool:
-            was_fetched = part in wanted.get(segment, ()) or (segment, part) in lost
-            return (segment, part) in found or (not was_fetched and self.db.has(names.key(segment, part)))
-
-        while missing := plan.missing_segments(wanted, is_stored=is_stored):
-            job = self._prepare(names, missing, wanted=wanted, keep=keep)
-            for pack in self._with_progress(job):
-                found.update(self._fetch(names, [need for need in pack.needs if need not in found]))
-                unusable = [need for need in pack.needs if not job.can_use(need, found)]
-                if unusable:  # evicted or damaged since it was looked up: plan again without it
-                    lost.update(unusable)
-                    self._discard(names, [need for need in unusable if found.pop(need, None)])
-                    break
-                parts, seconds = job.compute(pack, found)
-                self._persist(names, job, pack, parts, seconds=seconds)
-                found.update({need: part for need, part in parts.items() if job.is_used(need)})
-                job.release(pack, found)
-                computed.update(pack.segments)
-                self._num_computed_tokens += job.num_tokens(pack)
-        self._count(found, wanted, computed)
-        return found, computed
-
-    def _fetch(self, names: _Names, needs: Iterable[Need]) -> dict[Need, Arrays]:
-        """Return those of the needed parts that the database has."""
-        parts: dict[Segment, list[Part]] = {}
-        for segment, part in needs:
-            parts.setdefault(segment, []).append(part)
-        addresses = {segment: names.address(segment) for segment in parts}
-        fetched = self.db.fetch({addresses[segment]: wanted for segment, wanted in parts.items()})
-        keys = {(segment, part): Key(addresses[segment], part) for segment, wanted in parts.items() for part in wanted}
-        return {need: fetched[key] for need, key in keys.items() if key in fetched}
-
-    def _prepare(self, names: _Names, missing: list[Segment], *, wanted: Wanted, keep: Wanted) -> Job:
-        """Tokenise what is needed, check that it can be run, and divide it into packs. Loads the model if need be."""
-        segments = ancestry(missing)
-        input_ids = self._source.tokenizer.encode(segments)
-        num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
-        starts = plan.positions(segments, num_tokens)
-        runtime = self._proven_runtime(names)
-        plan.check_context_length(starts, num_tokens, runtime.max_positions)
-        _check_vocabulary(input_ids.values(), runtime.vocab_size)
-        self._log_seams(missing)
-        max_segments = 1 if self._deterministic or not runtime.takes_packs else None
-        packs = plan.packs(missing, num_tokens, max_segments=max_segments)
-        return Job(runtime, packs, input_ids, starts, wanted, keep)
-
-    def _proven_runtime(self, names: _Names) -> Runtime:
-        """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
-        runtime = self._source.runtime
-        if self._source.ids != (names.weights_id, names.tokenizer_id):
-            raise ModelMismatch(
-                f"{self._source.name} is not the model that was recorded for its files",
-                hint="Make the LanguageModel again; nothing was stored under the wrong name.",
-            )
-        catalog = self.db.catalog
-        record = runtime.prove(names.weights_id, catalog.model(names.weights_id) if catalog else None)
-        if record is not None:
-            self._record(record)
-            tokenizer = self._source.tokenizer
-            kind = type(tokenizer.tokenizer).__name__
-            self._record(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
-        runtime.require_supported()
-        return runtime
-
-    def _persist(
-        self, names: _Names, job: Job, pack: plan.Pack, parts: Mapping[Need, Arrays], *, seconds: float
-    ) -> None:
-        """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
-        seconds_per_token = seconds / job.num_tokens(pack)
-        new = []
-        for segment in pack.segments:
-            num_tokens = len(job.input_ids[segment])
-            origin = Origin(
-                text=segment.string,
-                parents=segment.parent_ids,
-                start=segment.start,
-                weights_id=names.weights_id,
-                tokenizer_id=names.tokenizer_id,
-                num_tokens=num_tokens,
-                compute_seconds=num_tokens * seconds_per_token,
-                namespace=segment.namespace,
-                versions=job.runtime.versions,
-            )
-            new += [NewPart(names.key(segment, part), parts[segment, part], origin) for part in job.kept(segment)]
-        self.db.put(new)
-
-    def _discard(self, names: _Names, malformed: Iterable[Need]) -> None:
-        """Remove stored parts that are not of this model's shape, so that right ones can take their place."""
-        for segment, part in malformed:
-            self.db.discard(names.key(segment, part))
-
-    def _with_progress(self, job: Job) -> Iterator[plan.Pack]:
-        """Yield the packs behind a progress bar, which appears after a second, in a terminal."""
-        hidden = None if self._progress else True
-        with tqdm(
-            total=sum(map(job.num_tokens, job.packs)),
-            unit="tok",
-            desc="computing",
-            delay=1,
-            disable=hidden,
-            leave=False,
-        ) as bar:
-            for pack in job.packs:
-                yield pack
-                bar.update(job.num_tokens(pack))
-
-    def _count(self, found: Mapping[Need, Arrays], wanted: Wanted, computed: set[Segment]) -> None:
-        for segment in wanted:
-            if (segment, Part.SCORES) in found and segment not in computed:
-                self._num_cached_tokens += found[segment, Part.SCORES]["input_ids"].shape[0]
-
-    def _log_seams(self, missing: list[Segment]) -> None:
-        for seam in self._source.tokenizer.seams(missing):
-            if seam not in self._logged_seams:
-                self._logged_seams.add(seam)
-                logger.info(
-                    "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
-                )
 
     def _own(self, text: Text | str) -> Text:
         """Return a text that belongs to this model. Raises `PromptError` for an empty one, or another model's."""
@@ -409,48 +272,15 @@ class LanguageModel:
         if not isinstance(string, str) or not string:
             Text(string)  # says what is wrong
             return [string]
-        catalog = self.db.catalog
         key = hashlib.sha256(_CUTS + self.tokenizer_id + split.to_bytes(8, "big") + utf8(string)).digest()
-        cuts = catalog.cuts(key) if catalog else None
+        cuts = self._engine.remembered_cuts(key)
         if cuts is None:
             cuts = tuple(self._source.tokenizer.cuts(string, split))
-            if catalog and not self.db.readonly:
-                catalog.save_cuts(key, cuts)
+            self._engine.record(CutsRecord(key, cuts))
         return [string[first:last] for first, last in pairwise((0, *cuts, len(string)))]
-
-    def _record(self, record: ModelRecord | TokenizerRecord | Source) -> None:
-        """Note something in the catalog, best effort: everything in it can be found out again."""
-        try:
-            if self.db.catalog is not None and not self.db.readonly:
-                self.db.catalog.save(record)
-        except CatalogError as error:
-            logger.warning("the catalog missed a record: %s", error)
 
     def __repr__(self) -> str:
         return f"<LanguageModel {self._source.name}{'' if self.is_loaded else ' (not loaded)'} on {self.db!r}>"
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Addresses under one model and tokenizer, which must stay the same for the whole of a call."""
-
-    weights_id: WeightsId
-    tokenizer_id: TokenizerId
-
-    def address(self, segment: Segment) -> Address:
-        return address(segment.id, self.weights_id, self.tokenizer_id)
-
-    def key(self, segment: Segment, part: Part) -> Key:
-        return Key(self.address(segment), part)
-
-
-def _check_vocabulary(input_ids: Iterable[Sequence[int]], vocab_size: int) -> None:
-    largest = max(max(ids) for ids in input_ids)
-    if largest >= vocab_size:
-        raise ModelMismatch(
-            f"the tokenizer gives token id {largest}, the model reads ids below {vocab_size}",
-            hint="Use the tokenizer that belongs to the model.",
-        )
 
 
 _models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = weakref.WeakValueDictionary()

@@ -216,6 +216,10 @@ class Text:
             )
         return self._model
 
+    def on(self, model: Runner) -> Text:
+        """Return this text as one that runs on `model`; `PromptError` where it belongs to another."""
+        return self if self._model is model else Text("", model) + self
+
     def tips(self, namespace: str | None = None) -> tuple[Segment, ...]:
         """Return the segments that the text ends with: one, or several after parallel branches.
 
@@ -227,10 +231,10 @@ class Text:
         while (left := node._known_left(namespace)) is not None:
             spine.append(node)
             node = left
-        tips = node._place((), namespace)
+        tips = node.place((), namespace)
         for node in reversed(spine):
             assert isinstance(node._expression, _Concatenation)  # noqa: S101 - only these have a left
-            tips = node._expression.right._place(tips, namespace)
+            tips = node._expression.right.place(tips, namespace)
             node._tips = (namespace, tips)
         return tips
 
@@ -250,8 +254,8 @@ class Text:
         known = self._tips is not None and self._tips[0] == namespace
         return self._expression.left if isinstance(self._expression, _Concatenation) and not known else None
 
-    def _place(self, after: tuple[Segment, ...], namespace: str) -> tuple[Segment, ...]:
-        """Return the tips of this text placed directly after the segments `after`."""
+    def place(self, after: tuple[Segment, ...], namespace: str) -> tuple[Segment, ...]:
+        """Return the tips of this text placed directly after the segments `after`, the tips of another."""
         if not after and self._tips is not None and self._tips[0] == namespace:
             return self._tips[1]
         tips, forks = after, list[tuple[tuple[Segment, ...], list[Segment]]]()

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from backprompt_db.catalog import Catalog, ModelRecord, Row, Source, StoredPart, TokenizerRecord, Totals
+from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Row, Source, StoredPart, TokenizerRecord, Totals
 from backprompt_db.errors import CatalogError, PromptError
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, namespace_id
 from backprompt_db.representation import Origin, Part
@@ -248,7 +248,7 @@ def test_sources_and_cuts_are_remembered_until_they_change(catalog: Catalog) -> 
     for weights_id, cuts in ((WEIGHTS, (0, 10, 2**40)), (OTHER_WEIGHTS, ())):
         source = Source(key=key, name="org/model", weights_id=weights_id, tokenizer_id=TOKENIZER)
         catalog.save(source)
-        catalog.save_cuts(key, cuts)
+        catalog.save(CutsRecord(key, cuts))
         assert catalog.source(key) == source
         assert catalog.cuts(key) == cuts
 

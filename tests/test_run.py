@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import backprompt_db as bp
+from backprompt_db.keys import SegmentId
 from backprompt_db.text import Segment, Text
 
 from .conftest import plain_logprobs
@@ -19,13 +20,15 @@ from .conftest import plain_logprobs
 TOLERANCE = 1e-4
 
 
-def masked_logprobs(model: Any, segments: Sequence[Segment], ids: dict[bytes, list[int]]) -> dict[bytes, torch.Tensor]:
+def masked_logprobs(
+    model: Any, segments: Sequence[Segment], ids: dict[SegmentId, list[int]]
+) -> dict[SegmentId, torch.Tensor]:
     """The oracle for graphs: one pass, with a mask and position ids written from the definition, token by token.
 
     Returns the log-softmax after each token of each segment.
     """
-    visible: dict[bytes, set[bytes]] = {}
-    start: dict[bytes, int] = {}
+    visible: dict[SegmentId, set[SegmentId]] = {}
+    start: dict[SegmentId, int] = {}
     for s in segments:
         visible[s.id] = set().union(*(visible[p.id] | {p.id} for p in s.parents)) if s.parents else set()
         last = [start[p.id] + len(ids[p.id]) - 1 for p in s.parents]
@@ -51,7 +54,7 @@ def assert_equals_oracle(lm: bp.LanguageModel, text: Text, result: bp.ModelRepr)
     segments = text.segments()
     ids = {s.id: list(lm.tokenizer(s.string)["input_ids"]) for s in segments}
     expected = masked_logprobs(lm.model, segments, ids)
-    logprobs = iter(result.token_logprobs.split([len(ids[s.id]) for s in segments]))
+    logprobs = iter(torch.split(result.token_logprobs, [len(ids[s.id]) for s in segments]))
     for s in segments:
         actual = next(logprobs)
         rows = expected[s.id]

@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from backprompt_db.catalog import changes, migration, queries
 from backprompt_db.catalog.connection import Connections, catalog_errors
-from backprompt_db.catalog.records import ModelRecord, Row, Source, StoredPart, TokenizerRecord, Totals
+from backprompt_db.catalog.records import CutsRecord, ModelRecord, Row, Source, StoredPart, TokenizerRecord, Totals
 from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Tokenizer
 from backprompt_db.errors import CatalogError
 from backprompt_db.keys import Address, SegmentId, WeightsId
@@ -98,8 +98,8 @@ class Catalog:
         with self._connections.writing() as connection:
             changes.annotate(connection, addresses, label=label)
 
-    def save(self, record: ModelRecord | TokenizerRecord | Source) -> None:
-        """Save what is known of a model, a tokenizer or a model's files, over what was known before."""
+    def save(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
+        """Save what is known of a model, a tokenizer, a model's files or a long string, over what was known before."""
         with self._connections.writing() as connection:
             changes.replace(connection, _TABLES[type(record)], asdict(record))
 
@@ -130,11 +130,6 @@ class Catalog:
             statement = select(*SourceFiles.__table__.columns).where(SourceFiles.key == key)
             found = connection.execute(statement).mappings().one_or_none()
         return None if found is None else Source(**found)
-
-    def save_cuts(self, key: bytes, cuts: Sequence[int]) -> None:
-        """Remember at which offsets the long string behind `key` is cut into segments."""
-        with self._connections.writing() as connection:
-            changes.replace(connection, Cuts, {"key": key, "offsets": list(cuts)})
 
     def cuts(self, key: bytes) -> tuple[int, ...] | None:
         """Return at which offsets a long string is cut, `None` if that is unknown."""
@@ -183,7 +178,12 @@ class Catalog:
             yield from ((address, part) for address, parts in page for part in parts)
 
 
-_TABLES: dict[type, type[Base]] = {ModelRecord: Model, TokenizerRecord: Tokenizer, Source: SourceFiles}
+_TABLES: dict[type, type[Base]] = {
+    ModelRecord: Model,
+    TokenizerRecord: Tokenizer,
+    Source: SourceFiles,
+    CutsRecord: Cuts,
+}
 _MODELS = select(*Model.__table__.columns)
 _TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 

@@ -54,6 +54,15 @@ class TokenizerRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CutsRecord:
+    """Where one long string, known by a digest made elsewhere, is cut into segments."""
+
+    key: bytes
+    offsets: tuple[int, ...]
+    """Character offsets, ascending."""
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """The ids of a model whose files have not changed, so that they need not be digested again."""
 

@@ -1,1 +1,20 @@
 """The command line."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def main() -> None:
+    """Run the command line on the process's arguments, and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that lacks a character shows its escape; it must not cost the whole answer.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        from backprompt_db.cli.app import app
+
+        app(prog_name="backprompt-db")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,81 @@
+"""The commands, under their names, and what every one of them does about errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from backprompt_db.cli.demo import demo, demo_run
+from backprompt_db.cli.location import path
+from backprompt_db.cli.ls import ls
+from backprompt_db.cli.output import visible
+from backprompt_db.cli.repair import reindex, verify
+from backprompt_db.cli.show import show
+from backprompt_db.cli.stats import stats
+from backprompt_db.errors import BackpromptError
+
+ERROR = 2
+"""The exit code of a command that failed; `verify` exits with 1 for what it found."""
+
+
+class Commands(TyperGroup):
+    """The group of all commands: an error is one line and a hint, a closed pipe is nothing."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command and turn what the library raises into an exit code."""
+        try:
+            return super().invoke(ctx)
+        except BackpromptError as error:
+            typer.echo(f"error: {visible(error.message)}\nhint: {visible(error.hint)}", err=True)
+            raise typer.Exit(ERROR) from None
+        except BrokenPipeError:
+            # What is still buffered would fail once more when the interpreter exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(128 + signal.SIGPIPE) from None
+
+
+app = typer.Typer(
+    name="backprompt-db",
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+app.command("demo")(demo)
+app.command("demo-run", hidden=True)(demo_run)
+app.command("path")(path)
+app.command("stats")(stats)
+app.command("ls")(ls)
+app.command("show")(show)
+app.command("verify")(verify)
+app.command("reindex")(reindex)
+
+
+def _print_version(is_asked: bool) -> None:  # noqa: FBT001 - typer calls it
+    if is_asked:
+        from backprompt_db import __version__
+
+        typer.echo(f"backprompt-db {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def commands(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The database for prompt representations: look into it, verify it, mend it.
+
+    A representation is what a model computed for one segment of a prompt: scores, logits, keys and values.
+    The store holds representations; the catalog lists what the store holds and can always be rebuilt from it.
+
+    Exit codes: 0 done; 1 verify found problems; 2 an error, which is printed to stderr with a hint.
+    """

@@ -1,0 +1,54 @@
+"""Which directory a command works on."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from backprompt_db.database import Database
+
+DbOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--db",
+        metavar="DIR",
+        help="The database's directory. Without it: $BACKPROMPT_DB, else the user cache directory.",
+        show_default=False,
+    ),
+]
+
+
+def path(*, db: DbOption = None) -> None:
+    """Print the database's directory, whether or not there is one."""
+    # As bytes: a name that is no valid UTF-8 must come out as it is.
+    typer.echo(os.fsencode(directory_of(db)))
+
+
+def directory_of(db: Path | None) -> Path:
+    """Return the directory to work on, absolute."""
+    if db is None:
+        from backprompt_db.database import default_location
+
+        db = default_location()
+    return db.expanduser().absolute()
+
+
+@contextlib.contextmanager
+def open_quietly(db: Path | None) -> Iterator[Database]:
+    """Open an existing database; what it would log is in the command's own report."""
+    from backprompt_db.maintenance.existing import open_existing
+
+    logger, silence = logging.getLogger("backprompt_db"), logging.NullHandler()
+    logger.addHandler(silence)
+    try:
+        with open_existing(directory_of(db)) as database:
+            yield database
+    finally:
+        logger.removeHandler(silence)

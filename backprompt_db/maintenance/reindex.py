@@ -1,0 +1,160 @@
+"""Reindexing: making the catalog agree with the store, from which all of it can be derived."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import filelock
+
+from backprompt_db.database import Database
+from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
+from backprompt_db.maintenance.differences import Difference, differences
+from backprompt_db.maintenance.existing import CATALOG
+from backprompt_db.maintenance.inspection import inspect
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog, StoredPart
+    from backprompt_db.store.contract import Key, Store
+
+_LOCK = "reindex.lock"
+_PARTS_PER_TRANSACTION = 250
+_SIDE_FILES = ("", "-journal", "-wal", "-shm")
+"""A journal left behind would be played back into the new catalog."""
+
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+"""Failures that say nothing about the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reindexing:
+    """What a reindexing changed."""
+
+    num_added: int
+    """Parts that were in the store but not in the catalog."""
+    num_forgotten: int
+    """Parts that were in the catalog but not in the store."""
+    num_unreadable: int
+    """Parts in the store that cannot be used, and are not entered."""
+    moved_aside: Path | None
+    """Where a damaged catalog was moved to; None when the catalog could be kept."""
+
+
+def reindex(db: Database) -> Reindexing:
+    """Enter what the catalog lacks, forget what the store lacks; hits, pins and labels of the rest are kept.
+
+    A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names) is
+    lost. What is entered counts as created now. Memory does not grow with the size of the database.
+
+    Raises `StoreReadOnly` for a database that may not be written to, `StoreLocked` while another process reindexes it,
+    `CatalogTooNew` for a catalog of a newer version, and `CatalogError` when the catalog is locked or the disk full.
+    """
+    path = _writable_directory(db) / CATALOG
+    with _alone(path.parent):
+        try:
+            return _reconcile(db.store, path, moved_aside=None)
+        except CatalogError as error:
+            if not _is_damage(error):
+                raise
+        return _reconcile(db.store, path, moved_aside=_move_aside(path))
+
+
+def _writable_directory(db: Database) -> Path:
+    if db.directory is None:
+        raise CatalogError("a database in memory has no catalog", hint="Open a database in a directory.")
+    if db.readonly:
+        raise StoreReadOnly(f"{db.directory} may only be read", hint="Reindex it as a user who may write to it.")
+    return db.directory
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Keep a second process from moving aside what the first has just rebuilt."""
+    try:
+        with filelock.FileLock(directory / _LOCK, timeout=0):
+            yield
+    except filelock.Timeout:
+        raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
+
+
+def _reconcile(store: Store, path: Path, *, moved_aside: Path | None) -> Reindexing:
+    from backprompt_db.catalog import Catalog
+
+    num_added = num_forgotten = num_unreadable = 0
+    with Catalog.open(path) as catalog:
+        _check_integrity(path)
+        for batch in _batches(differences(store, catalog)):
+            added = _add(store, catalog, [key for key, is_stored in batch if is_stored])
+            forgotten = _forget(store, catalog, [key for key, is_stored in batch if not is_stored])
+            num_added += added
+            num_forgotten += forgotten
+            num_unreadable += sum(is_stored for _, is_stored in batch) - added
+    return Reindexing(num_added, num_forgotten, num_unreadable, moved_aside)
+
+
+def _add(store: Store, catalog: Catalog, keys: list[Key]) -> int:
+    parts = [part for part in (_stored_part(store, key) for key in keys) if part is not None]
+    catalog.record(parts, at=time.time())
+    return len(parts)
+
+
+def _stored_part(store: Store, key: Key) -> StoredPart | None:
+    from backprompt_db.catalog import StoredPart
+
+    found = inspect(store, key)
+    return None if found.origin is None else StoredPart(*key, found.nbytes, found.origin)
+
+
+def _forget(store: Store, catalog: Catalog, keys: list[Key]) -> int:
+    gone = [key for key in keys if not store.has(key)]
+    catalog.forget(gone)
+    return len(gone)
+
+
+def _batches(found: Iterable[Difference]) -> Iterator[list[Difference]]:
+    remaining = iter(found)
+    while batch := list(islice(remaining, _PARTS_PER_TRANSACTION)):
+        yield batch
+
+
+def _check_integrity(path: Path) -> None:
+    """Raise `CatalogError` for damage that the queries of a reindexing need not meet."""
+    from backprompt_db.catalog.connection import catalog_errors
+
+    with catalog_errors(path), contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        verdict = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise CatalogError(f"the catalog {path} is damaged: {verdict}", hint="Run `backprompt-db reindex`.")
+
+
+def _is_damage(error: CatalogError) -> bool:
+    cause = getattr(error.__cause__, "orig", None) or error.__cause__
+    if isinstance(error, CatalogTooNew) or isinstance(cause, OSError):
+        return False
+    # The low byte is the kind of error; the bytes above it say where in SQLite it arose.
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF not in _PASSING
+
+
+def _move_aside(path: Path) -> Path:
+    timestamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    aside = path.with_name(f"{path.name}.damaged-{timestamp}")
+    for suffix in _SIDE_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{suffix}").replace(f"{aside}{suffix}")
+    return aside

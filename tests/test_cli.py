@@ -1,0 +1,451 @@
+"""The command line: in this process where that is enough, as processes of their own where it is not."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+import backprompt_db as bp
+from backprompt_db.cli import main
+from backprompt_db.cli.app import app
+from backprompt_db.cli.output import age, duration, plain, size, visible
+from backprompt_db.keys import Address, TokenizerId, WeightsId
+from backprompt_db.maintenance import stats as stats_module
+from backprompt_db.representation import Array, Origin, Part
+from backprompt_db.store.contract import Blob, Key
+from backprompt_db.store.lmdb import LmdbStore
+from backprompt_db.writer import NewPart
+
+COMMANDS = ["demo", "path", "stats", "ls", "show", "verify", "reindex"]
+CONTROL = "a\x1b[31mred\x07 [bold]b[/bold] :smile: \u202ereversed\ttab"
+SQL = "'; DROP TABLE segments; -- % _ \\"
+LONG = "The quick brown fox jumps over the lazy dog. " * 5000
+
+STATS_FIELDS = [
+    "directory", "format", "fidelity", "created_at", "num_representations", "num_segments", "num_models", "num_tokens",
+    "nbytes", "file_nbytes", "num_hits", "saved_seconds", "catalog_problem",
+]  # fmt: skip
+ROW_FIELDS = [
+    "address", "segment_id", "weights_id", "tokenizer_id", "model_name", "namespace", "text", "start", "num_tokens",
+    "nbytes", "compute_seconds", "created_at", "last_used_at", "num_hits", "is_pinned", "label",
+]  # fmt: skip
+MODEL_FIELDS = [
+    "weights_id", "name", "architecture", "dtype", "num_layers", "num_kv_heads", "head_dim", "vocab_size",
+    "max_positions", "verdict", "mask_form", "max_error", "reason", "checked_with", "num_representations", "nbytes",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first test that needs it puts the database that each test gets a copy of."""
+    return tmp_path_factory.mktemp("original") / "db"
+
+
+@pytest.fixture
+def directory(original: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """The directory of a closed database that a test may damage."""
+    if not original.exists():
+        lm = request.getfixturevalue("lm")
+        run_prompts(lm)
+        lm.db.close()
+        lm.db.directory.rename(original)
+    return Path(shutil.copytree(original, tmp_path / "copy"))
+
+
+def run_prompts(lm: bp.LanguageModel) -> None:
+    """Five segments with difficult texts, under two models."""
+    context = lm.text("Pick the endpoint for the request.\n")
+    for request in ("Request: show me everyone", CONTROL, SQL):
+        lm(context + request)
+    lm.db.put([scores_of(LONG)])
+
+
+def scores_of(text: str) -> NewPart:
+    arrays = {
+        "input_ids": Array.from_numpy(np.ones(2, dtype=np.int32)),
+        "token_logprobs": Array.from_numpy(np.array([np.nan, -1.5], dtype=np.float32)),
+    }
+    origin = Origin(text, (), None, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 2, 0.5)
+    return NewPart(Key(origin.address, Part.SCORES), arrays, origin)
+
+
+def run(*arguments: str | Path, columns: int = 100) -> Result:
+    runner = CliRunner(env={"COLUMNS": str(columns), "TERM": "xterm"})
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def run_json(*arguments: str | Path) -> Any:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def run_process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options.pop("python", []), "-m", "backprompt_db", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def address_of(directory: Path, text: str) -> str:
+    [address] = [row["address"] for row in run_json("ls", "--db", directory) if row["text"] == text]
+    return str(address)
+
+
+class TestHelp:
+    def test_every_command_is_listed_but_the_hidden_one(self) -> None:
+        registered = {command.name for command in app.registered_commands if not command.hidden}
+        assert registered == set(COMMANDS)
+        text = run("--help").stdout
+        for command in COMMANDS:
+            assert re.search(rf"^\W*{command} ", text, re.MULTILINE)
+        assert "demo-run" not in text
+
+    @pytest.mark.parametrize("command", [*COMMANDS, "demo-run"])
+    def test_every_command_and_option_explains_itself(self, command: str) -> None:
+        result = run(command, "--help", columns=200)
+        assert result.exit_code == 0
+        options = [line for line in result.stdout.splitlines() if re.search(r"\s--[a-z]", line) and "│" in line]
+        assert options
+        assert all(re.search(r"[a-z]{3,}.*\.\s*(\[.*\]\s*)?│$", line) for line in options), options
+
+    def test_without_a_command_the_help_is_shown(self) -> None:
+        assert "Usage" in run().output
+
+    def test_the_version_is_the_packages(self) -> None:
+        assert run("--version").stdout == f"backprompt-db {bp.__version__}\n"
+
+
+class TestPath:
+    def test_it_is_the_option_the_variable_or_the_default(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("BACKPROMPT_DB", str(tmp_path / "from variable"))
+        assert run("path").stdout == f"{tmp_path / 'from variable'}\n"
+        assert run("path", "--db", tmp_path / "given").stdout == f"{tmp_path / 'given'}\n"
+        monkeypatch.delenv("BACKPROMPT_DB")
+        assert Path(run("path").stdout.strip()).name == "backprompt-db"
+
+    def test_a_name_that_is_not_utf8_comes_out_as_it_is(self, tmp_path: Path) -> None:
+        name = os.fsencode(tmp_path) + b"/\xff\xfe"
+        command = [os.fsencode(sys.executable), b"-m", b"backprompt_db", b"path", b"--db", name]
+        assert subprocess.run(command, capture_output=True, check=True).stdout == name + b"\n"
+
+
+class TestStats:
+    def test_the_json_has_its_fields(self, directory: Path) -> None:
+        found = run_json("stats", "--db", directory)
+        assert list(found) == STATS_FIELDS
+        assert list(found["nbytes"]) == ["scores", "logits", "kv"]
+        assert (found["num_representations"], found["num_models"], found["catalog_problem"]) == (5, 2, None)
+        assert found["directory"] == str(directory)
+
+    def test_people_get_the_same_numbers(self, directory: Path) -> None:
+        text = run("stats", "--db", directory).stdout
+        assert re.search(r"representations +5 ", text)
+        assert re.search(r"format +1, exact", text)
+        assert "KiB (scores" in text
+
+    def test_without_a_catalog_it_counts_and_says_so(self, directory: Path) -> None:
+        (directory / "catalog.sqlite").unlink()
+        found = run_json("stats", "--db", directory)
+        assert list(found) == STATS_FIELDS
+        assert (found["num_representations"], found["num_hits"]) == (5, None)
+        assert found["catalog_problem"]
+        assert "Counted in the store" in run("stats", "--db", directory).stdout
+        assert not (directory / "catalog.sqlite").exists()
+
+
+class TestLs:
+    def test_the_newest_come_first_and_the_limit_holds(self, directory: Path) -> None:
+        rows = run_json("ls", "--db", directory)
+        assert [list(row) for row in rows] == [ROW_FIELDS] * 5
+        assert [row["created_at"] for row in rows] == sorted((row["created_at"] for row in rows), reverse=True)
+        assert run_json("ls", "--db", directory, "--limit", "2") == rows[:2]
+        assert {row["text"] for row in rows} >= {CONTROL, SQL, LONG}
+
+    def test_nothing_that_a_terminal_obeys_is_printed(self, directory: Path) -> None:
+        text = run("ls", "--db", directory, columns=200).stdout
+        assert all(character.isprintable() for character in text.replace("\n", ""))
+        assert r"a\x1b[31mred\x07 [bold]b[/bold] :smile: \u202ereversed\ttab" in text
+        assert SQL in text
+
+    @pytest.mark.parametrize("columns", [30, 80, 200])
+    def test_lines_are_as_wide_as_the_terminal_at_most(self, directory: Path, columns: int) -> None:
+        lines = run("ls", "--db", directory, columns=columns).stdout.splitlines()
+        assert len(lines) == 6
+        assert max(map(len, lines)) <= columns
+
+    def test_short_addresses_are_those_that_show_takes(self, directory: Path) -> None:
+        short = run("ls", "--db", directory).stdout.splitlines()[1].split()[0]
+        assert len(run_json("show", short, "--db", directory)) == 1
+
+    def test_models_are_listed_with_what_checking_them_has_shown(self, directory: Path) -> None:
+        unchecked, checked = run_json("ls", "--models", "--db", directory)
+        assert list(checked) == list(unchecked) == MODEL_FIELDS
+        assert (unchecked["verdict"], unchecked["num_representations"]) == ("unchecked", 1)
+        assert (checked["architecture"], checked["num_representations"]) == ("GPT2LMHeadModel", 4)
+        text = run("ls", "--models", "--db", directory).stdout
+        assert f"{checked['max_error']:.1e}" in text
+        assert checked["verdict"] in text
+
+    def test_an_empty_catalog_lists_nothing(self, directory: Path) -> None:
+        for name in ("scores", "logits", "kv"):
+            with contextlib.closing(LmdbStore(directory / "store")) as store:
+                store.delete([key for key, _ in store.keys() if key.part is Part[name.upper()]])
+        run("reindex", "--db", directory)
+        assert run_json("ls", "--db", directory) == []
+        assert "no representations" in run("ls", "--db", directory).stdout
+
+    @pytest.mark.parametrize("arguments", [["ls"], ["ls", "--models"], ["show", "ab"]])
+    def test_a_missing_catalog_is_an_error_that_names_the_remedy(self, directory: Path, arguments: list[str]) -> None:
+        (directory / "catalog.sqlite").unlink()
+        result = run(*arguments, "--db", directory)
+        assert result.exit_code == 2
+        assert "reindex" in result.stderr
+        assert not (directory / "catalog.sqlite").exists()
+
+
+class TestShow:
+    def test_the_json_has_everything(self, directory: Path) -> None:
+        [found] = run_json("show", address_of(directory, "Pick the endpoint for the request.\n"), "--db", directory)
+        assert list(found) == [*ROW_FIELDS, "parents", "children", "parts", "tokens", "versions"]
+        assert (len(found["parents"]), len(found["children"])) == (0, 3)
+        assert [part["part"] for part in found["parts"]] == ["scores", "logits", "kv"]
+        assert found["parts"][2]["arrays"][0] == {
+            "name": "keys", "dtype": "F32", "shape": [3, 4, found["num_tokens"], 16],
+            "nbytes": 3 * 4 * found["num_tokens"] * 16 * 4,
+        }  # fmt: skip
+        assert len(found["tokens"]) == found["num_tokens"]
+        assert found["tokens"][0]["logprob"] is None
+        assert found["tokens"][1]["logprob"] < 0
+
+    def test_a_segment_id_will_do(self, directory: Path) -> None:
+        row = run_json("ls", "--db", directory)[0]
+        assert run_json("show", row["segment_id"][:16], "--db", directory)[0]["address"] == row["address"]
+
+    def test_people_see_the_same(self, directory: Path) -> None:
+        [found] = run_json("show", address_of(directory, "Request: show me everyone"), "--db", directory)
+        text = run("show", found["address"], "--db", directory).stdout
+        for expected in (found["address"], *found["parents"], "kv", "keys F32 [3, 4,", "Request: show me everyone"):
+            assert expected in text
+        assert f"{found['tokens'][1]['logprob']:.3f}" in text
+
+    def test_a_text_is_shown_in_full_but_not_obeyed(self, directory: Path) -> None:
+        assert LONG in run("show", address_of(directory, LONG), "--db", directory, columns=40).stdout
+        text = run("show", address_of(directory, CONTROL), "--db", directory).stdout
+        assert r"a\x1b[31mred\x07 [bold]b[/bold] :smile: \u202ereversed\ttab" in text
+        assert "\x1b" not in text
+
+    def test_a_prefix_of_several_shows_each(self, directory: Path) -> None:
+        rows = run_json("ls", "--db", directory)
+        ids = [(row["address"], row["segment_id"]) for row in rows]
+        for digit in "0123456789abcdef":
+            expected = {address for address, segment in ids if address[0] == digit or segment[0] == digit}
+            result = run("show", digit, "--json", "--db", directory)
+            found = json.loads(result.stdout) if expected else []
+            assert {one["address"] for one in found} == expected
+
+    @pytest.mark.parametrize("prefix", ["f" * 64, "xyz", "%", "a" * 65])
+    def test_what_is_not_there_is_an_error(self, directory: Path, prefix: str) -> None:
+        result = run("show", prefix, "--db", directory)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert re.fullmatch(r"error: .*\nhint: .*\n", result.stderr)
+
+
+class TestVerifyAndReindex:
+    def test_a_clean_database_exits_with_zero(self, directory: Path) -> None:
+        result = run("verify", "--db", directory)
+        assert result.exit_code == 0
+        assert "13 parts read" in result.stdout
+        assert run_json("verify", "--db", directory)["problems"] == []
+
+    def test_problems_are_listed_and_exit_with_one_until_they_are_mended(self, directory: Path) -> None:
+        foreign = "5a" * 32
+        with contextlib.closing(LmdbStore(directory / "store")) as store:
+            key = next(key for key, _ in store.keys())
+            blob = bytes(store.get(key) or b"")
+            store.delete([key])
+            store.put([Blob(Key(Address(bytes.fromhex(foreign)), key.part), blob)])
+        result = run("verify", "--db", directory, "--json")
+        found = json.loads(result.stdout)
+        assert result.exit_code == 1
+        assert list(found) == ["num_parts", "nbytes", "problems", "catalog_problem"]
+        assert [list(problem) for problem in found["problems"]] == [["address", "part", "kind", "detail"]] * 2
+        assert {(problem["kind"], problem["address"]) for problem in found["problems"]} == {
+            ("misplaced", foreign), ("missing", key.address.hex()),
+        }  # fmt: skip
+        result = run("verify", "--db", directory)
+        assert result.exit_code == 1
+        assert f"missing: kv of {key.address.hex()}" in result.stdout
+        assert run_json("reindex", "--db", directory) == {
+            "num_added": 0, "num_forgotten": 1, "num_unreadable": 0, "moved_aside": None,
+        }  # fmt: skip
+        assert run("verify", "--db", directory).exit_code == 0
+
+    def test_a_garbage_catalog_is_found_and_rebuilt(self, directory: Path) -> None:
+        before = run_json("stats", "--db", directory)
+        (directory / "catalog.sqlite").write_bytes(b"garbage" * 999)
+        result = run("verify", "--db", directory)
+        assert result.exit_code == 1
+        assert "catalog" in result.stdout
+        done = run("reindex", "--db", directory)
+        assert done.exit_code == 0
+        assert "catalog.sqlite.damaged-" in done.stdout
+        assert "13 parts added" in done.stdout
+        after = run_json("stats", "--db", directory)
+        for name in ("num_representations", "num_segments", "num_models", "num_tokens", "nbytes"):
+            assert after[name] == before[name]
+
+    def test_parts_that_cannot_be_used_are_mentioned(self, directory: Path) -> None:
+        with contextlib.closing(LmdbStore(directory / "store")) as store:
+            store.put([Blob(Key(Address(b"\x5a" * 32), Part.KV), b"not a part")])
+        assert "1 parts cannot be used" in run("reindex", "--db", directory).stdout
+
+    def test_a_terminal_gets_a_progress_bar(self, directory: Path) -> None:
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "backprompt_db", "verify", "--db", str(directory)]
+        environment = os.environ | {"TERM": "xterm"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True, env=environment)
+        os.close(theirs)
+        shown = os.read(ours, 1 << 16)
+        os.close(ours)
+        assert b"Verifying" in shown
+        assert b"13 parts read" in done.stdout
+
+
+class TestDemo:
+    def test_options_are_handed_on(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        calls = list[dict[str, object]]()
+
+        def record(**options: object) -> int:
+            calls.append(options)
+            return 7
+
+        fake = SimpleNamespace(run_demo=record, run_once=record)
+        monkeypatch.setitem(sys.modules, "backprompt_db.demo", fake)
+        assert run("demo").exit_code == 7
+        assert run("demo", "--model", "m", "--dir", tmp_path, "--requests", "3", "--sample", "0").exit_code == 7
+        assert run("demo-run", "--model", "m", "--dir", tmp_path).exit_code == 7
+        assert calls == [
+            {"model": "gpt2", "directory": None, "num_requests": None, "sample": 8},
+            {"model": "m", "directory": tmp_path, "num_requests": 3, "sample": 0},
+            {"model": "m", "directory": tmp_path, "num_requests": None},
+        ]
+
+
+class TestFailure:
+    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex"])
+    def test_a_directory_that_is_not_there_is_one_line_and_a_hint(self, tmp_path: Path, command: str) -> None:
+        done = run_process(*command.split(), "--db", tmp_path / "nothing")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"error: there is no database in .*\nhint: .*\n", done.stderr)
+        assert not (tmp_path / "nothing").exists()
+
+    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex"])
+    def test_a_directory_of_something_else_is_left_alone(self, tmp_path: Path, command: str) -> None:
+        (tmp_path / "thesis.tex").touch()
+        result = run(*command.split(), "--db", tmp_path)
+        assert result.exit_code == 2
+        assert "not a backprompt-db database" in result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_a_damaged_store_is_an_error_of_one_line(self, directory: Path) -> None:
+        (directory / "store" / "data.mdb").write_bytes(b"")
+        for command in ("verify", "reindex"):
+            result = run(command, "--db", directory)
+            assert result.exit_code == 2
+            assert re.fullmatch(r"error: .*\nhint: .*\n", result.stderr)
+
+    def test_an_error_is_one_line_whatever_the_directory_is_called(self, tmp_path: Path) -> None:
+        result = run("stats", "--db", tmp_path / "two\nlines\x1b[31m")
+        assert result.stderr.count("\n") == 2
+        assert "\x1b" not in result.stderr
+
+    def test_a_wrong_option_is_exit_code_two(self) -> None:
+        assert run("ls", "--limit", "0").exit_code == 2
+        assert run("unknown").exit_code == 2
+
+    def test_ctrl_c_is_exit_code_130(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(stats_module, "gather", interrupt)
+        assert run("stats", "--db", directory).exit_code == 130
+        monkeypatch.setitem(sys.modules, "backprompt_db.cli.app", SimpleNamespace(app=interrupt))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 130
+
+    @pytest.mark.parametrize("command", [["ls", "--json"], ["ls"], ["stats"], ["path"]])
+    def test_a_reader_that_stops_reading_is_no_error(self, directory: Path, command: list[str]) -> None:
+        ours, theirs = os.pipe()
+        os.close(ours)
+        arguments = [sys.executable, "-m", "backprompt_db", *command, "--db", str(directory)]
+        done = subprocess.run(arguments, stdout=theirs, stderr=subprocess.PIPE, check=False)
+        os.close(theirs)
+        assert done.stderr == b""
+        assert done.returncode == 141
+
+    def test_a_terminal_that_lacks_a_character_still_gets_the_answer(self, directory: Path) -> None:
+        done = run_process("ls", "--db", directory, env=os.environ | {"PYTHONIOENCODING": "latin-1", "COLUMNS": "100"})
+        assert done.returncode == 0
+        assert "\\u2026" in done.stdout
+
+    def test_output_that_is_no_terminal_has_no_colour(self, directory: Path) -> None:
+        for command in (["stats"], ["ls"], ["ls", "--models"], ["verify"], ["reindex"], ["--help"]):
+            options = [] if command == ["--help"] else ["--db", str(directory)]
+            assert "\x1b" not in run_process(*command, *options).stdout
+
+
+class TestImports:
+    @pytest.mark.parametrize(
+        "command", ["--help", "--version", "path", "stats", "ls", "ls --models", "show 0", "verify", "reindex"]
+    )
+    def test_no_command_but_the_demo_imports_torch(self, directory: Path, command: str) -> None:
+        arguments = command if command.startswith("--") else f"{command} --db {directory}"
+        done = run_process(*arguments.split(), python=["-X", "importtime"])
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+        assert "backprompt_db.cli.app" in imported
+        assert not imported & {"torch", "transformers", "tokenizers"}
+        if command in {"--help", "--version", "path", "stats"}:
+            assert "sqlalchemy" not in imported
+
+
+class TestFormats:
+    @pytest.mark.parametrize(
+        ("nbytes", "expected"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB")]
+    )
+    def test_sizes(self, nbytes: int, expected: str) -> None:
+        assert size(nbytes) == expected
+
+    @pytest.mark.parametrize(
+        ("seconds", "expected"),
+        [(0, "0 s"), (0.25, "0.25 s"), (90, "1 min 30 s"), (3725, "1 h 2 min"), (86400, "1 d"), (86405, "1 d")],
+    )
+    def test_durations(self, seconds: float, expected: str) -> None:
+        assert duration(seconds) == expected
+
+    def test_ages(self) -> None:
+        assert [age(moment, now=100_000.0) for moment in (None, 200_000.0, 99_999.0, 99_900.0, 5_000.0)] == [
+            "-", "0 s", "1 s", "1 min", "1 d",
+        ]  # fmt: skip
+
+    def test_what_json_lacks_becomes_what_it_has(self) -> None:
+        value = {Part.KV: (b"\xff", Path("/x"), float("nan"), float("inf"), 1.5, None, True)}
+        assert plain(value) == {"kv": ["ff", "/x", None, None, 1.5, None, True]}
+
+    def test_only_what_cannot_be_seen_is_escaped(self) -> None:
+        assert visible("déjà vu 漢字 🎉 \\ '") == "déjà vu 漢字 🎉 \\ '"
+        assert visible("\n\x00\x7f\ud800\u2028") == r"\n\x00\x7f\ud800\u2028"
