@@ -10,7 +10,10 @@ and shapes, and not one byte more. Nothing is allocated before it is checked.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +22,17 @@ import numpy as np
 import safetensors
 
 from backprompt_db.errors import BackpromptError, BlobFormat, FormatTooNew
-from backprompt_db.keys import SegmentId, TokenizerId, WeightsId
+from backprompt_db.keys import ID_NBYTES, SegmentId, TokenizerId, WeightsId
 from backprompt_db.representation import FORMAT, ITEMSIZE, Array, Arrays, Origin, Part
 
 _HEADER_LENGTH = struct.Struct("<Q")
-_MAX_HEADER_NBYTES = 1 << 28
-_MAX_DIMENSIONS = 4
+_MAX_HEADER_NBYTES = 1 << 26
+_MAX_HEADER_STRINGS = 13
+"""Quotes in a header: three of the metadata and five of each of two arrays."""
+_MAX_STRUCTURE_NBYTES = 1024
+"""What a header may have outside its strings."""
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_MAX_ARRAY_NBYTES = 1 << 62
 _METADATA_KEY = "backprompt-db"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _RUST_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
@@ -43,7 +51,10 @@ def encode(part: Part, arrays: Arrays, origin: Origin) -> bytes:
     specs = {name: _spec(array) for name, array in arrays.items()}
     metadata = json.dumps(_origin_to_json(part, origin), ensure_ascii=False, separators=(",", ":"))
     # safetensors copies from the addresses in `specs`; `arrays` keeps what they point to alive.
-    return bytes(safetensors.serialize(specs, {_METADATA_KEY: metadata}))
+    blob = bytes(safetensors.serialize(specs, {_METADATA_KEY: metadata}))
+    if _HEADER_LENGTH.unpack_from(blob)[0] > _MAX_HEADER_NBYTES:
+        raise BlobFormat("the text of a part is too long to be stored", hint="Divide it: concatenate shorter texts.")
+    return blob
 
 
 def decode(part: Part, blob: memoryview) -> Arrays:
@@ -66,15 +77,17 @@ def decode_origin(blob: memoryview) -> tuple[Part, Origin]:
     """Return which part a blob is and what it was computed from. Raises `BlobFormat` or `FormatTooNew`."""
     header, _ = _split(blob)
     try:
-        fields = json.loads(header["__metadata__"][_METADATA_KEY])
+        fields = _parse(header["__metadata__"][_METADATA_KEY])
+        if type(fields["format"]) is not int or fields["format"] < 1:
+            raise ValueError("it has no format version")  # noqa: TRY301 - one place turns each into BlobFormat
         if fields["format"] > FORMAT:
             raise FormatTooNew(
                 f"the part has format {fields['format']}, this version reads up to {FORMAT}",
                 hint="Upgrade backprompt-db.",
             )
         return Part[fields["part"].upper()], _origin_from_json(fields)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise _malformed(f"its metadata cannot be read ({error!r})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise _malformed(f"its metadata cannot be read ({error!r:.200})") from None
 
 
 def _spec(array: Array) -> safetensors.TensorSpec:
@@ -92,13 +105,37 @@ def _split(blob: memoryview) -> tuple[dict[str, Any], memoryview]:
     begin = _HEADER_LENGTH.size
     if header_nbytes > min(_MAX_HEADER_NBYTES, blob.nbytes - begin):
         raise _malformed(f"its header claims {header_nbytes} bytes")
-    try:
-        header = json.loads(bytes(blob[begin : begin + header_nbytes]))
-    except (ValueError, RecursionError):
-        raise _malformed("its header is not JSON") from None
+    raw = bytes(blob[begin : begin + header_nbytes])
+    # Python's objects take 20 times the bytes of `[[],[],...`, so what is parsed is counted first.
+    strings = [
+        match.end() - match.start() for match in itertools.islice(_STRING.finditer(raw), _MAX_HEADER_STRINGS + 1)
+    ]
+    if len(strings) > _MAX_HEADER_STRINGS or len(raw) - sum(strings) > _MAX_STRUCTURE_NBYTES:
+        raise _malformed("its header has more than two arrays and one entry of metadata")
+    header = _parse(raw)
     if not isinstance(header, dict):
         raise _malformed("its header is not a JSON object")
     return header, blob[begin + header_nbytes :]
+
+
+def _parse(raw: bytes | str) -> Any:
+    """Parse JSON as the standard has it: no NaN, no infinity, and no name twice in one object."""
+    try:
+        text = raw.decode() if isinstance(raw, bytes) else raw  # json.loads would guess UTF-16 and UTF-32 too
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"it has something that is not JSON ({type(error).__name__})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name appears twice")
+    return fields
+
+
+def _not_a_number(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _begin(entry: object) -> int:
@@ -112,15 +149,14 @@ def _array(name: str, entry: dict[str, Any], data: memoryview, *, begin: int) ->
     first, end = entry["data_offsets"]
     dtype, shape = entry.get("dtype"), entry.get("shape")
     if first != begin or not begin <= end <= data.nbytes:
-        raise _malformed(f"{name} claims bytes {first} to {end}, expected from {begin} within {data.nbytes}")
+        raise _malformed(f"{name} does not have the bytes from {begin} on, within {data.nbytes}")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise _malformed(f"{name} has dtype {dtype!r}")
-    if (
-        not isinstance(shape, list)
-        or len(shape) > _MAX_DIMENSIONS
-        or not all(type(size) is int and size >= 0 for size in shape)
-    ):
-        raise _malformed(f"{name} has shape {shape!r}")
+        raise _malformed(f"{name} has a dtype that parts do not have")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise _malformed(f"{name} has no shape")
+    # Sizes beside a zero are checked too: no library could make a view of such an array.
+    if ITEMSIZE[dtype] * math.prod(max(size, 1) for size in shape) > _MAX_ARRAY_NBYTES:
+        raise _malformed(f"{name} is too large")
     try:
         return Array(dtype, tuple(shape), data[begin:end]), end
     except BackpromptError as error:
@@ -158,16 +194,35 @@ def _origin_to_json(part: Part, origin: Origin) -> dict[str, Any]:
 
 def _origin_from_json(fields: dict[str, Any]) -> Origin:
     return Origin(
-        text=str(fields["text"]),
-        parents=tuple(SegmentId(bytes.fromhex(parent)) for parent in fields["parents"]),
-        start=None if fields["start"] is None else int(fields["start"]),
-        weights_id=WeightsId(bytes.fromhex(fields["weights_id"])),
-        tokenizer_id=TokenizerId(bytes.fromhex(fields["tokenizer_id"])),
-        num_tokens=int(fields["num_tokens"]),
+        text=_text(fields["text"]),
+        parents=tuple(SegmentId(_id(parent)) for parent in fields["parents"]),
+        start=None if fields["start"] is None else _count(fields["start"]),
+        weights_id=WeightsId(_id(fields["weights_id"])),
+        tokenizer_id=TokenizerId(_id(fields["tokenizer_id"])),
+        num_tokens=_count(fields["num_tokens"]),
         compute_seconds=float(fields["compute_seconds"]),
-        namespace=str(fields["namespace"]),
-        versions={str(name): str(version) for name, version in fields["versions"].items()},
+        namespace=_text(fields["namespace"]),
+        versions={name: _text(version) for name, version in fields["versions"].items()},
     )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is not a string")
+    value.encode()  # a lone surrogate has no address
+    return value
+
+
+def _id(value: str) -> bytes:
+    if len(found := bytes.fromhex(value)) != ID_NBYTES:
+        raise ValueError("an id is not 32 bytes")
+    return found
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a position or a number of tokens is not one")
+    return value
 
 
 def _malformed(reason: str) -> BlobFormat:

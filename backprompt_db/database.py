@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import threading
 import time
 import weakref
 from collections import Counter
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import filelock
 import platformdirs
 
-from backprompt_db.catalog import Catalog
 from backprompt_db.codec import decode
 from backprompt_db.errors import BlobFormat, CatalogError, FormatTooNew, StoreClosed, StoreError, UnsafeLocation
 from backprompt_db.keys import Address
@@ -27,6 +28,9 @@ from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
 from backprompt_db.writer import NewPart, Writer
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +75,7 @@ class Database:
         self.store = store
         self._writer = Writer(store, lambda: self.catalog)
         self._is_closed = False
+        self._closing = threading.Lock()
         self._num_hits = self._num_misses = self._num_read_failures = self._num_malformed = 0
         self._uses: Counter[Address] = Counter()
         _open_databases.add(self)
@@ -80,6 +85,8 @@ class Database:
         """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
         if self.directory is None:
             return None
+        from backprompt_db.catalog import Catalog
+
         try:
             return Catalog.open(self.directory / _CATALOG, readonly=self.readonly)
         except CatalogError as error:
@@ -117,8 +124,12 @@ class Database:
         """Remove a stored part that turned out to be unusable, and count it as quarantined."""
         self._num_malformed += 1
         logger.warning("quarantined the %s part of %s", key.part.name.lower(), key.address.hex())
-        if not self.readonly:
+        if self.readonly:
+            return
+        try:
             self.store.delete([key])
+        except StoreError as error:
+            self._read_failed(error)
 
     def flush(self) -> None:
         """Wait until everything that was put is on disk. Raises the first `StoreError` since the last flush."""
@@ -127,15 +138,23 @@ class Database:
         self._record_uses()
 
     def close(self) -> None:
-        """Write what is queued and release the files. Closing twice is allowed."""
-        if self._is_closed:
+        """Write what is queued and release the files. Closing twice is allowed.
+
+        With `strict`, raises the first failure to write since the last flush, after everything was released.
+        """
+        if not self._closing.acquire(blocking=False):  # never released: of several callers one closes
             return
         self._is_closed = True
-        self._writer.close()
-        self._record_uses()
-        if self.catalog is not None:
-            self.catalog.close()
-        self.store.close()
+        try:
+            self._writer.close()
+            self._record_uses()
+        finally:
+            catalog = vars(self).get("catalog")  # one that nothing needed is not opened now
+            if catalog is not None:
+                catalog.close()
+            self.store.close()
+        if self.strict:
+            self._writer.flush()
 
     @property
     def counters(self) -> Counters:
@@ -237,7 +256,7 @@ def _create(directory: Path) -> None:
     """Make an empty database; when several processes try at once, one does and the others wait for it."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with filelock.FileLock(directory / _LOCK):
+        with filelock.FileLock(directory / _LOCK, mode=0o600):
             if read_manifest(directory) is None:
                 LmdbStore.create(directory / _STORE).close()
                 write_manifest(directory, Manifest())
@@ -254,4 +273,16 @@ _open_databases: weakref.WeakSet[Database] = weakref.WeakSet()
 def _close_all() -> None:
     """At interpreter exit, wait for every queue: what was computed is not lost."""
     for database in list(_open_databases):
-        database.close()
+        try:
+            database.close()
+        except Exception:
+            logger.exception("%r could not be closed", database)
+
+
+def _after_fork_in_child() -> None:
+    # What the parent used is the parent's to record.
+    for database in list(_open_databases):
+        database._uses = Counter()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -42,7 +42,7 @@ def segment_id(string: str, *, parents: Iterable[SegmentId] = (), start: int | N
 
     Raises `InvalidText` for a lone surrogate and `PromptError` for a start outside `[0, 2**63)`.
     """
-    if start is not None and not 0 <= start <= _MAX_START:
+    if start is not None and not (isinstance(start, int) and 0 <= start <= _MAX_START):
         raise PromptError(f"start={start} is not a position id", hint="Give a start of 0 or more.")
     ascending = sorted(set(parents))
     text = utf8(string)

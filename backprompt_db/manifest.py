@@ -49,16 +49,15 @@ def read_manifest(directory: Path) -> Manifest | None:
     version wrote, `FormatError` for a manifest that cannot be read.
     """
     try:
-        fields = json.loads((directory / NAME).read_text(encoding="utf-8"))
-        return _from_json(fields, directory)
-    except FileNotFoundError:
-        _check_unused(directory)
-        return None
+        content = _read(directory)
+        return None if content is None else _from_json(json.loads(content), directory)
     except NotADirectoryError:
         raise UnsafeLocation(f"{directory} is a file", hint="Give a directory for the database.") from None
     except PermissionError:
         raise StoreReadOnly(f"{directory} cannot be read", hint="Ask its owner for permission to read it.") from None
-    except (ValueError, TypeError) as error:
+    except OSError as error:
+        raise UnsafeLocation(f"{directory} cannot be read: {error}", hint="Give another directory.") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise FormatError(f"{directory / NAME} cannot be read ({error})", hint="Restore it from a backup.") from None
 
 
@@ -68,8 +67,24 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     _write(directory / NAME, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
+def _read(directory: Path) -> bytes | None:
+    """Return the bytes of the manifest; None where no database is, `UnsafeLocation` where something else is."""
+    try:
+        return (directory / NAME).read_bytes()
+    except FileNotFoundError:
+        names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    if NAME in names:  # another process has just finished it
+        return (directory / NAME).read_bytes()
+    if not all(name.startswith(_UNFINISHED) for name in names):
+        raise UnsafeLocation(
+            f"{directory} holds files but no {NAME}: it is not a backprompt-db database",
+            hint="Give an empty or a new directory.",
+        )
+    return None
+
+
 def _from_json(fields: Any, directory: Path) -> Manifest:
-    if not isinstance(fields, dict) or not isinstance(fields.get("format"), int):
+    if not isinstance(fields, dict) or type(fields.get("format")) is not int or fields["format"] < 1:
         raise ValueError("it has no format version")
     if fields["format"] > FORMAT:
         raise FormatTooNew(
@@ -78,20 +93,13 @@ def _from_json(fields: Any, directory: Path) -> Manifest:
         )
     known = {name: value for name, value in fields.items() if name in Manifest.__dataclass_fields__}
     manifest = Manifest(**known)
-    if manifest.fidelity != "exact" or manifest.digest != "xxh3-128" or manifest.lmdb["chunk_nbytes"] != CHUNK_NBYTES:
+    geometry = {"generation": manifest.lmdb["generation"], "chunk_nbytes": manifest.lmdb["chunk_nbytes"]}
+    if (manifest.fidelity, manifest.digest, geometry) != ("exact", "xxh3-128", Manifest().lmdb):
         raise FormatTooNew(
             f"{directory} uses {manifest.fidelity}, {manifest.digest}, {manifest.lmdb}, unknown to this version",
             hint="Upgrade backprompt-db, or use another directory.",
         )
     return manifest
-
-
-def _check_unused(directory: Path) -> None:
-    if directory.is_dir() and any(not path.name.startswith(_UNFINISHED) for path in directory.iterdir()):
-        raise UnsafeLocation(
-            f"{directory} holds files but no {NAME}: it is not a backprompt-db database",
-            hint="Give an empty or a new directory.",
-        )
 
 
 def _write(path: Path, content: str) -> None:
@@ -101,3 +109,8 @@ def _write(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     Path(temporary).replace(path)
+    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)

@@ -83,8 +83,11 @@ class LanguageModel:
             str(name_or_path), arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None
         )
         lm._build(source, database, deterministic=deterministic, progress=progress)
-        if key and known is None:
-            lm._engine.record(Source(key, source.name, *source.ids))
+        if known is None:
+            ids = source.ids  # loads the model, and downloads it if need be
+            key = key or source_key(source.name, arguments)
+            if key:
+                lm._engine.record(Source(key, source.name, *ids))
         return lm
 
     def _build(self, source: ModelSource, db: Database | None, *, deterministic: bool, progress: bool) -> None:

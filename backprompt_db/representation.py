@@ -70,9 +70,11 @@ class Array:
 
     @classmethod
     def from_numpy(cls, array: npt.NDArray[np.float32] | npt.NDArray[np.int32]) -> Array:
-        """Wrap a NumPy array of a dtype that parts may hold; contiguous input is not copied."""
-        dtype = {code: name for name, code in _NUMPY_DTYPE.items()}[array.dtype.newbyteorder("<").str]
-        return cls(dtype, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        """Wrap a NumPy array of a dtype that parts may hold; contiguous little-endian input is not copied."""
+        little = array.dtype.newbyteorder("<")
+        dtype = {code: name for name, code in _NUMPY_DTYPE.items()}[little.str]
+        flat = np.ascontiguousarray(array, dtype=little).reshape(-1)
+        return cls(dtype, array.shape, flat.view(np.uint8).data)
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> Array:
@@ -177,7 +179,7 @@ class ModelRepr:
 
         return torch.cat([scores["token_logprobs"].torch() for scores in self.scores])
 
-    @property
+    @cached_property
     def logits(self) -> torch.Tensor:
         """[vocab_size]: the logits after the last token."""
         if self.last_logits is None:
@@ -185,7 +187,8 @@ class ModelRepr:
                 "a text that ends in parallel branches has no last token",
                 hint="Append the text that follows the branches, then run it.",
             )
-        return self.last_logits.torch()
+        # A copy: the array itself may still be queued for writing.
+        return self.last_logits.torch().clone()
 
     @cached_property
     def past_key_values(self) -> Any:

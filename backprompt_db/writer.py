@@ -6,14 +6,18 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from backprompt_db.catalog import Catalog, StoredPart
 from backprompt_db.codec import encode
-from backprompt_db.errors import BackpromptError, CatalogError
+from backprompt_db.errors import BackpromptError, StoreClosed
 from backprompt_db.representation import Arrays, Origin
 from backprompt_db.store.contract import Blob, Key, Store
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog
 
 logger = logging.getLogger(__name__)
 
@@ -51,70 +55,91 @@ class Writer:
         self.num_stored_nbytes = 0
         self.num_failed = 0
         self._reset()
+        _writers.add(self)
 
     def _reset(self) -> None:
-        self._pid = os.getpid()
+        """Begin with nothing queued. A child process does too: what its parent had queued is the parent's to write."""
         self._changed = threading.Condition()
         self._queue: dict[Key, NewPart] = {}
         self._queued_nbytes = 0
+        self._num_queued = 0
+        self._num_done = 0
         self._failure: BackpromptError | None = None
         self._thread: threading.Thread | None = None
         self._is_closing = False
 
     def get(self, key: Key) -> Arrays | None:
         """Return the arrays of a part that is still queued; None for any other."""
-        part = self._queue.get(key) if self._pid == os.getpid() else None
+        part = self._queue.get(key)
         return None if part is None else part.arrays
 
     def put(self, parts: Sequence[NewPart]) -> None:
-        """Queue parts; waits while more than `MAX_QUEUED_NBYTES` are queued. Their arrays must not change any more."""
-        self._after_fork()
+        """Queue parts; waits while more than `MAX_QUEUED_NBYTES` are queued. Their arrays must not change any more.
+
+        Raises `StoreClosed` after `close`.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._queued_nbytes <= MAX_QUEUED_NBYTES)
+            self._changed.wait_for(lambda: self._queued_nbytes <= MAX_QUEUED_NBYTES or self._is_closing)
+            if self._is_closing:
+                raise StoreClosed("the database was closed", hint="Open it again with backprompt_db.open(...).")
             for part in parts:
                 if part.key not in self._queue:
                     self._queue[part.key] = part
                     self._queued_nbytes += part.nbytes
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="backprompt-db writer", daemon=True)
-                self._thread.start()
+                    self._num_queued += 1
             self._changed.notify_all()
+            has_thread = self._thread is not None or self._start_thread()
+        if not has_thread:
+            self._run_once()
 
     def flush(self) -> None:
-        """Wait until everything queued is stored. Raises the first failure since the last flush."""
-        self._after_fork()
+        """Wait until everything queued by now is stored. Raises the first failure since the last flush."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue)
+            goal = self._num_queued
+            self._changed.wait_for(lambda: self._num_done >= goal)
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
 
     def close(self) -> None:
         """Store what is queued and end the thread."""
-        self._after_fork()
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
 
-    def _after_fork(self) -> None:
-        # The parent's thread does not exist in a child, and what it had queued is the parent's to write.
-        if self._pid != os.getpid():
-            self._reset()
+    def _start_thread(self) -> bool:
+        thread = threading.Thread(target=self._run, name="backprompt-db writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: a limit was reached, or the interpreter is shutting down
+            return False
+        self._thread = thread
+        return True
 
     def _run(self) -> None:
-        while group := self._next_group():
+        while self._run_once():
+            pass
+
+    def _run_once(self) -> bool:
+        """Store the next group; False when there is none and there will be none."""
+        group = self._next_group()
+        try:
             self._store_group(group)
+        finally:
             with self._changed:
                 for part in group:
-                    del self._queue[part.key]
-                    self._queued_nbytes -= part.nbytes
+                    # Without a thread, several callers may have stored the same group.
+                    if self._queue.pop(part.key, None) is not None:
+                        self._queued_nbytes -= part.nbytes
+                        self._num_done += 1
                 self._changed.notify_all()
+        return bool(group)
 
     def _next_group(self) -> list[NewPart]:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._is_closing)
+            self._changed.wait_for(lambda: self._queue or self._is_closing or self._thread is None)
             group, nbytes = list[NewPart](), 0
             for part in self._queue.values():
                 if group and nbytes + part.nbytes > _GROUP_NBYTES:
@@ -124,26 +149,34 @@ class Writer:
             return group
 
     def _store_group(self, group: list[NewPart]) -> None:
+        blobs = [blob for part in group if (blob := self._encode(part)) is not None]
         try:
-            blobs = [Blob(part.key, encode(part.key.part, part.arrays, part.origin)) for part in group]
-            new = set(self._store.put(blobs))
+            new = set(self._store.put(blobs)) if blobs else set()
         except Exception as error:  # noqa: BLE001 - a failing cache never fails the computation
-            self._fail(error, len(group))
+            self._fail(error, len(blobs))
             return
         self.num_stored += len(new)
         sizes = {blob.key: len(blob.data) for blob in blobs if blob.key in new}
         self.num_stored_nbytes += sum(sizes.values())
-        stored = [StoredPart(*part.key, sizes[part.key], part.origin) for part in group if part.key in new]
-        self._record(stored)
+        self._record(group, sizes)
 
-    def _record(self, stored: list[StoredPart]) -> None:
-        catalog = self._catalog() if stored else None
-        if catalog is None:
-            return
+    def _encode(self, part: NewPart) -> Blob | None:
         try:
-            catalog.record(stored, at=time.time())
-        except CatalogError as error:
-            logger.warning("the catalog missed %d parts (`backprompt-db reindex` adds them): %s", len(stored), error)
+            return Blob(part.key, encode(part.key.part, part.arrays, part.origin))
+        except Exception as error:  # noqa: BLE001 - one part that has no blob must not cost the others of its group
+            self._fail(error, 1)
+            return None
+
+    def _record(self, group: list[NewPart], sizes: dict[Key, int]) -> None:
+        parts = [part for part in group if part.key in sizes]
+        try:
+            if parts and (catalog := self._catalog()) is not None:
+                from backprompt_db.catalog import StoredPart
+
+                stored = [StoredPart(*part.key, sizes[part.key], part.origin) for part in parts]
+                catalog.record(stored, at=time.time())
+        except Exception as error:  # noqa: BLE001 - no hit needs the catalog, and the thread must live on
+            logger.warning("the catalog missed %d parts (`backprompt-db reindex` adds them): %s", len(parts), error)
 
     def _fail(self, error: Exception, num_parts: int) -> None:
         if not isinstance(error, BackpromptError):
@@ -152,3 +185,15 @@ class Writer:
             logger.warning("parts could not be stored, computation goes on: %s", error)
         self.num_failed += num_parts
         self._failure = self._failure or error
+
+
+_writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    # The parent's thread does not exist here, and one of its threads may have held a writer's lock.
+    for writer in list(_writers):
+        writer._reset()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -66,9 +66,9 @@ def test_a_partial_hit_loads_the_model_and_continues(
 ) -> None:
     run_in_a_process(tmp_path / "db", model_directory)
     lm = bp.LanguageModel.from_pretrained(str(model_directory), db=open_db(tmp_path / "db"))
-    assert not lm.is_loaded
+    loaded_before = lm.is_loaded
     result = (lm.text("The quick brown fox", split=3) + " jumps over" + " the lazy dog")()
-    assert lm.is_loaded
+    assert (loaded_before, lm.is_loaded) == (False, True)
     with torch.no_grad():
         plain = lm.model(result.input_ids[None]).logits[0, -1]
     assert torch.allclose(result.logits, plain, atol=1e-4)

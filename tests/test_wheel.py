@@ -1,4 +1,4 @@
-"""The wheel holds all that it needs: built, installed in an empty environment, a catalog upgraded with its migrations."""
+"""The wheel holds all that it needs: installed in an empty environment, it upgrades a catalog with its migrations."""
 
 from __future__ import annotations
 

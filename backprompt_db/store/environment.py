@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lmdb
 
-from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
+from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked, UnsafeLocation
 from backprompt_db.store.faults import store_errors
 
 LMDB_GENERATION = 0
@@ -26,6 +26,7 @@ MAX_READERS = 2048
 _MAP_NBYTES = 1 << 40
 _MIN_MAP_NBYTES = 1 << 28
 _FILE_MODE = 0o600
+_FORK_SECONDS = 10
 
 _META = struct.Struct("<16x II 16x I 92x QQ".replace(" ", ""))
 """Of a meta page: skip the page header; magic, version; skip address and map size; page size; skip two tree roots; last
@@ -43,6 +44,9 @@ class Environment:
         self.num_users = 0
         self._idle = threading.Condition()
         self._num_active = 0
+        self._file = (0, 0)
+        self._num_gates = 0
+        self._was_forked_in_use = False
         self._env: lmdb.Environment | None = self._open()
         self._pid = os.getpid()
 
@@ -60,21 +64,36 @@ class Environment:
     def close(self) -> None:
         """Close the environment when no transaction is running."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._num_active)
-            if self._env is not None:
+            self._wait_until_idle()
+            if self._env is not None and not self._was_forked_in_use:
                 self._env.close()
             self._env = None
 
-    def forget_forked(self) -> None:
-        """In a child process: let go of the parent's environment; the next transaction opens the child's own."""
+    def before_fork(self) -> None:
+        """Wait until no transaction is running, and let none begin.
+
+        A child that closed an environment in use would give up its parent's reader slots, and wait for threads that it
+        does not have. The wait is bounded: a write may wait for another process, and a signal handler may fork inside
+        a transaction of its own thread.
+        """
+        self._idle.acquire()
+        self._wait_until_idle(timeout=_FORK_SECONDS)
+
+    def after_fork_in_parent(self) -> None:
+        """Let transactions begin again."""
+        self._idle.release()
+
+    def after_fork_in_child(self) -> None:
+        """Let go of the parent's environment; the next transaction opens the child's own."""
         self._idle = threading.Condition()
-        self._num_active = 0
-        if self._env is not None:
+        self._was_forked_in_use = self._was_forked_in_use or self._num_active > 0
+        self._num_active = self._num_gates = 0
+        if self._env is not None and not self._was_forked_in_use:
             self._env.close()
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
         while True:
-            env = self._enter()
+            env = self._enter(write=write)
             try:
                 return env.begin(write=write, buffers=True)
             except lmdb.MapResizedError:
@@ -88,12 +107,23 @@ class Environment:
                 self._leave()
                 raise
 
-    def _enter(self) -> lmdb.Environment:
+    def _enter(self, *, write: bool) -> lmdb.Environment:
         with self._idle:
+            self._idle.wait_for(lambda: not self._num_gates)
             if self._env is None:
                 raise StoreClosed(f"the store in {self.directory} was closed", hint="Open the database again.")
+            if self._was_forked_in_use:
+                raise StoreLocked(
+                    f"this process was forked while another thread used {self.directory}",
+                    hint="Open the database in the child by starting it with multiprocessing's spawn method.",
+                )
             if self._pid != os.getpid():
                 self._env, self._pid = self._open(), os.getpid()
+            if write and self._file != _identity(self.directory, is_new=False):
+                raise StoreCorrupt(
+                    f"the store in {self.directory} was replaced while it was open",
+                    hint="Close every handle of this database in this process, then open it again.",
+                )
             self._num_active += 1
             return self._env
 
@@ -105,12 +135,20 @@ class Environment:
     def _adopt_map_size(self, env: lmdb.Environment) -> None:
         """Another process enlarged the map: take its size over as soon as no transaction of ours is running."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._num_active)
+            self._wait_until_idle()
             env.set_mapsize(0)
+
+    def _wait_until_idle(self, *, timeout: float | None = None) -> None:
+        """Wait until no transaction is running; none begins until the caller lets go of the condition."""
+        self._num_gates += 1  # without it, busy threads would take turns and never all be idle
+        self._idle.wait_for(lambda: not self._num_active, timeout)
+        self._num_gates -= 1
+        self._idle.notify_all()
 
     def _open(self) -> lmdb.Environment:
         with store_errors(self.directory):
             env = self._open_largest_map()
+            self._file = _identity(self.directory, is_new=True)
             if not self.readonly:
                 env.reader_check()
             return env
@@ -128,7 +166,7 @@ class Environment:
 
     def _open_map(self, map_nbytes: int) -> lmdb.Environment:
         return lmdb.Environment(
-            str(self.directory),
+            os.fsencode(self.directory),
             map_size=map_nbytes,
             readonly=self.readonly,
             lock=not self.readonly or os.access(self.directory / "lock.mdb", os.W_OK),
@@ -152,6 +190,8 @@ def create_files(directory: Path) -> None:
     """Make the directory and an empty environment in it, private to the user whatever the umask."""
     with store_errors(directory):
         directory.mkdir(mode=0o700, exist_ok=True)
+        if directory.is_symlink():
+            raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
         directory.chmod(0o700)
         for name in ("data.mdb", "lock.mdb"):
             descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
@@ -166,6 +206,7 @@ def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False)
     Raises `StoreCorrupt` for files that are missing, empty or shorter than they claim (unless `is_new`): LMDB would
     map them all the same, and the first read of a missing page would kill the process.
     """
+    directory = directory.absolute()
     with _lock:
         with store_errors(directory):
             identity = _identity(directory, is_new=is_new)
@@ -233,11 +274,22 @@ def _missing(directory: Path) -> StoreCorrupt:
     )
 
 
-def _after_fork_in_child() -> None:
-    global _lock  # noqa: PLW0603 - the lock may have been held by a thread that does not exist here
-    _lock = threading.RLock()
+def _before_fork() -> None:
+    _lock.acquire()
     for environment in _environments.values():
-        environment.forget_forked()
+        environment.before_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+def _after_fork_in_parent() -> None:
+    for environment in _environments.values():
+        environment.after_fork_in_parent()
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    for environment in _environments.values():
+        environment.after_fork_in_child()
+    _lock.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import lmdb
 
-from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreReadOnly
+from backprompt_db.errors import (
+    StoreClosed,
+    StoreCorrupt,
+    StoreError,
+    StoreFull,
+    StoreLocked,
+    StoreReadOnly,
+    UnsafeLocation,
+)
 
 _RESTORE = "Restore the file from a backup, or delete the database directory: it will be computed again."
 _FREE_SPACE = "Free some space; computation goes on without storing."
@@ -38,6 +47,7 @@ _BY_ERRNO: dict[int, tuple[type[StoreError], str]] = {
     errno.EACCES: (StoreReadOnly, "Ask the owner of the directory for write permission."),
     errno.EPERM: (StoreReadOnly, "Ask the owner of the directory for write permission."),
     errno.EROFS: (StoreReadOnly, "The filesystem is mounted read-only; use a directory elsewhere."),
+    errno.ELOOP: (UnsafeLocation, "Delete the symbolic link, or give another directory."),
     errno.EAGAIN: (StoreLocked, "Another process holds the store; try again."),
     errno.EBUSY: (StoreLocked, "Another process holds the store; try again."),
 }
@@ -60,13 +70,25 @@ def as_store_error(error: Exception, path: Path) -> StoreError:
     kind: type[StoreError]
     if "closed/deleted" in str(error):
         kind, hint = StoreClosed, "Open the database again."
+    elif "already open in this process" in str(error):
+        kind, hint = StoreLocked, "Close every handle of the store that was there before, then open it again."
     elif type(error) in _BY_CLASS:
         kind, hint = _BY_CLASS[type(error)]
     elif code == errno.EIO and _is_nearly_full(path):
         kind, hint = StoreFull, _FREE_SPACE
+    elif code == errno.EIO and _is_at_size_limit(path):
+        kind, hint = _BY_ERRNO[errno.EFBIG]
     else:
         kind, hint = _BY_ERRNO.get(code or 0, (StoreError, "Run `backprompt-db verify` on the directory."))
     return kind(f"{path}: {error}", hint=hint)
+
+
+def _is_at_size_limit(path: Path) -> bool:
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        return limit != resource.RLIM_INFINITY and (path / "data.mdb").stat().st_size > limit - _NEARLY_FULL_NBYTES
+    except OSError:
+        return False
 
 
 def _is_nearly_full(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class LmdbStore:
         self.directory = directory
         self.readonly = readonly
         self.num_quarantined = 0
+        self._closing = threading.Lock()
         self._environment: Environment | None = shared_environment(directory, readonly=readonly)
 
     @classmethod
@@ -70,8 +72,9 @@ class LmdbStore:
 
     def delete(self, keys: Iterable[Key]) -> int:
         """Remove blobs in one transaction; return how many there were."""
+        gone = list(keys)  # before the transaction: they may come from `keys()`
         with self._writable().transaction(write=True) as transaction:
-            return sum(_delete(transaction, key) for key in keys)
+            return sum(_delete(transaction, key) for key in gone)
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """Yield every key and its blob's size, ascending, in short transactions."""
@@ -86,6 +89,8 @@ class LmdbStore:
 
     def close(self) -> None:
         """Release the store's files; the last handle of the process closes them."""
+        if not self._closing.acquire(blocking=False):  # never released: of several callers one closes
+            return
         environment, self._environment = self._environment, None
         if environment is not None:
             release(environment)

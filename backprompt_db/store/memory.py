@@ -31,15 +31,19 @@ class MemoryStore:
         """Store the blobs whose keys are free, all at once; return those keys."""
         with self._lock:
             stored = self._open_blobs()
-            new = [blob for blob in {blob.key: blob for blob in reversed(blobs)}.values() if blob.key not in stored]
+            new: dict[Key, bytes] = {}
+            for key, blob in blobs:
+                if key not in stored:
+                    new.setdefault(key, bytes(blob))
             stored.update(new)
-        return [blob.key for blob in reversed(new)]
+        return list(new)
 
     def delete(self, keys: Iterable[Key]) -> int:
         """Remove blobs; return how many there were."""
+        gone = set(keys)  # before the lock: they may come from `keys()`
         with self._lock:
             stored = self._open_blobs()
-            return sum(stored.pop(key, None) is not None for key in set(keys))
+            return sum(stored.pop(key, None) is not None for key in gone)
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """Yield every key and its blob's size in bytes, ascending."""
