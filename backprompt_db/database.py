@@ -9,12 +9,12 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import filelock
 import platformdirs
@@ -30,9 +30,11 @@ from backprompt_db.store.memory import MemoryStore
 from backprompt_db.writer import NewPart, Writer
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Source, TokenizerRecord
 
 logger = logging.getLogger(__name__)
+
+_Recalled = TypeVar("_Recalled")
 
 MEMORY = ":memory:"
 """The location of a database that is kept in memory and leaves nothing behind."""
@@ -92,6 +94,22 @@ class Database:
         except CatalogError as error:
             logger.warning("working without the catalog: %s", error)
             return None
+
+    def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
+        """Return what `read` finds in the catalog; None where that is nothing, or the catalog cannot be read."""
+        try:
+            return read(self.catalog) if self.catalog is not None else None
+        except CatalogError as error:
+            logger.warning("the catalog cannot be read: %s", error)
+            return None
+
+    def note(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
+        """Save something in the catalog, best effort: all that is in it can be found out again."""
+        try:
+            if self.catalog is not None and not self.readonly:
+                self.catalog.save(record)
+        except CatalogError as error:
+            logger.warning("the catalog missed a record: %s", error)
 
     def fetch(self, wanted: Mapping[Address, Iterable[Part]]) -> dict[Key, Arrays]:
         """Return the wanted parts that are there. Every array is a copy of its own; a miss is absent."""

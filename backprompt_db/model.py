@@ -78,7 +78,7 @@ class LanguageModel:
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
         key = source_key(str(name_or_path), arguments)
-        known = database.catalog.source(key) if key and database.catalog else None
+        known = database.recall(lambda catalog: catalog.source(key or b""))
         source = PretrainedModel(
             str(name_or_path), arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None
         )
@@ -87,7 +87,7 @@ class LanguageModel:
             ids = source.ids  # loads the model, and downloads it if need be
             key = key or source_key(source.name, arguments)
             if key:
-                lm._engine.record(Source(key, source.name, *ids))
+                database.note(Source(key, source.name, *ids))
         return lm
 
     def _build(self, source: ModelSource, db: Database | None, *, deterministic: bool, progress: bool) -> None:
@@ -276,10 +276,10 @@ class LanguageModel:
             Text(string)  # says what is wrong
             return [string]
         key = hashlib.sha256(_CUTS + self.tokenizer_id + split.to_bytes(8, "big") + utf8(string)).digest()
-        cuts = self._engine.remembered_cuts(key)
+        cuts = self.db.recall(lambda catalog: catalog.cuts(key))
         if cuts is None:
             cuts = tuple(self._source.tokenizer.cuts(string, split))
-            self._engine.record(CutsRecord(key, cuts))
+            self.db.note(CutsRecord(key, cuts))
         return [string[first:last] for first, last in pairwise((0, *cuts, len(string)))]
 
     def __repr__(self) -> str:

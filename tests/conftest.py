@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import backprompt_db as bp
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # the models are tiny; threads that wait for each other on a busy machine are not
 
 VOCAB_SIZE = 600
 CORPUS = [

@@ -246,3 +246,23 @@ def test_a_running_text_with_a_seam_logs_it_once(lm: bp.LanguageModel, caplog: p
         (lm.text("the endpo") + "int for the request")()
         (lm.text("the endpo") + "int for the request" + ".")()
     assert sum("seam" in record.message for record in caplog.records) == 1
+
+
+def test_a_part_computed_again_with_another_one_is_returned_as_it_is_stored(lm: bp.LanguageModel) -> None:
+    prompt = lm.text("Request: list users") + "\nEndpoint:"
+    first = prompt()
+    lm.db.flush()
+    lm.db.store.delete([key_of(lm, segment, part) for segment in prompt.segments() for part in (Part.LOGITS, Part.KV)])
+    _, again = lm(["another prompt", prompt])
+    assert again.num_computed_tokens > 0
+    assert torch.equal(again.token_logprobs[1:], first.token_logprobs[1:])
+
+
+def test_a_damaged_catalog_fails_no_computation(lm: bp.LanguageModel) -> None:
+    lm("The quick brown fox")
+    lm.db.flush()
+    assert lm.db.directory is not None
+    (lm.db.directory / "catalog.sqlite").write_bytes(b"garbage" * 1000)
+    result = (lm.text("The quick brown fox") + " jumps")()
+    assert result.num_computed_tokens > 0
+    assert lm.text("The quick brown fox jumps over the lazy dog", split=3).segments()

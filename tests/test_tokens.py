@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -96,6 +96,10 @@ def test_a_short_string_is_not_cut(lm: bp.LanguageModel) -> None:
 def test_a_tokenizer_that_rewrites_what_it_wraps_is_refused(tokenizer: Any) -> None:
     class Rewriting:
         is_fast = False
+        special_tokens_map: ClassVar[dict[str, str]] = {}
+
+        def __len__(self) -> int:
+            return 5
 
         def __call__(self, text: str | list[str], *, add_special_tokens: bool, **_: object) -> dict[str, Any]:
             ids = [1, 2, 3] if add_special_tokens else [4]
@@ -105,3 +109,18 @@ def test_a_tokenizer_that_rewrites_what_it_wraps_is_refused(tokenizer: Any) -> N
         SegmentTokenizer(Rewriting())
     with pytest.raises(bp.errors.PromptError, match="split"):
         bp.LanguageModel.text(object.__new__(bp.LanguageModel), "text", split=0)
+
+
+def test_a_tokenizer_that_is_changed_in_place_is_another_key(
+    gpt2: Any, tokenizer: Any, make_lm: Callable[..., bp.LanguageModel], db: bp.Database
+) -> None:
+    from copy import deepcopy
+
+    from tokenizers import normalizers
+
+    lm = bp.LanguageModel(gpt2, deepcopy(tokenizer), db=db)
+    before = lm("The Quick Brown Fox")
+    lm.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    after = lm("The Quick Brown Fox")
+    assert after.num_cached_tokens == 0
+    assert after.input_ids.tolist() == tokenizer("the quick brown fox")["input_ids"] != before.input_ids.tolist()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from backprompt_db.catalog import TokenizerRecord
 from backprompt_db.compute import plan
 from backprompt_db.compute.job import Job, Need, Wanted
-from backprompt_db.errors import CatalogError, ModelMismatch
+from backprompt_db.errors import ModelMismatch
 from backprompt_db.keys import Address, TokenizerId, WeightsId, address
 from backprompt_db.representation import Arrays, Origin, Part
 from backprompt_db.store.contract import Key
@@ -20,7 +20,6 @@ from backprompt_db.text import Seam, Segment, ancestry
 from backprompt_db.writer import NewPart
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import CutsRecord, ModelRecord, Source
     from backprompt_db.compute.runtime import Runtime
     from backprompt_db.compute.source import ModelSource
     from backprompt_db.database import Database
@@ -65,7 +64,7 @@ class Engine:
                     break
                 parts, seconds = job.compute(pack, found)
                 self._persist(names, job, pack, parts, seconds=seconds)
-                found.update({need: part for need, part in parts.items() if job.is_used(need)})
+                found.update({need: part for need, part in parts.items() if need not in found and job.is_used(need)})
                 job.release(pack, found)
                 computed.update(pack.segments)
                 self.num_computed_tokens += job.num_tokens(pack)
@@ -104,13 +103,12 @@ class Engine:
                 f"{self._source.name} is not the model that was recorded for its files",
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
-        catalog = self._db.catalog
-        record = runtime.prove(names.weights_id, catalog.model(names.weights_id) if catalog else None)
+        record = runtime.prove(names.weights_id, self._db.recall(lambda catalog: catalog.model(names.weights_id)))
         if record is not None:
-            self.record(record)
+            self._db.note(record)
             tokenizer = self._source.tokenizer
             kind = type(tokenizer.tokenizer).__name__
-            self.record(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
+            self._db.note(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
         runtime.require_supported()
         return runtime
 
@@ -168,22 +166,6 @@ class Engine:
                 logger.info(
                     "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
                 )
-
-    def remembered_cuts(self, key: bytes) -> tuple[int, ...] | None:
-        """Return where the string behind `key` is cut, if the catalog remembers."""
-        try:
-            return self._db.catalog.cuts(key) if self._db.catalog is not None else None
-        except CatalogError as error:
-            logger.warning("the catalog cannot be read: %s", error)
-            return None
-
-    def record(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
-        """Note something in the catalog, best effort: everything in it can be found out again."""
-        try:
-            if self._db.catalog is not None and not self._db.readonly:
-                self._db.catalog.save(record)
-        except CatalogError as error:
-            logger.warning("the catalog missed a record: %s", error)
 
 
 @dataclass(frozen=True, slots=True)

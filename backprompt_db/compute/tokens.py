@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 from backprompt_db.errors import InvalidText, UnsupportedModel
@@ -26,14 +25,24 @@ class SegmentTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.start_ids = start_ids(tokenizer)
+        self._learn(_signature(tokenizer))
+
+    def _learn(self, signature: object) -> None:
+        self._signature = signature
+        self.start_ids = start_ids(self.tokenizer)
+        self._id: TokenizerId | None = None
         self._remembered: dict[SegmentId, list[int]] = {}
         self._num_remembered_tokens = 0
 
-    @cached_property
+    @property
     def id(self) -> TokenizerId:
-        """The tokenizer id. Taken once: a tokenizer that is changed after it was wrapped must be wrapped again."""
-        return tokenizer_id(self.tokenizer, self.start_ids)
+        """The tokenizer id of the tokenizer as it is now; serialised again only when it has changed."""
+        signature = _signature(self.tokenizer)
+        if signature != self._signature:
+            self._learn(signature)
+        if self._id is None:
+            self._id = tokenizer_id(self.tokenizer, self.start_ids)
+        return self._id
 
     def encode(self, segments: Iterable[Segment]) -> dict[Segment, list[int]]:
         """Return the token ids of each segment; a segment without parents begins with the start tokens.
@@ -154,6 +163,16 @@ def tokenizer_id(tokenizer: Any, start_ids: Iterable[int]) -> TokenizerId:
         facts["tokenizer"] = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _probe(tokenizer)]
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     return TokenizerId(hashlib.sha256(_TOKENIZER + text.encode()).digest())
+
+
+def _signature(tokenizer: Any) -> object:
+    """What changes when a tokenizer is changed in place, short of its vocabulary's size staying the same."""
+    parts: list[object] = [len(tokenizer), sorted(map(str, tokenizer.special_tokens_map.items()))]
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer
+        steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
+        parts += [None if step is None else step.__getstate__() for step in steps]
+    return [*parts, bool(getattr(tokenizer, "split_special_tokens", False))]
 
 
 def _probe(tokenizer: Any) -> list[int]:
