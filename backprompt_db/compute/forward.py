@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 
 from backprompt_db.compute.kvcache import KVBuffer, KVShape, assemble
 from backprompt_db.compute.plan import Pack, attention_mask, token_offsets
+from backprompt_db.errors import UnsupportedModel
 from backprompt_db.representation import Array, Arrays, Part
 from backprompt_db.text import Segment
 
@@ -56,7 +57,13 @@ def compute_pack(
     places = np.concatenate([starts[segment] + np.arange(num_tokens[segment]) for segment in pack.segments])
     num_context = sum(num_tokens[segment] for segment in pack.context)
     buffer = assemble(shape, context, capacity=num_context + len(ids), device=model.device)
-    logits = forward(model, ids, places, attention_mask(pack, num_tokens), cache=buffer.cache(), form=form)
+    cache = buffer.cache()
+    logits = forward(model, ids, places, attention_mask(pack, num_tokens), cache=cache, form=form)
+    if len(logits) != len(ids) or not buffer.is_filled_by(cache):
+        raise UnsupportedModel(
+            f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
+            hint="Run it with transformers directly; nothing of this pass was stored.",
+        )
     logprobs = _token_logprobs(logits, ids, pack, num_tokens, predictions)
     parts: dict[tuple[Segment, Part], Arrays] = {}
     for begin, segment in token_offsets(pack, num_tokens):
@@ -87,8 +94,13 @@ def forward(
         tensors["attention_mask"] = _mask_tensor(mask, form, model)
     with evaluation(model):
         output = model(**tensors, past_key_values=cache, use_cache=True)
-    logits: torch.Tensor = output.logits[0]
-    return logits
+    return logits_of(output)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits [N, vocab_size] of a model's output, which a configuration may turn into a plain tuple."""
+    logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits[0]
 
 
 @contextmanager

@@ -84,6 +84,13 @@ class KVBuffer:
         ]
         return cache
 
+    def is_filled_by(self, cache: Cache) -> bool:
+        """Whether a pass over `cache` has filled the whole buffer, and kept its keys and values nowhere else."""
+        shape = self.keys.shape[1:]
+        starts = [(keys.data_ptr(), values.data_ptr()) for keys, values in zip(self.keys, self.values, strict=True)]
+        layers = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        return layers == starts and all(layer.keys.shape == shape for layer in cache.layers)
+
     def slice(self, begin: int, end: int) -> Arrays:
         """Return a copy of the keys and values of tokens `begin` to `end`, as they are stored."""
         return {
@@ -100,9 +107,9 @@ def assemble(shape: KVShape, parts: Sequence[Arrays], *, capacity: int, device: 
     return buffer
 
 
-def shape_of(cache: Cache) -> KVShape | str:
+def shape_of(cache: Any, *, num_tokens: int) -> KVShape | str:
     """Return the shape of the keys and values in a cache that a model filled, or why it has no single one."""
-    layers = list(cache.layers)
+    layers = list(getattr(cache, "layers", ()))
     if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
         return "its state is not made of keys and values alone (state space, linear attention or none)"
     shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype) for layer in layers}
@@ -111,4 +118,6 @@ def shape_of(cache: Cache) -> KVShape | str:
     (keys, values, dtype) = shapes.pop()
     if len(keys) != 4 or keys[:3] != values[:3]:
         return f"its keys have shape {list(keys)} and its values {list(values)}"
+    if keys[2] != num_tokens:
+        return f"it keeps {keys[2]} keys for {num_tokens} tokens (a prompt of its own, or a cache that forgets)"
     return KVShape(len(layers), keys[1], keys[3], values[3], dtype)

@@ -15,8 +15,9 @@ from backprompt_db.catalog import ModelRecord
 from backprompt_db.compute.fingerprint import ModelIdentity
 from backprompt_db.compute.forward import MaskForm, compute_pack
 from backprompt_db.compute.kvcache import KVShape
+from backprompt_db.compute.limits import max_positions
 from backprompt_db.compute.plan import Pack
-from backprompt_db.compute.selfcheck import Verdict, examine, max_positions, probe_shape, recorded
+from backprompt_db.compute.selfcheck import CHECK_VERSION, Verdict, examine, probe_shape, recorded
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.keys import WeightsId
 from backprompt_db.representation import Array, Arrays, Part
@@ -31,7 +32,8 @@ class Runtime:
         self.name = name
         self.num_calls = 0
         self._identity = ModelIdentity(model)
-        self._proven: WeightsId | None = None
+        self._proven: tuple[WeightsId, str] | None = None
+        self._max_positions: int | None = None
         self._verdict = Verdict(None, None, "it was never checked")
 
     @classmethod
@@ -56,8 +58,8 @@ class Runtime:
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions the model has; None where it has no limit."""
-        return max_positions(self.model)
+        """How many positions a prompt may have, None where there is no limit; known once the model is proven."""
+        return self._max_positions
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +72,7 @@ class Runtime:
         """How many token ids the model can read."""
         return int(self.model.get_input_embeddings().num_embeddings)
 
-    @property
+    @cached_property
     def versions(self) -> dict[str, str]:
         """Versions that may change the last bits of a number."""
         return {"torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version()}
@@ -80,13 +82,14 @@ class Runtime:
 
         Returns the record to keep when a self-check was made, else None.
         """
-        if self._proven == weights_id:
+        if self._proven == (weights_id, self._checked_with):
             return None
         verdict = None
         if known is not None and known.checked_with == self._checked_with:
             verdict = recorded(known.verdict, known.mask_form, max_error=known.max_error, reason=known.reason)
-        self._verdict = verdict or self._examine()
-        self._proven = weights_id
+        self._verdict = verdict or self._examine(weights_id)
+        self._max_positions = max_positions(self.model) if self._verdict.form else None
+        self._proven = weights_id, self._checked_with
         return None if verdict else self._record(weights_id, self._verdict)
 
     def require_supported(self) -> MaskForm:
@@ -123,11 +126,11 @@ class Runtime:
             predictions=predictions, produce=produce,
         )  # fmt: skip
 
-    def _examine(self) -> Verdict:
-        try:
-            return examine(self.model, self.shape)
-        except UnsupportedModel as error:
-            return Verdict(None, None, error.message)
+    def _examine(self, weights_id: WeightsId) -> Verdict:
+        verdict = examine(self.model)
+        if verdict.form and self.weights_id != weights_id:
+            return Verdict(None, None, "running it changes its weights, its buffers or its attributes")
+        return verdict
 
     def _record(self, weights_id: WeightsId, verdict: Verdict) -> ModelRecord:
         shape = self.shape if verdict.form else None
@@ -150,8 +153,11 @@ class Runtime:
 
     @property
     def _checked_with(self) -> str:
-        attention = getattr(self.model.config, "_attn_implementation", None)
-        return f"torch {torch.__version__}, transformers {transformers.__version__}, {attention} attention"
+        config = self.model.config
+        attention = {str(getattr(each, "_attn_implementation", None)) for each in (config, config.get_text_config())}
+        kinds = "/".join(sorted(attention))
+        libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        return f"check {CHECK_VERSION}, {libraries}, {kinds} attention"
 
 
 def _require_plain_chain(

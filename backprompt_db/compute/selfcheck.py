@@ -1,17 +1,16 @@
 """How a model proves itself: its packs against plain forward passes, before anything of it is stored.
 
 There is no list of supported models. A small random tree is computed in packs, as every prompt will be, and compared
-with one plain forward pass per branch: log-probabilities, and the keys and values of every layer. The same quantities
-computed with a wrong mask show how much the model reacts at all; an error that is not far below that reaction proves
-nothing. What a short check cannot see is read from the configuration: windows longer than the check, rotary scalings
-that change with the total length.
+with one plain forward pass per branch: log-probabilities, and the keys and values of every layer. How much the last
+token of a branch reacts to other tokens before it says how large an error of the mask would be: an error that is not
+far below that reaction proves nothing. What a short check cannot see is read from the configuration (`limits`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,22 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import DynamicCache
 
-from backprompt_db.compute.forward import MaskForm, compute_pack, evaluation
+from backprompt_db.compute.forward import MaskForm, compute_pack, evaluation, logits_of
 from backprompt_db.compute.kvcache import KVShape, shape_of
+from backprompt_db.compute.limits import checked_window, is_index_dependent, max_positions, refusal
 from backprompt_db.compute.plan import packs, positions
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.text import Segment, Text, ancestry
 
-_MAX_CHECKED_WINDOW = 1024
-_MAX_ERROR_OF_REACTION = 0.05
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.2}
-"""Largest error of a log-probability, and of keys and values in units of their standard deviation, times ten."""
+CHECK_VERSION = 1
+"""Raised when the check sees more than before: verdicts of an older one are made again."""
+
+_MAX_ERROR_OF_REACTION = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Largest error in units of the reaction. Rounding stays far below; a wrong mask or position is of the order of 1."""
+
+_MIN_REACTION = 1e-4
+"""A model that reacts less to what precedes a token cannot prove anything."""
 
 _KV_WEIGHT = 0.1
 _ALL = frozenset(Part)
@@ -56,10 +60,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Tree:
-    """Segments with random tokens, and the branches that a plain forward pass can compute."""
+    """Segments with random tokens, and the branches that a plain pass can compute; the first ends with a lone token."""
 
     input_ids: dict[Segment, list[int]]
     branches: list[list[Segment]]
+    vocab_size: int
 
     @property
     def segments(self) -> list[Segment]:
@@ -71,128 +76,117 @@ class _Tree:
 
 
 def probe_shape(model: Any) -> KVShape:
-    """Return the shape of the model's keys and values, from one pass over one token.
+    """Return the shape of the model's keys and values, from one pass over two tokens.
 
     Raises `UnsupportedModel` for a model whose state is something else.
     """
     try:
-        shape = shape_of(_plain_pass(model, [0])[1])
+        logits, cache = _plain_pass(model, [0, 0])
+        shape = shape_of(cache, num_tokens=2) if len(logits) == 2 else "its logits are not one row per token"
     except Exception as error:
-        raise UnsupportedModel(
-            f"{type(model).__name__} does not run on a transformers cache ({_one_line(error)})",
-            hint="Only decoder-only models that fill a transformers Cache can be used.",
-        ) from error
+        raise _unsupported(f"it does not run on a cache of keys and values ({_one_line(error)})") from error
     if isinstance(shape, str):
-        raise UnsupportedModel(
-            f"{type(model).__name__} cannot be cached by segments: {shape}",
-            hint="Only decoder-only attention models can be used.",
-        )
+        raise _unsupported(shape)
     return shape
 
 
-def examine(model: Any, shape: KVShape) -> Verdict:
+def _unsupported(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(reason, hint="Only decoder-only models that fill a transformers Cache can be used.")
+
+
+def examine(model: Any) -> Verdict:
     """Return how `model` may be computed: in packs, in chains, or not at all."""
-    reason = _refusal(model)
+    reason = refusal(model)
     if reason:
         return Verdict(None, None, reason)
-    window = attention_window(model)
-    if window is not None and window > _MAX_CHECKED_WINDOW:
-        return Verdict(None, None, f"it attends to a window of {window:,} tokens, longer than a check can prove")
-    failures: list[str] = []
-    forms = [MaskForm.BOOLEAN, MaskForm.ADDITIVE, MaskForm.CAUSAL] if window is None else [MaskForm.CAUSAL]
-    for form in forms:
-        tree = _chain(model, window or 0) if form is MaskForm.CAUSAL else _branching(model)
-        error, failure = _attempt(model, shape, form, tree)
-        if failure is None:
-            return Verdict(form, error, f"packs are wrong: {failures[-1]}" if failures and form is forms[-1] else None)
-        failures.append(f"{form.value} mask: {failure}")
-    return Verdict(None, None, "; ".join(failures))
-
-
-def attention_window(model: Any) -> int | None:
-    """Return the shortest attention window of any layer, None where every layer sees the whole context."""
-    config = model.config.get_text_config()
-    windows = [
-        getattr(layer, "sliding_window", None) or 1
-        for layer in DynamicCache(config=config).layers
-        if getattr(layer, "is_sliding", False)
-    ]
-    if "local" in str(getattr(config, "attention_layers", "")):
-        windows.append(config.window_size)
-    longest = max_positions(model)
-    windows = [int(window) for window in windows if longest is None or window < longest]
-    return min(windows, default=None)
-
-
-def max_positions(model: Any) -> int | None:
-    """Return how many positions the model has; None where it has no limit."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-    return int(limit) if isinstance(limit, int) and limit > 0 else None
-
-
-def _refusal(model: Any) -> str | None:
-    config = model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder"
-    scalings = _rope_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None))
-    changing = sorted({"dynamic", "longrope"} & set(scalings))
-    if changing:
-        return f"its {changing[0]} rotary scaling changes with the total length, so a prefix is not what it was"
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1:
-        return f"its weights are on several devices ({', '.join(sorted(map(str, devices)))})"
-    return None
-
-
-def _rope_types(parameters: Any) -> Iterator[str]:
-    if isinstance(parameters, dict):
-        yield str(parameters.get("rope_type") or parameters.get("type"))
-        for value in parameters.values():
-            yield from _rope_types(value)
+    try:
+        shape = probe_shape(model)
+    except UnsupportedModel as unsupported:
+        return Verdict(None, None, unsupported.message)
+    window = checked_window(model)
+    failures = []
+    if window is None and not is_index_dependent(model):
+        proof = _Proof(model, shape, _branching(model))
+        for form in (MaskForm.BOOLEAN, MaskForm.ADDITIVE):
+            error, failure = proof.attempt(form)
+            if failure is None:
+                return Verdict(form, error, None)
+            failures.append(f"{form.value} mask: {failure}")
+    error, failure = _Proof(model, shape, _chain(model, window or 0)).attempt(MaskForm.CAUSAL)
+    if failure is None:
+        why = f"its attention window of {window:,} tokens" if window else "; ".join(failures) or "token counts enter it"
+        return Verdict(MaskForm.CAUSAL, error, f"packs are wrong: {why}")
+    return Verdict(None, None, "; ".join([*failures, f"plain chain: {failure}"]))
 
 
 def _branching(model: Any) -> _Tree:
     root = Text("root")
     left, right = root + "left", root + "right"
     tips = [(left + "leaf").tips()[0], right.tips()[0], (root + "third").tips()[0]]
-    return _tree(model, tips, {"root": 7, "left": 5, "right": 4, "leaf": 3, "third": 6})
+    return _tree(model, tips, {"root": 7, "left": 5, "leaf": 1, "right": 4, "third": 1})
 
 
 def _chain(model: Any, window: int) -> _Tree:
-    (tip,) = (Text("root") + "left" + "leaf").tips()
-    return _tree(model, [tip], {"root": 7 + window // 2, "left": 5 + window // 2, "leaf": 9})
+    (tip,) = (Text("root") + "left" + "right" + "leaf").tips()
+    return _tree(model, [tip], {"root": 7 + window, "left": 5, "right": 9, "leaf": 1})
 
 
 def _tree(model: Any, tips: list[Segment], lengths: dict[str, int]) -> _Tree:
     random = np.random.default_rng(_SEED)
-    vocab_size = model.get_input_embeddings().num_embeddings
+    embedding = model.get_input_embeddings()
+    vocab_size = embedding.num_embeddings
+    longest = max_positions(model)
     segments = ancestry(tips)
+    if longest is not None:  # a model with less positions than the check has tokens
+        lengths = {name: min(length, max(1, longest - 16)) for name, length in lengths.items()}
     input_ids = {s: [int(i) for i in random.integers(vocab_size, size=lengths[s.string])] for s in segments}
-    return _Tree(input_ids, [ancestry([tip]) for tip in tips])
-
-
-def _attempt(model: Any, shape: KVShape, form: MaskForm, tree: _Tree) -> tuple[float, str | None]:
-    """Return the error of one mask form on one tree, and why it does not do."""
-    try:
-        expected = _plain_branches(model, tree)
-        in_passes = [_in_passes(model, shape, form, tree, max_segments=1)]
-        if form is not MaskForm.CAUSAL:
-            in_passes += [_in_passes(model, shape, form, tree, max_segments=limit) for limit in (None, 3)]
-    except Exception as refusal:  # noqa: BLE001 - whatever a model says of a mask that it does not take
-        return math.inf, _one_line(refusal)
-    error = max(_difference(expected, actual, tree.segments) for actual in in_passes)
-    reaction = _difference(expected, _plain_jumble(model, tree), tree.branches[0][-1:])
-    tolerance = _TOLERANCE.get(shape.dtype, 0.0)
-    if not error <= tolerance:
-        return error, f"off by {error:.1e}, more than {tolerance:.0e}"
-    if not error <= _MAX_ERROR_OF_REACTION * reaction:
-        return error, f"off by {error:.1e}, and a wrong mask by only {reaction:.1e}"
-    return error, None
+    padding = getattr(embedding, "padding_idx", None)
+    if padding is not None:  # some models count positions by tokens that are no padding
+        input_ids[segments[0]][-1] = int(padding)
+    return _Tree(input_ids, [ancestry([tip]) for tip in tips], vocab_size)
 
 
 _Computed = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 """Of each segment: log-probabilities after its last token [vocab_size], keys and values in standard deviations."""
+
+
+class _Proof:
+    """A tree, what plain passes over its branches give, and how much other tokens change the end of the first."""
+
+    def __init__(self, model: Any, shape: KVShape, tree: _Tree) -> None:
+        self._model, self._shape, self._tree = model, shape, tree
+
+    def attempt(self, form: MaskForm) -> tuple[float, str | None]:
+        """Return the error of one mask form, and why it does not do."""
+        try:
+            error, reaction = self._error(form), self._reaction
+        except Exception as refused:  # noqa: BLE001 - whatever a model says of what it does not take
+            return math.inf, _one_line(refused)
+        if not math.isfinite(error):
+            return error, "some of its numbers are not finite"
+        if not reaction >= _MIN_REACTION:
+            return error, f"its output hardly depends on what precedes a token ({reaction:.1e}), which proves nothing"
+        if not error <= _MAX_ERROR_OF_REACTION.get(self._shape.dtype, 0.0) * reaction:
+            return error, f"off by {error:.1e}, where other tokens change {reaction:.1e}"
+        return error, None
+
+    @cached_property
+    def _expected(self) -> _Computed:
+        return _plain_branches(self._model, self._tree)
+
+    @cached_property
+    def _reaction(self) -> float:
+        *before, last = self._tree.branches[0]
+        others = {s: [(token + 1) % self._tree.vocab_size for token in self._tree.input_ids[s]] for s in before}
+        changed = _plain(self._model, self._tree.branches[0], {**self._tree.input_ids, **others})
+        return _difference(self._expected, {last: changed[last]})
+
+    def _error(self, form: MaskForm) -> float:
+        expected = self._expected  # before the model runs in any other way
+        limits = (1,) if form is MaskForm.CAUSAL else (None, 2)
+        in_passes = [_in_passes(self._model, self._shape, form, self._tree, max_segments=limit) for limit in limits]
+        again = _plain(self._model, self._tree.branches[0], self._tree.input_ids)  # must not remember other calls
+        return max(_difference(expected, computed) for computed in (*in_passes, again))
 
 
 def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_segments: int | None) -> _Computed:
@@ -221,26 +215,18 @@ def _plain_branches(model: Any, tree: _Tree) -> _Computed:
     """Compute each branch in one plain forward pass over its tokens: the oracle."""
     computed: _Computed = {}
     for branch in tree.branches:
-        computed.update(_plain(model, branch, tree, lambda segment: segment not in computed))
+        computed = {**_plain(model, branch, tree.input_ids), **computed}
     return computed
 
 
-def _plain_jumble(model: Any, tree: _Tree) -> _Computed:
-    """Compute the tree as if every segment saw all others before it, in another order: what a wrong mask gives."""
-    jumbled = [*tree.segments[1:-1], tree.segments[0], tree.segments[-1]] if len(tree.branches) == 1 else tree.segments
-    tail = tree.branches[0][-1]
-    return _plain(model, [*(other for other in jumbled if other != tail), tail], tree, lambda segment: segment == tail)
-
-
-def _plain(model: Any, chain: list[Segment], tree: _Tree, is_wanted: Callable[[Segment], bool]) -> _Computed:
-    logits, cache = _plain_pass(model, [token for segment in chain for token in tree.input_ids[segment]])
+def _plain(model: Any, chain: list[Segment], input_ids: dict[Segment, list[int]]) -> _Computed:
+    logits, cache = _plain_pass(model, [token for segment in chain for token in input_ids[segment]])
     computed, begin = {}, 0
     for segment in chain:
-        end = begin + len(tree.input_ids[segment])
-        if is_wanted(segment):
-            keys = torch.stack([layer.keys[0, :, begin:end] for layer in cache.layers])
-            values = torch.stack([layer.values[0, :, begin:end] for layer in cache.layers])
-            computed[segment] = _measure(logits[end - 1], keys, values)
+        end = begin + len(input_ids[segment])
+        keys = torch.stack([layer.keys[0, :, begin:end] for layer in cache.layers])
+        values = torch.stack([layer.values[0, :, begin:end] for layer in cache.layers])
+        computed[segment] = _measure(logits[end - 1], keys, values)
         begin = end
     return computed
 
@@ -248,11 +234,10 @@ def _plain(model: Any, chain: list[Segment], tree: _Tree, is_wanted: Callable[[S
 def _plain_pass(model: Any, input_ids: list[int]) -> tuple[torch.Tensor, Any]:
     """Call the model as any user would. The cache has no knowledge of windows: every token stays in it."""
     ids = torch.tensor([input_ids], device=model.device)
+    cache = DynamicCache()
     with evaluation(model):
-        output = model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(), use_cache=True
-        )
-    return output.logits[0], output.past_key_values
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    return logits_of(output), cache
 
 
 def _measure(
@@ -262,12 +247,12 @@ def _measure(
     return torch.log_softmax(logits.double(), -1).cpu().numpy(), np.concatenate(scaled)
 
 
-def _difference(expected: _Computed, actual: _Computed, segments: list[Segment]) -> float:
-    """Return the largest error of any of `segments`; infinite for numbers that are not finite."""
+def _difference(expected: _Computed, actual: _Computed) -> float:
+    """Return the largest error of any segment of `actual`; infinite for numbers that are not finite."""
     worst = 0.0
-    for segment in segments:
-        (logprobs, kv), (other_logprobs, other_kv) = expected[segment], actual[segment]
-        errors = np.abs(logprobs - other_logprobs).max(), _KV_WEIGHT * np.abs(kv - other_kv).max()
+    for segment, (logprobs, kv) in actual.items():
+        expected_logprobs, expected_kv = expected[segment]
+        errors = np.abs(logprobs - expected_logprobs).max(), _KV_WEIGHT * np.abs(kv - expected_kv).max()
         worst = max(worst, *(float(error) if np.isfinite(error) else math.inf for error in errors))
     return worst
 
