@@ -27,6 +27,9 @@ MAX_QUEUED_NBYTES = 512 << 20
 _GROUP_NBYTES = 128 << 20
 """A store transaction takes queued parts up to this size, and at least one."""
 
+_OVERHEAD_NBYTES = 4096
+"""What a part costs beside its arrays, roughly: millions of tiny ones must not pass for nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class NewPart:
@@ -38,8 +41,8 @@ class NewPart:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays."""
-        return sum(array.nbytes for array in self.arrays.values())
+        """Bytes that the part takes up while it is queued: its arrays and what surrounds them."""
+        return sum(array.nbytes for array in self.arrays.values()) + _OVERHEAD_NBYTES
 
 
 class Writer:

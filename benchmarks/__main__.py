@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
+from benchmarks.exactness import exactness
 from benchmarks.reads import full_hits, store_prefix, stored_prefix
 from benchmarks.report import Measurement, print_table, write_json
 from benchmarks.startup import startup
@@ -29,7 +30,7 @@ def main() -> int:
         directory = Path(name)
         _in_fresh_process(save_gpt2, directory / "model")
         _in_fresh_process(store_prefix, directory)
-        for benchmark in (stored_prefix, completions, full_hits, startup):
+        for benchmark in (stored_prefix, completions, full_hits, startup, exactness):
             measurements += _in_fresh_process(benchmark, directory)
     print_table(measurements)
     print(f"written to {write_json(measurements)}")

@@ -1,4 +1,4 @@
-"""The command line: in this process where that is enough, as processes of their own where it is not."""
+"""The command line, command by command: in this process where that is enough."""
 
 from __future__ import annotations
 
@@ -7,32 +7,25 @@ import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 import backprompt_db as bp
-from backprompt_db.cli import main
 from backprompt_db.cli.app import app
 from backprompt_db.cli.output import age, duration, plain, size, visible
-from backprompt_db.keys import Address, TokenizerId, WeightsId
-from backprompt_db.maintenance import stats as stats_module
-from backprompt_db.representation import Array, Origin, Part
+from backprompt_db.keys import Address
+from backprompt_db.representation import Part
 from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.lmdb import LmdbStore
-from backprompt_db.writer import NewPart
+
+from .cli_parts import CONTROL, LONG, SQL, run, run_json, run_prompts
+from .database_copies import copies_after
 
 COMMANDS = ["demo", "path", "stats", "ls", "show", "verify", "reindex"]
-CONTROL = "a\x1b[31mred\x07 [bold]b[/bold] :smile: \u202ereversed\ttab"
-SQL = "'; DROP TABLE segments; -- % _ \\"
-LONG = "The quick brown fox jumps over the lazy dog. " * 5000
 
 STATS_FIELDS = [
     "directory", "format", "fidelity", "created_at", "num_representations", "num_segments", "num_models", "num_tokens",
@@ -47,55 +40,7 @@ MODEL_FIELDS = [
     "max_positions", "verdict", "mask_form", "max_error", "reason", "checked_with", "num_representations", "nbytes",
 ]  # fmt: skip
 
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first test that needs it puts the database that each test gets a copy of."""
-    return tmp_path_factory.mktemp("original") / "db"
-
-
-@pytest.fixture
-def directory(original: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """The directory of a closed database that a test may damage."""
-    if not original.exists():
-        lm = request.getfixturevalue("lm")
-        run_prompts(lm)
-        lm.db.close()
-        lm.db.directory.rename(original)
-    return Path(shutil.copytree(original, tmp_path / "copy"))
-
-
-def run_prompts(lm: bp.LanguageModel) -> None:
-    """Five segments with difficult texts, under two models."""
-    context = lm.text("Pick the endpoint for the request.\n")
-    for request in ("Request: show me everyone", CONTROL, SQL):
-        lm(context + request)
-    lm.db.put([scores_of(LONG)])
-
-
-def scores_of(text: str) -> NewPart:
-    arrays = {
-        "input_ids": Array.from_numpy(np.ones(2, dtype=np.int32)),
-        "token_logprobs": Array.from_numpy(np.array([np.nan, -1.5], dtype=np.float32)),
-    }
-    origin = Origin(text, (), None, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 2, 0.5)
-    return NewPart(Key(origin.address, Part.SCORES), arrays, origin)
-
-
-def run(*arguments: str | Path, columns: int = 100) -> Result:
-    runner = CliRunner(env={"COLUMNS": str(columns), "TERM": "xterm"})
-    return runner.invoke(app, [str(argument) for argument in arguments])
-
-
-def run_json(*arguments: str | Path) -> Any:
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
-def run_process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *options.pop("python", []), "-m", "backprompt_db", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+original, directory = copies_after(run_prompts)
 
 
 def address_of(directory: Path, text: str) -> str:
@@ -343,84 +288,6 @@ class TestDemo:
             {"model": "m", "directory": tmp_path, "num_requests": 3, "sample": 0},
             {"model": "m", "directory": tmp_path, "num_requests": None},
         ]
-
-
-class TestFailure:
-    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex"])
-    def test_a_directory_that_is_not_there_is_one_line_and_a_hint(self, tmp_path: Path, command: str) -> None:
-        done = run_process(*command.split(), "--db", tmp_path / "nothing")
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(r"error: there is no database in .*\nhint: .*\n", done.stderr)
-        assert not (tmp_path / "nothing").exists()
-
-    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex"])
-    def test_a_directory_of_something_else_is_left_alone(self, tmp_path: Path, command: str) -> None:
-        (tmp_path / "thesis.tex").touch()
-        result = run(*command.split(), "--db", tmp_path)
-        assert result.exit_code == 2
-        assert "not a backprompt-db database" in result.stderr
-        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-    def test_a_damaged_store_is_an_error_of_one_line(self, directory: Path) -> None:
-        (directory / "store" / "data.mdb").write_bytes(b"")
-        for command in ("verify", "reindex"):
-            result = run(command, "--db", directory)
-            assert result.exit_code == 2
-            assert re.fullmatch(r"error: .*\nhint: .*\n", result.stderr)
-
-    def test_an_error_is_one_line_whatever_the_directory_is_called(self, tmp_path: Path) -> None:
-        result = run("stats", "--db", tmp_path / "two\nlines\x1b[31m")
-        assert result.stderr.count("\n") == 2
-        assert "\x1b" not in result.stderr
-
-    def test_a_wrong_option_is_exit_code_two(self) -> None:
-        assert run("ls", "--limit", "0").exit_code == 2
-        assert run("unknown").exit_code == 2
-
-    def test_ctrl_c_is_exit_code_130(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def interrupt(*_: object, **__: object) -> None:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(stats_module, "gather", interrupt)
-        assert run("stats", "--db", directory).exit_code == 130
-        monkeypatch.setitem(sys.modules, "backprompt_db.cli.app", SimpleNamespace(app=interrupt))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        assert caught.value.code == 130
-
-    @pytest.mark.parametrize("command", [["ls", "--json"], ["ls"], ["stats"], ["path"]])
-    def test_a_reader_that_stops_reading_is_no_error(self, directory: Path, command: list[str]) -> None:
-        ours, theirs = os.pipe()
-        os.close(ours)
-        arguments = [sys.executable, "-m", "backprompt_db", *command, "--db", str(directory)]
-        done = subprocess.run(arguments, stdout=theirs, stderr=subprocess.PIPE, check=False)
-        os.close(theirs)
-        assert done.stderr == b""
-        assert done.returncode == 141
-
-    def test_a_terminal_that_lacks_a_character_still_gets_the_answer(self, directory: Path) -> None:
-        done = run_process("ls", "--db", directory, env=os.environ | {"PYTHONIOENCODING": "latin-1", "COLUMNS": "100"})
-        assert done.returncode == 0
-        assert "\\u2026" in done.stdout
-
-    def test_output_that_is_no_terminal_has_no_colour(self, directory: Path) -> None:
-        for command in (["stats"], ["ls"], ["ls", "--models"], ["verify"], ["reindex"], ["--help"]):
-            options = [] if command == ["--help"] else ["--db", str(directory)]
-            assert "\x1b" not in run_process(*command, *options).stdout
-
-
-class TestImports:
-    @pytest.mark.parametrize(
-        "command", ["--help", "--version", "path", "stats", "ls", "ls --models", "show 0", "verify", "reindex"]
-    )
-    def test_no_command_but_the_demo_imports_torch(self, directory: Path, command: str) -> None:
-        arguments = command if command.startswith("--") else f"{command} --db {directory}"
-        done = run_process(*arguments.split(), python=["-X", "importtime"])
-        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
-        assert "backprompt_db.cli.app" in imported
-        assert not imported & {"torch", "transformers", "tokenizers"}
-        if command in {"--help", "--version", "path", "stats"}:
-            assert "sqlalchemy" not in imported
 
 
 class TestFormats:

@@ -149,7 +149,7 @@ def test_flush_does_not_wait_for_what_comes_later(store: FaultyStore) -> None:
         stop = threading.Event()
 
         def keep_putting() -> None:
-            for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+            for number in itertools.takewhile(lambda _: not stop.wait(0.002), itertools.count()):
                 db.put([new_part(str(number))])
 
         def flush_often() -> None:

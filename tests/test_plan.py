@@ -140,5 +140,5 @@ def test_a_prompt_that_is_too_long_says_how_long() -> None:
     starts = plan.positions(segments, num_tokens)
     plan.check_context_length(starts, num_tokens, 7)
     plan.check_context_length(starts, num_tokens, None)
-    with pytest.raises(ContextLengthExceeded, match="needs 7 positions, the model has 6"):
+    with pytest.raises(ContextLengthExceeded, match="needs 7 positions, this model takes 6"):
         plan.check_context_length(starts, num_tokens, 6)

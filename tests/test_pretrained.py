@@ -170,7 +170,7 @@ def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_computed
     context = lm.text("7" * 250)
     context()
     calls = lm.counters.num_model_calls
-    with pytest.raises(ContextLengthExceeded, match="needs 260 positions, the model has 256"):
+    with pytest.raises(ContextLengthExceeded, match="needs 260 positions, this model takes 256"):
         lm([context + "7" * 5, context + "8" * 10])
     assert lm.counters.num_model_calls == calls
     with pytest.raises(ContextLengthExceeded, match="needs 259 positions"):

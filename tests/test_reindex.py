@@ -1,0 +1,183 @@
+"""Reindexing, on databases that real runs have made and tests have damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+
+import backprompt_db as bp
+from backprompt_db.catalog import Catalog
+from backprompt_db.catalog import connection as catalog_connection
+from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
+from backprompt_db.keys import TokenizerId, WeightsId
+from backprompt_db.maintenance.existing import open_catalog, open_existing
+from backprompt_db.maintenance.reindex import Reindexing, reindex
+from backprompt_db.representation import Array, Origin, Part
+from backprompt_db.store.contract import Key
+from backprompt_db.writer import NewPart
+
+from .database_copies import copies_after
+from .maintenance_parts import (
+    FOREIGN,
+    catalog_of,
+    flip_a_bit,
+    put_blob,
+    read_blob,
+    reindexed,
+    remove_blob,
+    remove_row,
+    run_prompts,
+    stored_keys,
+    totals,
+    verified,
+)
+
+original, directory = copies_after(run_prompts)
+
+
+class TestReindex:
+    def test_a_clean_database_stays_as_it_is(self, directory: Path) -> None:
+        before = totals(directory)
+        assert reindexed(directory) == Reindexing(0, 0, 0, None)
+        assert totals(directory) == before
+
+    def test_from_a_deleted_catalog_the_totals_are_as_before(self, directory: Path) -> None:
+        before = totals(directory)
+        catalog_of(directory).unlink()
+        assert reindexed(directory) == Reindexing(12, 0, 0, None)
+        after = totals(directory)
+        for name in ("num_representations", "num_segments", "num_models", "num_tokens", "nbytes"):
+            assert getattr(after, name) == getattr(before, name)
+        assert verified(directory).is_clean
+
+    def test_texts_and_parents_come_back_from_the_store(self, directory: Path) -> None:
+        def listing() -> list[tuple[object, ...]]:
+            with open_catalog(directory) as catalog:
+                rows = sorted(catalog.rows(), key=lambda row: row.address)
+                return [(row.address, row.text, row.num_tokens, catalog.parents(row.segment_id)) for row in rows]
+
+        before = listing()
+        catalog_of(directory).unlink()
+        reindexed(directory)
+        assert listing() == before
+
+    @pytest.mark.parametrize("content", [b"garbage" * 999, b"SQLite format 3\0" + b"\xff" * 5000])
+    def test_garbage_is_moved_aside_and_the_catalog_rebuilt(self, directory: Path, content: bytes) -> None:
+        before = totals(directory)
+        catalog_of(directory).write_bytes(content)
+        done = reindexed(directory)
+        assert done.moved_aside is not None
+        assert done.moved_aside.name.startswith("catalog.sqlite.damaged-")
+        assert done.moved_aside.read_bytes() == content
+        assert (done.num_added, totals(directory).nbytes) == (12, before.nbytes)
+
+    def test_someone_elses_sqlite_file_is_moved_aside(self, directory: Path) -> None:
+        catalog_of(directory).unlink()
+        with contextlib.closing(sqlite3.connect(catalog_of(directory))) as connection:
+            connection.execute("CREATE TABLE recipes (id INTEGER)")
+        done = reindexed(directory)
+        assert done.moved_aside is not None
+        assert done.num_added == 12
+
+    def test_damage_in_the_middle_of_the_file_is_noticed(self, directory: Path) -> None:
+        content = bytearray(catalog_of(directory).read_bytes())
+        content[len(content) // 2 :] = b"\xff" * (len(content) - len(content) // 2)
+        catalog_of(directory).write_bytes(content)
+        assert reindexed(directory).moved_aside is not None
+        assert verified(directory).is_clean
+
+    def test_a_catalog_that_cannot_be_opened_as_a_file_is_moved_aside(self, directory: Path) -> None:
+        catalog_of(directory).unlink()
+        catalog_of(directory).mkdir()
+        done = reindexed(directory)
+        assert done.moved_aside is not None
+        assert done.moved_aside.is_dir()
+        assert verified(directory).is_clean
+
+    def test_hits_pins_and_labels_of_what_stays_are_kept(self, directory: Path) -> None:
+        with Catalog.open(catalog_of(directory)) as catalog:
+            pinned, gone = [row for row in catalog.rows() if row.text.startswith("Request")][:2]
+            catalog.pin([pinned.address])
+            catalog.label([pinned.address], "the label")
+            catalog.touch({pinned.address: 41}, at=1.0)
+        remove_row(directory, Key(pinned.address, Part.LOGITS))
+        for part in Part:
+            remove_blob(directory, Key(gone.address, part))
+        assert reindexed(directory) == Reindexing(1, 3, 0, None)
+        with open_catalog(directory) as catalog:
+            [row] = catalog.find(pinned.address.hex())
+            assert catalog.find(gone.address.hex()) == []
+        assert (row.is_pinned, row.label, row.num_hits) == (True, "the label", pinned.num_hits + 41)
+        assert row.nbytes == pinned.nbytes
+
+    def test_what_cannot_be_used_is_counted_and_not_entered(self, directory: Path) -> None:
+        keys = stored_keys(directory)
+        put_blob(directory, Key(FOREIGN, keys[0].part), read_blob(directory, keys[0]))
+        flip_a_bit(directory, keys[1])
+        catalog_of(directory).unlink()
+        done = reindexed(directory)
+        assert (done.num_added, done.num_unreadable) == (11, 2)
+        with open_catalog(directory) as catalog:
+            assert FOREIGN not in {address for address, _ in catalog.keys()}
+
+    def test_more_parts_than_fit_into_one_transaction(self, db: bp.Database) -> None:
+        ones = {
+            "input_ids": Array.from_numpy(np.ones(1, dtype=np.int32)),
+            "token_logprobs": Array.from_numpy(np.ones(1, dtype=np.float32)),
+        }
+        origins = [
+            Origin(f"text {number}", (), None, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 1, 0.5)
+            for number in range(700)
+        ]
+        db.put([NewPart(Key(origin.address, Part.SCORES), ones, origin) for origin in origins])
+        db.flush()
+        assert db.directory is not None
+        catalog_of(db.directory).unlink()
+        assert reindex(db) == Reindexing(700, 0, 0, None)
+        assert totals(db.directory).num_representations == 700
+
+    def test_it_can_run_while_the_database_is_in_use(self, lm: bp.LanguageModel) -> None:
+        lm("Request: show me everyone")
+        lm.db.flush()
+        assert lm.db.directory is not None
+        catalog_of(lm.db.directory).unlink()
+        assert reindex(lm.db).num_added == 3
+        lm("Request: create an order")
+        lm.db.flush()
+        assert totals(lm.db.directory).num_representations == 2
+
+    def test_a_newer_catalog_is_left_alone(self, directory: Path) -> None:
+        with contextlib.closing(sqlite3.connect(catalog_of(directory))) as connection, connection:
+            connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        before = catalog_of(directory).read_bytes()
+        with pytest.raises(CatalogTooNew):
+            reindexed(directory)
+        assert catalog_of(directory).read_bytes() == before
+
+    def test_a_locked_catalog_is_left_alone(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(catalog_connection, "BUSY_TIMEOUT_SECONDS", 0.01)
+        remove_row(directory, stored_keys(directory)[0])
+        with contextlib.closing(sqlite3.connect(catalog_of(directory), isolation_level=None)) as connection:
+            connection.execute("BEGIN EXCLUSIVE")
+            with pytest.raises(CatalogError, match="locked"):
+                reindexed(directory)
+        assert not list(directory.glob("*.damaged-*"))
+
+    def test_two_processes_do_not_reindex_at_once(self, directory: Path) -> None:
+        with filelock.FileLock(directory / "reindex.lock"), pytest.raises(StoreLocked, match="reindexing"):
+            reindexed(directory)
+
+    def test_a_database_that_may_only_be_read_is_refused(self, directory: Path) -> None:
+        with open_existing(directory) as db:
+            db.readonly = True
+            with pytest.raises(StoreReadOnly):
+                reindex(db)
+
+    def test_a_database_in_memory_is_refused(self) -> None:
+        with bp.open(":memory:") as db, pytest.raises(CatalogError, match="in memory"):
+            reindex(db)
