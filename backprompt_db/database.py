@@ -112,7 +112,7 @@ class Database:
             logger.warning("the catalog missed a record: %s", error)
 
     def fetch(self, wanted: Mapping[Address, Iterable[Part]]) -> dict[Key, Arrays]:
-        """Return the wanted parts that are there. Every array is a copy of its own; a miss is absent."""
+        """Return the wanted parts that are there. Arrays are not to be written to; a miss is absent."""
         found = {}
         for address, parts in wanted.items():
             arrays = {Key(address, part): self._get(Key(address, part)) for part in parts}

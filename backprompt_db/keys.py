@@ -42,8 +42,8 @@ def segment_id(string: str, *, parents: Iterable[SegmentId] = (), start: int | N
 
     Raises `InvalidText` for a lone surrogate and `PromptError` for a start outside `[0, 2**63)`.
     """
-    if start is not None and not (isinstance(start, int) and 0 <= start <= _MAX_START):
-        raise PromptError(f"start={start} is not a position id", hint="Give a start of 0 or more.")
+    if start is not None and not (type(start) is int and 0 <= start <= _MAX_START):
+        raise PromptError(f"start={start} is not a position id", hint="Give an int of 0 or more.")
     ascending = sorted(set(parents))
     text = utf8(string)
     digest = hashlib.sha256(_SEGMENT)

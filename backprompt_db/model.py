@@ -19,7 +19,7 @@ from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
 from backprompt_db.database import Database, open_database
-from backprompt_db.errors import PromptError
+from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.keys import TokenizerId, WeightsId, utf8
 from backprompt_db.representation import Arrays, ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
@@ -85,9 +85,9 @@ class LanguageModel:
         lm._build(source, database, deterministic=deterministic, progress=progress)
         if known is None:
             ids = source.ids  # loads the model, and downloads it if need be
-            key = key or source_key(source.name, arguments)
-            if key:
-                database.note(Source(key, source.name, *ids))
+            after = source_key(source.name, arguments)
+            if after and key in (None, after):  # else the files changed meanwhile
+                database.note(Source(after, source.name, *ids))
         return lm
 
     def _build(self, source: ModelSource, db: Database | None, *, deterministic: bool, progress: bool) -> None:
@@ -151,8 +151,8 @@ class LanguageModel:
         """
         if split is None:
             return Text(string, self, start=start, eager=eager)
-        if split < 1:
-            raise PromptError(f"split={split} is not a number of tokens", hint="Give a split of 1 or more.")
+        if not isinstance(split, int) or split < 1:
+            raise PromptError(f"split={split!r} is not a number of tokens", hint="Give an int of 1 or more.")
         first, *others = self._pieces(string, split)
         text = Text(first, self, start=start)
         for piece in others:
@@ -179,7 +179,7 @@ class LanguageModel:
         return self._run([text])[0]
 
     def score(
-        self, prompt: Text | str | Sequence[Text | str], completions: Sequence[Text | str]
+        self, prompt: Text | str | Iterable[Text | str], completions: Iterable[Text | str]
     ) -> npt.NDArray[np.float64]:
         """Return the log-probability of each completion given the prompt, summed over its tokens: [num_completions].
 
@@ -189,22 +189,26 @@ class LanguageModel:
         """
         if isinstance(completions, str | Text):
             raise PromptError("completions is one text", hint="Give a list of completions.")
+        completions = list(completions)
         if isinstance(prompt, str | Text):
             return self._score([prompt], completions).reshape(len(completions))
-        return self._score(prompt, completions)
+        return self._score(list(prompt), completions)
 
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
-        return self._source.tokenizer.seams(text.segments(self.namespace))
+        return self._source.tokenizer.seams(self._own(text).segments(self.namespace))
 
-    def past_key_values(self, text: Text) -> Any:
+    def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
         """Return a transformers `Cache` of a text's keys and values, on the model's device if it is loaded.
 
-        Segments come in the order written. Keys and values that are not stored are computed and kept.
+        Segments come in the order written. Keys and values that are not stored are computed and kept. With `ids`,
+        raises `ModelMismatch` when the model or the tokenizer has others by now.
         """
         from backprompt_db.compute.kvcache import KVShape, assemble
 
-        segments = text.segments(self.namespace)
+        if ids is not None and ids != self._source.ids:
+            raise ModelMismatch("the model has changed since this was computed", hint="Run the text again.")
+        segments = self._own(text).segments(self.namespace)
         found, _ = self._engine.represent(dict.fromkeys(segments, frozenset({Part.KV})), keep={})
         parts = [found[segment, Part.KV] for segment in segments]
         device = self._source.runtime.device if self.is_loaded else None
@@ -217,9 +221,10 @@ class LanguageModel:
         tips = [text.tips(self.namespace) for text in bound]
         wanted = dict.fromkeys([segment for each in segments for segment in each], _SCORES)
         wanted.update({tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1})
+        ids = self._source.ids
         found, computed = self._engine.represent(wanted, keep={})
         return [
-            self._result(text, each, tip, found, computed)
+            self._result(text, each, tip, found, computed, ids)
             for text, each, tip in zip(bound, segments, tips, strict=True)
         ]
 
@@ -230,6 +235,7 @@ class LanguageModel:
         tips: tuple[Segment, ...],
         found: Mapping[Need, Arrays],
         computed: set[Segment],
+        ids: tuple[WeightsId, TokenizerId],
     ) -> ModelRepr:
         """Collect the parts of one text. A computed segment counts for the first text that has it."""
         scores = tuple(found[segment, Part.SCORES] for segment in segments)
@@ -242,6 +248,7 @@ class LanguageModel:
             last_logits=found[tips[0], Part.LOGITS]["logits"] if len(tips) == 1 else None,
             num_cached_tokens=sum(num_tokens.values()) - num_computed,
             num_computed_tokens=num_computed,
+            ids=ids,
         )
 
     def _score(self, prompts: Sequence[Text | str], completions: Sequence[Text | str]) -> npt.NDArray[np.float64]:
@@ -250,22 +257,22 @@ class LanguageModel:
         for prompt in map(self._own, prompts):
             tips, known = prompt.tips(self.namespace), prompt.segments(self.namespace)
             pairs += [ancestry(ending.place(tips, self.namespace), without=known) for ending in endings]
+        if not all(pairs) or any(len(segment.parents) != 1 for pair in pairs for segment in pair):
+            raise PromptError(
+                "a completion is empty, or directly follows parallel branches, where nothing predicts its first token",
+                hint="Put the text that asks for the completion after the branches.",
+            )
         wanted = dict.fromkeys([segment for pair in pairs for segment in pair], _SCORES)
         found, _ = self._engine.represent(wanted, keep=wanted)
         sums = [
             sum(float(found[segment, Part.SCORES]["token_logprobs"].numpy().sum(dtype=np.float64)) for segment in pair)
             for pair in pairs
         ]
-        if not all(pairs) or np.isnan(sums).any():
-            raise PromptError(
-                "a completion is empty, or directly follows parallel branches, where nothing predicts its first token",
-                hint="Put the text that asks for the completion after the branches.",
-            )
         return np.array(sums).reshape(len(prompts), len(completions))
 
     def _own(self, text: Text | str) -> Text:
         """Return a text that belongs to this model. Raises `PromptError` for an empty one, or another model's."""
-        own = as_text(text)
+        own = text if isinstance(text, Text) else Text(text)
         if not own:
             raise PromptError("the prompt is empty", hint="Give at least one character.")
         return own.on(self)
@@ -283,7 +290,8 @@ class LanguageModel:
         return [string[first:last] for first, last in pairwise((0, *cuts, len(string)))]
 
     def __repr__(self) -> str:
-        return f"<LanguageModel {self._source.name}{'' if self.is_loaded else ' (not loaded)'} on {self.db!r}>"
+        state = "" if self.is_loaded else " (not loaded)"
+        return f"<LanguageModel {self._source.name}{state} on {self._given_db or 'the default database'}>"
 
 
 _models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = weakref.WeakValueDictionary()

@@ -148,13 +148,14 @@ class ModelRepr:
         logits: [vocab_size] in the model's dtype, after the last token. `PromptError` for a text that ends in
             parallel branches, which has no single last token.
         past_key_values: a transformers `Cache` of the text's keys and values, each
-            `[1, num_kv_heads, T, head_dim]` per layer, in the order of `input_ids`. Assembled at the first access.
+            `[1, num_kv_heads, T, head_dim]` per layer, in the order of `input_ids`. Assembled anew at each access,
+            because a model extends the cache that it is given.
         num_cached_tokens: tokens of this text whose representation was found.
         num_computed_tokens: tokens of this text that were computed by the call. A segment shared by several texts of
             one call is counted as computed once, for the first of them.
 
-    Tensors are on the CPU and share memory with nothing that changes. Reading `logits` or `token_logprobs` imports
-    torch; nothing else of a hit does.
+    Tensors are on the CPU (`past_key_values` where the model is) and may be changed freely. Reading `logits` or
+    `token_logprobs` imports torch; nothing else of a hit does.
     """
 
     text: Text
@@ -164,6 +165,8 @@ class ModelRepr:
     """The logits part of the last segment; None after parallel branches."""
     num_cached_tokens: int
     num_computed_tokens: int
+    ids: tuple[WeightsId, TokenizerId]
+    """The weights id and tokenizer id that this was computed under."""
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -190,10 +193,11 @@ class ModelRepr:
         # A copy: the array itself may still be queued for writing.
         return self.last_logits.torch().clone()
 
-    @cached_property
+    @property
     def past_key_values(self) -> Any:
-        """A transformers `Cache` of the whole text, valid input to `model(...)`.
+        """A transformers `Cache` of the whole text, valid input to `model(...)`; a new one at each access.
 
-        Reads the stored keys and values; those that were evicted or never asked for are computed and kept.
+        Reads the stored keys and values; those that were evicted or never asked for are computed and kept. Raises
+        `ModelMismatch` when the model has changed since this representation was computed.
         """
-        return self.text.model.past_key_values(self.text)
+        return self.text.model.past_key_values(self.text, ids=self.ids)

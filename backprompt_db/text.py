@@ -12,7 +12,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backprompt_db.errors import InvalidText, PromptError
-from backprompt_db.keys import SegmentId, namespace_id, segment_id
+from backprompt_db.keys import SegmentId, TokenizerId, WeightsId, namespace_id, segment_id
 
 if TYPE_CHECKING:
     from backprompt_db.representation import ModelRepr
@@ -97,8 +97,8 @@ class Runner(Protocol):
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of `text` that change tokens."""
 
-    def past_key_values(self, text: Text) -> Any:
-        """Return a transformers `Cache` of the keys and values of `text`."""
+    def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
+        """Return a transformers `Cache` of the keys and values of `text`, under the model that has these ids."""
 
 
 class _Runners:
@@ -173,6 +173,11 @@ class Text:
             raise InvalidText(f"a text is made of str, not {type(string).__name__}", hint="Convert it with str().")
         segment_id(string, start=start)  # raises here rather than at the first run
         runner = _Runners.from_pair(*model) if isinstance(model, tuple) else model
+        if runner is not None and not hasattr(runner, "run"):
+            raise PromptError(
+                f"a {type(runner).__name__} alone cannot run a text",
+                hint="Give (model, tokenizer), or use lm.text(...).",
+            )
         self._build(_Leaf(string, start) if string else None, model=runner, eager=eager)
 
     def _build(self, expression: _Expression | None, *, model: Runner | None, eager: bool) -> None:
@@ -218,7 +223,13 @@ class Text:
 
     def on(self, model: Runner) -> Text:
         """Return this text as one that runs on `model`; `PromptError` where it belongs to another."""
-        return self if self._model is model else Text("", model) + self
+        if self._model is model:
+            return self
+        _common_model((self, Text("", model)))
+        text = Text.__new__(Text)
+        # Not eager: a completion must not be computed as if it were a prompt.
+        text._build(self._expression, model=model, eager=False)
+        return text
 
     def tips(self, namespace: str | None = None) -> tuple[Segment, ...]:
         """Return the segments that the text ends with: one, or several after parallel branches.
@@ -243,7 +254,7 @@ class Text:
         return ancestry(self.tips(namespace))
 
     def seams(self) -> list[Seam]:
-        """Return the seams at which the pieces tokenise differently from the joined string.
+        """Return the seams at which two neighbouring pieces tokenise differently apart than joined.
 
         Such a text is legal: each segment is tokenised alone. Loads the tokenizer, not the model.
         """

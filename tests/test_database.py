@@ -23,6 +23,7 @@ from backprompt_db.errors import (
     StoreError,
     StoreFull,
 )
+from backprompt_db.keys import TokenizerId, WeightsId
 from backprompt_db.representation import Array, Part
 from backprompt_db.store.contract import Blob, Key
 from tests.database_parts import BROKEN, FaultyStore, address, expected, logits, new_part, values, wanted
@@ -102,7 +103,8 @@ def test_a_caller_reads_what_is_still_queued(store: FaultyStore) -> None:
 def test_logits_that_a_caller_changes_are_stored_unchanged() -> None:
     array = logits("a")
     found = bp.ModelRepr(
-        text=bp.Text("a"), scores=(), last_logits=array, num_cached_tokens=0, num_computed_tokens=1
+        text=bp.Text("a"), scores=(), last_logits=array, num_cached_tokens=0, num_computed_tokens=1,
+        ids=(WeightsId(bytes(32)), TokenizerId(bytes(32))),
     )  # fmt: skip
     found.logits.zero_()
     assert bytes(array.data) == bytes(logits("a").data)

@@ -143,11 +143,12 @@ def test_the_second_process_imports_no_torch_and_gives_the_same_bits(model_direc
 def test_the_demo_ends_with_a_table_that_fits_a_terminal(
     model_directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     assert run_demo(model=str(model_directory), directory=tmp_path / "db", num_requests=2, sample=2) == 0
     output = capfd.readouterr()
-    assert max(map(len, output.out.splitlines())) <= 100
-    assert "extrapolated from 2 requests" in output.out
+    assert max(map(len, output.out.splitlines())) <= 80
+    assert "from 2 requests" in output.out
+    assert "\u2026" not in output.out
     assert "identical bit for bit" in output.out
     assert [line.split()[0] for line in output.err.splitlines()] == ["Model:", "Scoring", "Scoring", "Scoring"]
     with pytest.raises(UnsafeLocation):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backprompt_db import text as text_module
 from backprompt_db.errors import InvalidText, PromptError
-from backprompt_db.keys import namespace_id, segment_id
+from backprompt_db.keys import TokenizerId, WeightsId, namespace_id, segment_id
 from backprompt_db.representation import ModelRepr
 from backprompt_db.text import Runner, Seam, Text, ancestry, parallel, register_pair_runner
 
@@ -29,6 +29,9 @@ TEXTS = st.recursive(
 NUM_MANY = 10_000
 
 
+IDS = WeightsId(bytes(32)), TokenizerId(bytes(32))
+
+
 class RecordingRunner:
     """A runner that keeps what it was asked to run and answers with empty representations."""
 
@@ -38,12 +41,12 @@ class RecordingRunner:
 
     def run(self, text: Text) -> ModelRepr:
         self.ran.append(text)
-        return ModelRepr(text=text, scores=(), last_logits=None, num_cached_tokens=0, num_computed_tokens=0)
+        return ModelRepr(text=text, scores=(), last_logits=None, num_cached_tokens=0, num_computed_tokens=0, ids=IDS)
 
     def seams(self, text: Text) -> list[Seam]:
         return [Seam(str(text), "", (), ())]
 
-    def past_key_values(self, text: Text) -> Any:
+    def past_key_values(self, text: Text, *, ids: object = None) -> Any:
         return [segment.string for segment in text.segments()]
 
 

@@ -13,11 +13,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _global_hooks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from backprompt_db.errors import ModelMismatch, UnsupportedModel
 from backprompt_db.keys import WeightsId
@@ -63,6 +66,12 @@ def weights_id(model: nn.Module) -> WeightsId:
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
         facts += pool.map(_tensor_fact, *zip(*_distinct(tensors), strict=True))
     return WeightsId(hashlib.sha256(_WEIGHTS + b"".join(sorted(facts))).digest())
+
+
+_VERSIONED = frozenset(
+    {"torch", "transformers", "transformers_modules", "peft", "accelerate", "builtins", "typing", "abc"}
+)
+"""Where classes are told apart by their names: what changes there has another version, or another module name."""
 
 
 class ModelIdentity:
@@ -123,7 +132,7 @@ class _Samples:
 def _structure(model: nn.Module, modules: _Modules) -> Iterator[tuple[object, ...]]:
     """Yield what modules and configuration say, as plain values: cheap, so that it is looked at in every call."""
     for name, module in modules:
-        kind = type(module)
+        kind: Any = type(module)
         yield "module", name, _origin(kind), _origin(kind.forward), *_attributes(module)
     config = getattr(model, "config", None)
     yield "config", repr(_effective(config.to_dict()) if config is not None else {})
@@ -164,8 +173,29 @@ def _described(value: Any) -> str | None:
     return None if isinstance(value, nn.Module) or not hasattr(value, "__qualname__") else _origin(value)
 
 
+@lru_cache(maxsize=4096)
 def _origin(definition: Any) -> str:
-    return f"{definition.__module__}.{definition.__qualname__}"
+    """Return the full name of a class or function, with a digest of its code where no version says what it is."""
+    classes = definition.__mro__ if isinstance(definition, type) else (definition,)
+    own = [each for each in classes if str(each.__module__).split(".")[0] not in _VERSIONED]
+    codes = [code for each in own for part in _functions(each) for code in _code(part)]
+    digest = hashlib.sha256(repr(codes).encode()).hexdigest() if codes else ""
+    return f"{definition.__module__}.{definition.__qualname__} {digest}"
+
+
+def _functions(definition: Any) -> list[Any]:
+    return [value for _, value in sorted(vars(definition).items())] if isinstance(definition, type) else [definition]
+
+
+def _code(function: Any) -> Iterator[tuple[Any, ...]]:
+    """Yield the bytecode, names and constants of a function and of the functions inside it."""
+    codes = [getattr(getattr(function, "fget", None) or getattr(function, "__func__", function), "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+            codes += inner
+            yield code.co_code, code.co_names, [repr(each) for each in code.co_consts if each not in inner]
 
 
 def _tensors(modules: _Modules) -> Iterator[tuple[str, torch.Tensor]]:
@@ -211,6 +241,12 @@ def _fact(*values: object) -> bytes:
 
 
 def _refuse_invisible(model: nn.Module, modules: _Modules, tensors: _Tensors) -> None:
+    if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
+        raise _invisible("there are global forward hooks", "Remove them: their effect has no id.")
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    registered = ALL_ATTENTION_FUNCTIONS.get(attention)
+    if registered is not None and not registered.__module__.startswith("transformers."):
+        raise _invisible(f"its attention is {attention!r}, a registered function", "Use one of transformers' own.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise _invisible("it is quantised", "Load it without quantisation, or dequantise it.")
     for name, module in modules:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,19 +105,32 @@ def logits_of(output: Any) -> torch.Tensor:
     return logits[0]
 
 
+_modes = threading.RLock()
+"""Held for a pass: another thread's pass over the same model must not end with the restoring of its training mode."""
+
+
+def _after_fork_in_child() -> None:
+    global _modes  # noqa: PLW0603 - a thread that does not exist here may have held it
+    _modes = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 @contextmanager
 def evaluation(model: Any) -> Iterator[None]:
     """Run a model in evaluation mode, without gradients and autocast, and restore its modules' modes afterwards."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        # Not inference_mode: users may backpropagate through what follows the cache that this fills.
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with _modes:
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            # Not inference_mode: users may backpropagate through what follows the cache that this fills.
+            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+                yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _mask_tensor(mask: npt.NDArray[np.bool_], form: MaskForm, model: Any) -> torch.Tensor:

@@ -87,6 +87,7 @@ class Runtime:
         verdict = None
         if known is not None and known.checked_with == self._checked_with:
             verdict = recorded(known.verdict, known.mask_form, max_error=known.max_error, reason=known.reason)
+        vars(self).pop("shape", None)  # the model may have another dtype by now
         self._verdict = verdict or self._examine(weights_id)
         self._max_positions = max_positions(self.model) if self._verdict.form else None
         self._proven = weights_id, self._checked_with

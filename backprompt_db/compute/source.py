@@ -78,7 +78,8 @@ class PretrainedModel:
     def ids(self) -> tuple[WeightsId, TokenizerId]:
         """The ids: recorded ones while the model is not loaded, and those of the loaded objects after that."""
         if self._known_ids is not None and not self.is_loaded:
-            return self._known_ids
+            weights_id, tokenizer_id = self._known_ids
+            return weights_id, self.tokenizer.id if "tokenizer" in vars(self) else tokenizer_id
         return self.runtime.weights_id, self.tokenizer.id
 
     @property

@@ -17,6 +17,15 @@ _TOKENIZER = b"backprompt-db/tokenizer/1\0"
 _SEAM_CONTEXT_CHARS = 128
 """Seams are compared within this many characters on either side: merges do not reach further."""
 
+_MODEL_OPTIONS = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "fuse_unk",
+    "byte_fallback",
+)
+
 _MAX_REMEMBERED_TOKENS = 1 << 22
 
 
@@ -28,6 +37,8 @@ class SegmentTokenizer:
         self._learn(_signature(tokenizer))
 
     def _learn(self, signature: object) -> None:
+        if getattr(getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
+            raise UnsupportedModel("this tokenizer drops merges at random", hint="Set its dropout to None.")
         self._signature = signature
         self.start_ids = start_ids(self.tokenizer)
         self._id: TokenizerId | None = None
@@ -50,15 +61,18 @@ class SegmentTokenizer:
         Raises `InvalidText` for a segment that has no tokens.
         """
         segments = list(segments)
-        new = [segment for segment in segments if segment.id not in self._remembered]
-        for segment, ids in zip(new, encode_strings(self.tokenizer, [new.string for new in new]), strict=True):
+        encoded = {segment: ids for segment in segments if (ids := self._remembered.get(segment.id))}
+        unknown = [segment for segment in segments if segment not in encoded]
+        strings = [segment.string for segment in unknown]
+        for segment, ids in zip(unknown, encode_strings(self.tokenizer, strings), strict=True):
             if not ids:
                 raise InvalidText(
                     f"the piece {segment.string!r} has no tokens under this tokenizer",
                     hint="Join it with the piece before or after it.",
                 )
-            self._remember(segment, ids if segment.parents else [*self.start_ids, *ids])
-        return {segment: self._remembered[segment.id] for segment in segments}
+            encoded[segment] = ids if segment.parents else [*self.start_ids, *ids]
+            self._remember(segment, encoded[segment])
+        return {segment: encoded[segment] for segment in segments}
 
     def seams(self, segments: Iterable[Segment]) -> list[Seam]:
         """Return the seams between segments and their parents at which joining would change tokens."""
@@ -166,16 +180,18 @@ def tokenizer_id(tokenizer: Any, start_ids: Iterable[int]) -> TokenizerId:
 
 
 def _signature(tokenizer: Any) -> object:
-    """What changes when a tokenizer is changed in place, short of its vocabulary's size staying the same."""
+    """What changes when a tokenizer is changed in place; of its merges, those that a sample of text shows."""
     parts: list[object] = [len(tokenizer), sorted(map(str, tokenizer.special_tokens_map.items()))]
     if getattr(tokenizer, "is_fast", False):
         backend = tokenizer.backend_tokenizer
         steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         parts += [None if step is None else step.__getstate__() for step in steps]
+        parts += [type(backend.model).__name__, *(getattr(backend.model, name, None) for name in _MODEL_OPTIONS)]
+        parts.append(_probe(tokenizer))
     return [*parts, bool(getattr(tokenizer, "split_special_tokens", False))]
 
 
 def _probe(tokenizer: Any) -> list[int]:
-    """A tokenizer in Python is code and vocabulary; what the code does shows on a sample of every kind of character."""
+    """What a tokenizer does shows on a sample of every kind of character."""
     sample = "The naïve café's 3.14 %s — tabs\tand\n\n  spaces; 你好 🙂 İstanbul ﬁ" * 2
     return list(tokenizer(sample, add_special_tokens=False, padding=False, truncation=False)["input_ids"])

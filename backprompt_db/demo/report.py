@@ -14,8 +14,10 @@ from backprompt_db.demo.plain import PlainResult
 _TOLERANCE = 1e-3
 """Largest difference of a log-probability from that of plain transformers, in nats, summed over a completion."""
 
-_COLUMNS = ("wall time", "of it\nscoring", "tokens\nasked for", "tokens\ncomputed", "hits", "model\ncalls", "on disk",
-            "accuracy")  # fmt: skip
+_MEASURES = (
+    "wall time", "of it scoring", "tokens asked for", "tokens computed", "representations found", "model calls",
+    "on disk", "accuracy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +80,23 @@ def show(task: Task, runs: list[Run], plain: Plain | None, failed: list[str]) ->
 
 
 def _table(task: Task, runs: list[Run], plain: Plain | None) -> Table:
+    """A column for each way of doing the job: that fits into 80 characters, a row for each would not."""
     num_asked = f"{runs[0].result.num_asked_tokens:,}"
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column(f"{len(task.gold)} requests,\n{len(task.completions)} endpoints", no_wrap=True)
-    for column in _COLUMNS:
-        table.add_column(column, justify="right", vertical="bottom", no_wrap=True)
-    for run in runs:
-        table.add_row(*_run_cells(run, num_asked, task))
-    for result in plain.results if plain else ():
-        table.add_row(*_plain_cells(result, plain.start_seconds if plain else 0.0, num_asked))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"{len(task.gold)} requests,\n{len(task.completions)} endpoints", vertical="bottom", no_wrap=True)
+    columns = [_run_cells(run, num_asked, task) for run in runs]
+    columns += [_plain_cells(result, plain.start_seconds, num_asked) for result in plain.results] if plain else []
+    for heading, *_ in columns:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    for row in zip(_MEASURES, *(cells for _, *cells in columns), strict=True):
+        table.add_row(*row)
     return table
 
 
 def _run_cells(run: Run, num_asked: str, task: Task) -> list[str]:
     result = run.result
     return [
-        run.name, _seconds(run.seconds), _seconds(result.scoring_seconds), num_asked,
+        run.name.replace(" ", "\n"), _seconds(run.seconds), _seconds(result.scoring_seconds), num_asked,
         f"{result.num_computed_tokens:,}", f"{result.num_hits:,}", f"{result.num_model_calls:,}",
         f"{run.nbytes_on_disk / 1e6:,.0f} MB", f"{accuracy(result.scores, task.gold, is_calibrated=True):.1%}",
     ]  # fmt: skip
@@ -102,7 +105,7 @@ def _run_cells(run: Run, num_asked: str, task: Task) -> list[str]:
 def _plain_cells(result: PlainResult, start_seconds: float, num_asked: str) -> list[str]:
     requests = f"{result.num_sampled} request{'s' if result.num_sampled > 1 else ''}"
     return [
-        f"transformers, {result.name}\n  extrapolated from {requests}",
+        f"transformers,\n{result.name},\nextrapolated\nfrom {requests}",
         _seconds(start_seconds + result.scoring_seconds), _seconds(result.scoring_seconds), num_asked,
         f"{result.num_computed_tokens:,}", "-", f"{result.num_model_calls:,}", "-", "same",
     ]  # fmt: skip
