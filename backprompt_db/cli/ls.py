@@ -65,7 +65,7 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(
             row.address.hex()[:_NUM_ADDRESS_DIGITS],
-            _cell(row.model_name or "?"),
+            _cell((row.model_name or "?").rstrip("/").rpartition("/")[2]),
             f"{row.num_tokens:,}",
             size(sum(row.nbytes.values())),
             age(row.created_at, now=now),
