@@ -283,9 +283,13 @@ def test_changed_bytes_are_refused_or_still_a_part(changes: list[tuple[int, int]
     blob = bytearray(small_blob())
     for place, value in changes:
         blob[place % len(blob)] = value
-    for read in (lambda: decode(Part.SCORES, view(blob)), lambda: decode_origin(view(blob))):
-        with contextlib.suppress(BlobFormat, FormatTooNew):
-            read()
+    with contextlib.suppress(BlobFormat, FormatTooNew):
+        arrays = decode(Part.SCORES, view(blob))
+        assert arrays["input_ids"].shape == arrays["token_logprobs"].shape
+        assert sum(array.nbytes for array in arrays.values()) <= len(blob)
+    with contextlib.suppress(BlobFormat, FormatTooNew):
+        _, origin = decode_origin(view(blob))
+        assert len(origin.address) == 32
 
 
 @given(st.binary(max_size=200))

@@ -110,7 +110,7 @@ def test_a_manifest_that_cannot_be_followed_is_refused(
 def test_a_manifest_with_more_fields_is_read(open_db: Open, tmp_path: Path) -> None:
     open_db(tmp_path / "db").close()
     (tmp_path / "db" / "manifest.json").write_text(json.dumps(MANIFEST | {"mood": "sunny"}))
-    open_db(tmp_path / "db").close()
+    assert open_db(tmp_path / "db").directory == tmp_path / "db"
 
 
 def test_a_manifest_that_is_a_directory_is_refused(tmp_path: Path) -> None:

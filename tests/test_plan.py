@@ -15,15 +15,9 @@ from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.representation import Part
 from backprompt_db.text import Segment, Text, ancestry
 
-PIECES = st.text(alphabet="abc", min_size=1, max_size=4)
-GRAPHS = st.recursive(
-    PIECES.map(Text),
-    lambda inner: st.one_of(
-        st.lists(inner, min_size=2, max_size=3).map(lambda texts: sum(texts[1:], start=texts[0])),
-        st.lists(inner, min_size=2, max_size=3).map(lambda texts: bp.parallel(*texts)),
-    ),
-    max_leaves=10,
-)
+from .graphs import graphs
+
+GRAPHS = graphs(alphabet="abc", max_leaves=10)
 FORESTS = st.lists(GRAPHS, min_size=1, max_size=3)
 
 

@@ -16,6 +16,7 @@ from backprompt_db.keys import SegmentId
 from backprompt_db.text import Segment, Text
 
 from .conftest import plain_logprobs
+from .graphs import graphs
 
 TOLERANCE = 1e-4
 
@@ -150,15 +151,7 @@ def test_an_explicit_start_moves_the_position_ids(lm: bp.LanguageModel) -> None:
     assert not torch.allclose(result.logits, plain.logits, atol=1e-2)
 
 
-PIECES = st.text(alphabet="ab \n.?", min_size=1, max_size=6)
-GRAPHS = st.recursive(
-    PIECES.map(Text),
-    lambda inner: st.one_of(
-        st.lists(inner, min_size=2, max_size=3).map(lambda texts: sum(texts[1:], start=texts[0])),
-        st.lists(inner, min_size=2, max_size=3).map(lambda texts: bp.parallel(*texts)),
-    ),
-    max_leaves=8,
-)
+GRAPHS = graphs(alphabet="ab \n.?", max_leaves=8)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
