@@ -5,7 +5,8 @@
 The header names each array's dtype, shape and byte range. Its single `__metadata__` entry, `backprompt-db`, holds JSON:
 format, part, text, parents, start, namespace, weights id, tokenizer id, tokens, compute seconds, library versions.
 Any safetensors reader opens such a blob. `decode` is stricter: exactly the arrays of the part, with its dtypes
-and shapes, and not one byte more. Nothing is allocated before it is checked.
+and shapes, and not one byte more. Nothing is allocated before it is checked. Blobs are byte for byte those of
+the safetensors library, whose own writer would copy every array twice.
 """
 
 from __future__ import annotations
@@ -16,61 +17,101 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import safetensors
-
-from backprompt_db.errors import BackpromptError, BlobFormat, FormatTooNew
+from backprompt_db.errors import BlobFormat, FormatTooNew
 from backprompt_db.keys import ID_NBYTES, SegmentId, TokenizerId, WeightsId
 from backprompt_db.representation import FORMAT, ITEMSIZE, Array, Arrays, Origin, Part
 
 _HEADER_LENGTH = struct.Struct("<Q")
 _MAX_HEADER_NBYTES = 1 << 26
-_MAX_HEADER_STRINGS = 13
-"""Quotes in a header: three of the metadata and five of each of two arrays."""
+_MAX_HEADER_STRINGS = 23
+"""Three of the metadata, and of each of four arrays its name, `dtype` and its value, `shape` and `data_offsets`."""
 _MAX_STRUCTURE_NBYTES = 1024
 """What a header may have outside its strings."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _MAX_ARRAY_NBYTES = 1 << 62
 _METADATA_KEY = "backprompt-db"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_RUST_DTYPE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+_INT8 = frozenset({"I8"})
+_FLOAT32 = frozenset({"F32"})
+_DTYPE_ORDER = ("F64", "F32", "I32", "BF16", "F16", "I8")
+"""How safetensors orders arrays: wide elements first, so that each array is aligned; then by name."""
 
-_LAYOUT: dict[Part, dict[str, tuple[frozenset[str], int]]] = {
-    Part.SCORES: {"input_ids": (frozenset({"I32"}), 1), "token_logprobs": (frozenset({"F32"}), 1)},
-    Part.LOGITS: {"logits": (_FLOATS, 1)},
-    Part.KV: {"keys": (_FLOATS, 4), "values": (_FLOATS, 4)},
+_Layout: TypeAlias = dict[str, tuple[frozenset[str], int]]
+"""Name, dtypes and number of dimensions of each array."""
+
+_LAYOUTS: dict[Part, tuple[_Layout, ...]] = {
+    Part.SCORES: ({"input_ids": (frozenset({"I32"}), 1), "token_logprobs": (_FLOAT32, 1)},),
+    Part.LOGITS: ({"logits": (_FLOATS, 1)},),
+    Part.KV: (
+        {"keys": (_FLOATS, 4), "values": (_FLOATS, 4)},
+        {"keys": (_INT8, 4), "keys_scale": (_FLOAT32, 3), "values": (_INT8, 4), "values_scale": (_FLOAT32, 3)},
+    ),
 }
-"""The arrays of each part: name, dtypes, number of dimensions."""
+"""What each part may hold. The second layout of keys and values is that of int8, see `fidelity`."""
 
 
 def encode(part: Part, arrays: Arrays, origin: Origin) -> bytes:
     """Return one part as a blob. Raises `BlobFormat` for arrays that are not those of the part."""
+    return b"".join(encode_pieces(part, arrays, origin))
+
+
+def encode_pieces(part: Part, arrays: Arrays, origin: Origin) -> list[bytes | memoryview]:
+    """Return a blob in pieces, to be written one after the other: the header, then the arrays, which are not copied.
+
+    Raises `BlobFormat` for arrays that are not those of the part.
+    """
     _check_layout(part, {name: (array.dtype, array.shape) for name, array in arrays.items()})
-    specs = {name: _spec(array) for name, array in arrays.items()}
-    metadata = json.dumps(_origin_to_json(part, origin), ensure_ascii=False, separators=(",", ":"))
-    # safetensors copies from the addresses in `specs`; `arrays` keeps what they point to alive.
-    blob = bytes(safetensors.serialize(specs, {_METADATA_KEY: metadata}))
-    if _HEADER_LENGTH.unpack_from(blob)[0] > _MAX_HEADER_NBYTES:
+    ordered = sorted(arrays.items(), key=lambda item: (_DTYPE_ORDER.index(item[1].dtype), item[0]))
+    header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: _to_json(_origin_to_json(part, origin))}}
+    end = 0
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
+    raw = _to_json(header).encode()
+    raw += b" " * (-len(raw) % _HEADER_LENGTH.size)
+    if len(raw) > _MAX_HEADER_NBYTES:
         raise BlobFormat("the text of a part is too long to be stored", hint="Divide it: concatenate shorter texts.")
-    return blob
+    return [_HEADER_LENGTH.pack(len(raw)) + raw, *(array.data for _, array in ordered)]
 
 
 def decode(part: Part, blob: memoryview) -> Arrays:
     """Return the arrays of a blob as views of it. Raises `BlobFormat`; never reads outside it."""
     header, data = _split(blob)
-    header.pop("__metadata__", None)
-    if header.keys() != _LAYOUT[part].keys():
-        raise _malformed(f"{part.name.lower()} holds {sorted(_LAYOUT[part])}, not {sorted(header)[:8]}")
-    arrays, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: _begin(item[1])):
-        array, end = _array(name, entry, data, begin=end)
-        arrays[name] = array
+    places = _places(part, header)
+    end = max(place.end for place in places.values())
     if end != data.nbytes:
         raise _malformed(f"{data.nbytes - end} bytes belong to no array")
-    _check_layout(part, {name: (array.dtype, array.shape) for name, array in arrays.items()})
-    return arrays
+    return {name: _array(place, data) for name, place in places.items()}
+
+
+class ArrayPlace(NamedTuple):
+    """Where an array lies in a blob."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """In bytes after the header."""
+    end: int
+
+
+def header_nbytes(beginning: bytes) -> int:
+    """Return how many bytes of a blob come before its arrays, or 8 when `beginning` has not enough to say.
+
+    Raises `BlobFormat` for a length that no header has.
+    """
+    if len(beginning) < _HEADER_LENGTH.size:
+        return _HEADER_LENGTH.size
+    (nbytes,) = _HEADER_LENGTH.unpack_from(beginning)
+    if nbytes > _MAX_HEADER_NBYTES or nbytes % _HEADER_LENGTH.size:
+        raise _malformed(f"its header claims {nbytes} bytes")
+    return int(_HEADER_LENGTH.size + nbytes)
+
+
+def kv_places(header: memoryview) -> dict[str, ArrayPlace]:
+    """Return where the arrays of a kv part lie, from all that comes before them. Raises `BlobFormat`."""
+    return _places(Part.KV, _split(header)[0])
 
 
 def decode_origin(blob: memoryview) -> tuple[Part, Origin]:
@@ -90,12 +131,8 @@ def decode_origin(blob: memoryview) -> tuple[Part, Origin]:
         raise _malformed(f"its metadata cannot be read ({error!r:.200})") from None
 
 
-def _spec(array: Array) -> safetensors.TensorSpec:
-    # A typed view, because an empty buffer has no address of its own.
-    pointer = np.frombuffer(array.data, dtype=np.uint8).ctypes.data if array.nbytes else 0
-    return safetensors.TensorSpec(
-        dtype=_RUST_DTYPE[array.dtype], shape=list(array.shape), data_ptr=pointer, data_len=array.nbytes
-    )
+def _to_json(fields: Mapping[str, Any]) -> str:
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
 
 def _split(blob: memoryview) -> tuple[dict[str, Any], memoryview]:
@@ -111,7 +148,7 @@ def _split(blob: memoryview) -> tuple[dict[str, Any], memoryview]:
         match.end() - match.start() for match in itertools.islice(_STRING.finditer(raw), _MAX_HEADER_STRINGS + 1)
     ]
     if len(strings) > _MAX_HEADER_STRINGS or len(raw) - sum(strings) > _MAX_STRUCTURE_NBYTES:
-        raise _malformed("its header has more than two arrays and one entry of metadata")
+        raise _malformed("its header has more than four arrays and one entry of metadata")
     header = _parse(raw)
     if not isinstance(header, dict):
         raise _malformed("its header is not a JSON object")
@@ -145,11 +182,24 @@ def _begin(entry: object) -> int:
     return int(offsets[0])
 
 
-def _array(name: str, entry: dict[str, Any], data: memoryview, *, begin: int) -> tuple[Array, int]:
+def _places(part: Part, header: dict[str, Any]) -> dict[str, ArrayPlace]:
+    """Return where each array lies, checked: exactly those of the part, one after the other without gaps."""
+    header.pop("__metadata__", None)
+    _layout(part, header)
+    places: dict[str, ArrayPlace] = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: _begin(item[1])):
+        places[name] = _place(name, entry, begin=end)
+        end = places[name].end
+    _check_layout(part, {name: (place.dtype, place.shape) for name, place in places.items()})
+    return places
+
+
+def _place(name: str, entry: dict[str, Any], *, begin: int) -> ArrayPlace:
     first, end = entry["data_offsets"]
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    if first != begin or not begin <= end <= data.nbytes:
-        raise _malformed(f"{name} does not have the bytes from {begin} on, within {data.nbytes}")
+    if first != begin or end < begin:
+        raise _malformed(f"{name} does not have the bytes from {begin} on")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise _malformed(f"{name} has a dtype that parts do not have")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
@@ -157,21 +207,30 @@ def _array(name: str, entry: dict[str, Any], data: memoryview, *, begin: int) ->
     # Sizes beside a zero are checked too: no library could make a view of such an array.
     if ITEMSIZE[dtype] * math.prod(max(size, 1) for size in shape) > _MAX_ARRAY_NBYTES:
         raise _malformed(f"{name} is too large")
-    try:
-        return Array(dtype, tuple(shape), data[begin:end]), end
-    except BackpromptError as error:
-        raise _malformed(error.message) from None
+    if ITEMSIZE[dtype] * math.prod(shape) != end - begin:
+        raise _malformed(f"{name} has {end - begin} bytes for {dtype} {shape}")
+    return ArrayPlace(dtype, tuple(shape), begin, end)
+
+
+def _array(place: ArrayPlace, data: memoryview) -> Array:
+    return Array(place.dtype, place.shape, data[place.begin : place.end])
+
+
+def _layout(part: Part, names: Mapping[str, object]) -> _Layout:
+    for layout in _LAYOUTS[part]:
+        if names.keys() == layout.keys():
+            return layout
+    known = " or ".join(str(sorted(layout)) for layout in _LAYOUTS[part])
+    raise _malformed(f"{part.name.lower()} holds {known}, not {[name[:20] for name in sorted(names)[:8]]}")
 
 
 def _check_layout(part: Part, found: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    layout = _LAYOUT[part]
-    if found.keys() != layout.keys():
-        raise _malformed(f"{part.name.lower()} holds {sorted(layout)}, not {sorted(found)[:8]}")
-    for name, (dtypes, num_dimensions) in layout.items():
+    for name, (dtypes, num_dimensions) in _layout(part, found).items():
         dtype, shape = found[name]
         if dtype not in dtypes or len(shape) != num_dimensions:
             raise _malformed(f"{name} is {dtype} {list(shape)}")
-    # Keys and values may differ in head_dim (multi-head latent attention), scores and logits in nothing.
+    # Keys and values may differ in head_dim (multi-head latent attention), scores and logits in nothing. Scales of int8
+    # have the first three dimensions of what they scale, and no more.
     if len({shape[:3] for _, shape in found.values()}) != 1:
         raise _malformed(f"its arrays differ in shape: {[list(shape) for _, shape in found.values()]}")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
+from backprompt_db.fidelity import Fidelity
 from backprompt_db.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.records import CHUNK_NBYTES
@@ -32,8 +33,8 @@ class Manifest:
 
     format: int = FORMAT
     """Version of addresses, parts and this directory."""
-    fidelity: str = "exact"
-    """How keys and values are stored; `exact` returns them bit for bit."""
+    fidelity: Fidelity = Fidelity.EXACT
+    """How keys and values are stored."""
     digest: str = "xxh3-128"
     """What every chunk is digested with."""
     lmdb: dict[str, int] = field(default_factory=lambda: {"generation": LMDB_GENERATION, "chunk_nbytes": CHUNK_NBYTES})
@@ -94,12 +95,13 @@ def _from_json(fields: Any, directory: Path) -> Manifest:
     known = {name: value for name, value in fields.items() if name in Manifest.__dataclass_fields__}
     manifest = Manifest(**known)
     geometry = {"generation": manifest.lmdb["generation"], "chunk_nbytes": manifest.lmdb["chunk_nbytes"]}
-    if (manifest.fidelity, manifest.digest, geometry) != ("exact", "xxh3-128", Manifest().lmdb):
+    is_known = manifest.fidelity in tuple(Fidelity)  # a set would want anything to be hashable
+    if not is_known or (manifest.digest, geometry) != ("xxh3-128", Manifest().lmdb):
         raise FormatTooNew(
             f"{directory} uses {manifest.fidelity}, {manifest.digest}, {manifest.lmdb}, unknown to this version",
             hint="Upgrade backprompt-db, or use another directory.",
         )
-    return manifest
+    return replace(manifest, fidelity=Fidelity(manifest.fidelity))
 
 
 def _write(path: Path, content: str) -> None:

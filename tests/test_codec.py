@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import struct
 import tracemalloc
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,70 +17,23 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt_db.codec import decode, decode_origin, encode
+from backprompt_db.codec import decode, decode_origin, encode, encode_pieces
 from backprompt_db.errors import BlobFormat, FormatTooNew
 from backprompt_db.keys import SegmentId, TokenizerId, WeightsId
-from backprompt_db.representation import ITEMSIZE, Array, Origin, Part
-
-FLOATS = ["F16", "BF16", "F32", "F64"]
-IDS = st.binary(min_size=32, max_size=32)
-STRINGS = st.text(st.characters(exclude_categories=["Cs"]))
-ORIGINS = st.builds(
-    Origin,
-    text=STRINGS,
-    parents=st.lists(IDS.map(SegmentId), max_size=4).map(tuple),
-    start=st.none() | st.integers(0, 2**63 - 1),
-    weights_id=IDS.map(WeightsId),
-    tokenizer_id=IDS.map(TokenizerId),
-    num_tokens=st.integers(0, 2**31),
-    compute_seconds=st.integers(0, 10**9).map(lambda micros: micros / 1_000_000),
-    namespace=STRINGS,
-    versions=st.dictionaries(STRINGS, STRINGS, max_size=3),
+from backprompt_db.representation import Array, Origin, Part
+from tests.codec_parts import (
+    ORIGIN,
+    ORIGINS,
+    array,
+    blob_of,
+    content,
+    int8_arrays,
+    int8_blob,
+    parts,
+    small_blob,
+    tensor,
+    view,
 )
-ORIGIN = Origin("a", (), None, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 1, 0.5)
-
-
-def array(dtype: str, *shape: int, fill: int = 1) -> Array:
-    data = bytes((fill * 7 + index) % 251 for index in range(min(251, ITEMSIZE[dtype] * int(np.prod(shape)))))
-    nbytes = ITEMSIZE[dtype] * int(np.prod(shape))
-    return Array(dtype, shape, memoryview((data * (nbytes // max(1, len(data)) + 1))[:nbytes]))
-
-
-@st.composite
-def parts(draw: st.DrawFn) -> tuple[Part, dict[str, Array]]:
-    part, num_tokens = draw(st.sampled_from(Part)), draw(st.integers(0, 5))
-    dtype, fill = draw(st.sampled_from(FLOATS)), draw(st.integers(0, 255))
-    if part is Part.SCORES:
-        return part, {
-            "token_logprobs": array("F32", num_tokens, fill=fill), "input_ids": array("I32", num_tokens, fill=fill)
-        }  # fmt: skip
-    if part is Part.LOGITS:
-        return part, {"logits": array(dtype, draw(st.integers(0, 50)), fill=fill)}
-    layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    dims = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))  # latent attention: the two differ
-    shapes = [(layers, heads, num_tokens, dim) for dim in dims]
-    return part, {"keys": array(dtype, *shapes[0], fill=fill), "values": array(dtype, *shapes[1], fill=fill + 1)}
-
-
-def content(arrays: Mapping[str, Array]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {name: (each.dtype, each.shape, bytes(each.data)) for name, each in arrays.items()}
-
-
-def view(blob: bytes | bytearray) -> memoryview:
-    return memoryview(bytearray(blob))
-
-
-def small_blob() -> bytes:
-    return encode(Part.SCORES, {"input_ids": array("I32", 2), "token_logprobs": array("F32", 2)}, ORIGIN)
-
-
-def blob_of(header: object, data: bytes = b"") -> memoryview:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return view(struct.pack("<Q", len(raw)) + raw + data)
-
-
-def tensor(dtype: Any, shape: Any, *offsets: Any) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 
 @given(parts(), ORIGINS)
@@ -98,6 +51,65 @@ def test_safetensors_reads_the_same(given_part: tuple[Part, dict[str, Array]], o
     blob = encode(part, arrays, origin)
     theirs = {name: (each["dtype"], tuple(each["shape"]), bytes(each["data"])) for name, each in deserialized(blob)}
     assert theirs == content(arrays)
+
+
+RUST_DTYPE = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "I8": "int8"
+}  # fmt: skip
+
+
+@given(parts(), ORIGINS)
+def test_a_blob_is_byte_for_byte_what_safetensors_writes(
+    given_part: tuple[Part, dict[str, Array]], origin: Origin
+) -> None:
+    blob = encode(*given_part, origin)
+    bits = {name: np.frombuffer(bytes(each.data) + b"0", np.uint8) for name, each in given_part[1].items()}
+    specs = {
+        name: safetensors.TensorSpec(
+            dtype=RUST_DTYPE[each.dtype], shape=list(each.shape), data_ptr=bits[name].ctypes.data, data_len=each.nbytes
+        )
+        for name, each in given_part[1].items()
+    }
+    header_nbytes = struct.unpack_from("<Q", blob)[0]
+    metadata = json.loads(blob[8 : 8 + header_nbytes])["__metadata__"]
+    assert blob == bytes(safetensors.serialize(specs, metadata))
+
+
+@given(parts(), ORIGINS)
+def test_the_pieces_of_a_blob_are_its_header_and_its_arrays_themselves(
+    given_part: tuple[Part, dict[str, Array]], origin: Origin
+) -> None:
+    pieces = encode_pieces(*given_part, origin)
+    assert b"".join(pieces) == encode(*given_part, origin)
+    assert {id(piece) for piece in pieces[1:]} == {id(each.data) for each in given_part[1].values()}
+
+
+GOLDEN_ORIGIN = Origin(
+    'say "é"\n\t\x00\\ \U0001f600', (SegmentId(b"p" * 32),), 3, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 2, 0.25,
+    namespace="team", versions={"torch": "2.9"},
+)  # fmt: skip
+GOLDEN: dict[str, tuple[Part, dict[str, Array]]] = {
+    "6dd5d88ff4403f4a746761bd2d5a4a37753e64cf8c032939639e6182c57d8ab2": (
+        Part.SCORES, {"input_ids": array("I32", 2, fill=0), "token_logprobs": array("F32", 2, fill=0)}
+    ),
+    "04c3a16621d7483c0ebda5dcd642dd2dcb36aa8985cb5403899f334cfcaaeece": (
+        Part.LOGITS, {"logits": array("F16", 5, fill=0)}
+    ),
+    "4ea0115ecc1b4f6133716ba945c5cbc43cafa5bda686bf5c6beb09b96a0d6ea6": (
+        Part.KV, {"keys": array("F32", 2, 1, 2, 3, fill=0), "values": array("F32", 2, 1, 2, 3, fill=0)}
+    ),
+    "35b58dbd564542eff421ad461f1e9c12d93758cf70e06fb6fbacbb9c21d07153": (
+        Part.KV, {"keys": array("BF16", 2, 1, 2, 3, fill=0), "values": array("F64", 2, 1, 2, 2, fill=0)}
+    ),
+    "384bf2c1eae84f4c68f91df3f7f73a3cd3d4fe1ca93474a179f16503dd5fa2ab": (
+        Part.KV, int8_arrays((2, 1, 2, 3), (2, 1, 2, 2))
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("digest", GOLDEN)
+def test_blobs_never_change_within_a_format(digest: str) -> None:
+    assert hashlib.sha256(encode(*GOLDEN[digest], GOLDEN_ORIGIN)).hexdigest() == digest
 
 
 def deserialized(blob: bytes) -> list[tuple[str, dict[str, Any]]]:
@@ -134,6 +146,8 @@ def test_keys_and_values_cost_less_than_one_percent_more(num_tokens: int) -> Non
     assert len(encode(Part.KV, arrays, origin)) <= 1.01 * sum(each.nbytes for each in arrays.values())
 
 
+INT8 = int8_arrays((2, 1, 2, 3), (2, 1, 2, 2))
+NOT_SCALES = [(), (4,), (2, 1), (2, 1, 1), (2, 1, 3), (1, 2, 2), (2, 1, 2, 1), (2, 1, 2, 3), (0, 1, 2)]
 WRONG_PARTS: list[tuple[Part, dict[str, Array]]] = [
     (Part.SCORES, {"input_ids": array("I32", 2)}),
     (Part.SCORES, {"input_ids": array("I64", 2), "token_logprobs": array("F32", 2)}),
@@ -143,6 +157,18 @@ WRONG_PARTS: list[tuple[Part, dict[str, Array]]] = [
     (Part.LOGITS, {"logits": array("F32", 2), "more": array("F32", 2)}),
     (Part.KV, {"keys": array("F32", 1, 1, 2, 3), "values": array("F32", 1, 1, 3, 3)}),
     (Part.KV, {"keys": array("F32", 1, 2, 3), "values": array("F32", 1, 2, 3)}),
+    (Part.KV, {"keys": array("I8", 1, 1, 2, 3), "values": array("I8", 1, 1, 2, 3)}),
+    (Part.LOGITS, {"logits": array("I8", 2)}),
+    *[(Part.KV, {name: each for name, each in INT8.items() if name != missing}) for missing in INT8],
+    *[(Part.KV, INT8 | {name: array("F32", *INT8[name].shape)}) for name in ("keys", "values")],
+    *[(Part.KV, INT8 | {name: array("F16", *INT8[name].shape)}) for name in ("keys_scale", "values_scale")],
+    *[
+        (Part.KV, INT8 | {name: array("F32", *shape)})
+        for name in ("keys_scale", "values_scale")
+        for shape in NOT_SCALES
+    ],
+    (Part.KV, INT8 | {"keys": array("I8", 2, 1, 3, 3), "keys_scale": array("F32", 2, 1, 3)}),
+    (Part.KV, INT8 | {"more": array("F32", 1)}),
 ]
 
 
@@ -173,6 +199,8 @@ HOSTILE: dict[str, memoryview] = {
     "a list": blob_of([]),
     "null": blob_of(None),
     "no arrays": blob_of({}),
+    "five arrays": blob_of(dict.fromkeys("abcde", F4), bytes(4)),
+    "a long name": blob_of({"x" * 100_000: F4}, bytes(4)),
     "a million arrays": blob_of({str(i): F4 for i in range(1_000_000)}, bytes(4)),
     "deep nesting": blob_of(b"[" * 2_000_000),
     "nesting as deep as fits": blob_of(b'{"logits":' + b"[" * 1000 + b"]" * 1000 + b"}"),
@@ -218,9 +246,45 @@ def test_a_hostile_blob_is_refused(about: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [[2**62, 0, 1, 1], [2**31, 2**31, 0, 2**31], [2**63 - 1, 1, 0, 2**63 - 1]])
-def test_huge_sizes_beside_a_zero_are_refused(shape: list[int]) -> None:
+@pytest.mark.parametrize("dtype", ["F32", "I8"])
+def test_huge_sizes_beside_a_zero_are_refused(dtype: str, shape: list[int]) -> None:
+    names = {"keys", "values"} if dtype == "F32" else INT8.keys()
+    header = {name: tensor("F32", shape[:3], 0, 0) if "scale" in name else tensor(dtype, shape, 0, 0) for name in names}
     with pytest.raises(BlobFormat):
-        decode(Part.KV, blob_of({"keys": tensor("F32", shape, 0, 0), "values": tensor("F32", shape, 0, 0)}))
+        decode(Part.KV, blob_of(header))
+
+
+INT8_RANGES = {"keys_scale": (0, 16), "values_scale": (16, 32), "keys": (32, 44), "values": (44, 52)}
+
+
+def int8_header(**changes: Any) -> dict[str, Any]:
+    return {
+        name: tensor(INT8[name].dtype, list(INT8[name].shape), *INT8_RANGES[name]) | changes.get(name, {})
+        for name in INT8
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keys": {"data_offsets": [44, 52]}},
+        {"keys": {"data_offsets": [0, 12]}},
+        {"keys": {"shape": [2, 1, 2, 4]}},
+        {"keys": {"shape": [2, 2, 1, 3]}},
+        {"keys": {"dtype": "U8"}},
+        {"keys_scale": {"data_offsets": [16, 32]}},
+        {"keys_scale": {"dtype": "I32"}},
+        {"keys_scale": {"shape": [4, 1, 1]}},
+        {"keys_scale": {"shape": [2, 1, 2, 1]}},
+        {"values_scale": {"dtype": "F64", "shape": [2, 1, 1]}},
+        {"values_scale": {"data_offsets": [16, 2**64]}},
+    ],
+    ids=str,
+)
+def test_int8_arrays_and_scales_that_do_not_belong_together_are_refused(changes: dict[str, Any]) -> None:
+    decode(Part.KV, blob_of(int8_header(), bytes(52)))
+    with pytest.raises(BlobFormat):
+        decode(Part.KV, blob_of(int8_header(**changes), bytes(52)))
 
 
 @pytest.mark.parametrize("ranges", [((0, 4), (0, 4)), ((0, 4), (2, 6)), ((0, 4), (3, 7)), ((4, 8), (4, 8))])
@@ -266,26 +330,29 @@ def test_a_part_of_a_newer_format_is_told_apart() -> None:
         decode_origin(with_metadata(format=2, unknown="field"))
 
 
-def test_a_blob_cut_anywhere_is_refused() -> None:
-    blob = small_blob()
+@pytest.mark.parametrize(
+    ("part", "blob"), [(Part.SCORES, small_blob()), (Part.KV, int8_blob())], ids=["scores", "int8"]
+)
+def test_a_blob_cut_anywhere_is_refused(part: Part, blob: bytes) -> None:
     for length in range(len(blob)):
         with pytest.raises(BlobFormat):
-            decode(Part.SCORES, view(blob[:length]))
+            decode(part, view(blob[:length]))
 
 
 def test_bytes_after_the_end_are_refused() -> None:
-    with pytest.raises(BlobFormat, match="belong to no array"):
-        decode(Part.SCORES, view(small_blob() + b"\0"))
+    for part, blob in [(Part.SCORES, small_blob()), (Part.KV, int8_blob())]:
+        with pytest.raises(BlobFormat, match="belong to no array"):
+            decode(part, view(blob + b"\0"))
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=8))
-def test_changed_bytes_are_refused_or_still_a_part(changes: list[tuple[int, int]]) -> None:
-    blob = bytearray(small_blob())
+@given(st.booleans(), st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), min_size=1, max_size=8))
+def test_changed_bytes_are_refused_or_still_a_part(is_int8: bool, changes: list[tuple[int, int]]) -> None:  # noqa: FBT001
+    part, blob = (Part.KV, bytearray(int8_blob())) if is_int8 else (Part.SCORES, bytearray(small_blob()))
     for place, value in changes:
         blob[place % len(blob)] = value
     with contextlib.suppress(BlobFormat, FormatTooNew):
-        arrays = decode(Part.SCORES, view(blob))
-        assert arrays["input_ids"].shape == arrays["token_logprobs"].shape
+        arrays = decode(part, view(blob))
+        assert len({array.shape[:3] for array in arrays.values()}) == 1
         assert sum(array.nbytes for array in arrays.values()) <= len(blob)
     with contextlib.suppress(BlobFormat, FormatTooNew):
         _, origin = decode_origin(view(blob))

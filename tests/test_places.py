@@ -15,6 +15,8 @@ import backprompt_db as bp
 from backprompt_db import database
 from backprompt_db.database import Database
 from backprompt_db.errors import BackpromptError, FormatError, FormatTooNew, UnsafeLocation
+from backprompt_db.fidelity import Fidelity
+from backprompt_db.manifest import Manifest, read_manifest, write_manifest
 from tests.database_parts import expected, new_part, values, wanted
 
 Open = Callable[..., Database]
@@ -92,7 +94,10 @@ MANIFEST = {
         (json.dumps(MANIFEST | {"lmdb": None}).encode(), FormatError),
         (json.dumps(MANIFEST | {"format": 2}).encode(), FormatTooNew),
         (json.dumps({"format": 99}).encode(), FormatTooNew),
-        (json.dumps(MANIFEST | {"fidelity": "int8"}).encode(), FormatTooNew),
+        *[
+            (b'{"format": 1, "fidelity": %s}' % each, FormatTooNew)
+            for each in (b'"int4"', b'"EXACT"', b"null", b"8", b"[]")
+        ],
         (json.dumps(MANIFEST | {"digest": "blake3"}).encode(), FormatTooNew),
         (json.dumps(MANIFEST | {"lmdb": {"generation": 1, "chunk_nbytes": (1 << 20) - 16}}).encode(), FormatTooNew),
     ],
@@ -105,6 +110,24 @@ def test_a_manifest_that_cannot_be_followed_is_refused(
     with pytest.raises(error) as caught:
         bp.open(tmp_path / "db")
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("fidelity", Fidelity)
+def test_a_manifest_says_how_keys_and_values_are_kept(tmp_path: Path, fidelity: Fidelity) -> None:
+    write_manifest(tmp_path, Manifest(fidelity=fidelity))
+    assert json.loads((tmp_path / "manifest.json").read_text())["fidelity"] == fidelity.value
+    found = read_manifest(tmp_path)
+    assert found is not None
+    assert found.fidelity is fidelity
+
+
+def test_a_manifest_that_does_not_say_how_they_are_kept_means_exactly(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({name: MANIFEST[name] for name in MANIFEST if name != "fidelity"})
+    )
+    found = read_manifest(tmp_path)
+    assert found is not None
+    assert found.fidelity is Fidelity.EXACT
 
 
 def test_a_manifest_with_more_fields_is_read(open_db: Open, tmp_path: Path) -> None:
