@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from transformers.cache_utils import DynamicCache
 
-_MAX_CHECKED_WINDOW = 1024
-"""Tokens of a window that a self-check fills. A longer one is never reached: prompts end where it would begin."""
+from backprompt_db.compute.masks import SLIDING_LAYERS
+
+_MAX_FILLED_WINDOW = 1024
+"""Tokens of a window that a self-check fills, where it can neither be masked nor be made shorter. A longer one is never
+reached: prompts end where it would begin."""
+
+_MASKED_LAYERS = {"full_attention", SLIDING_LAYERS}
 
 _WINDOW_NAME = re.compile(
     r"(sliding|attention|attn|local|local_attention)_(window|window_size|window_len|chunk_size)"
@@ -43,19 +50,55 @@ def refusal(model: Any) -> str | None:
     return None
 
 
-def checked_window(model: Any) -> int | None:
-    """Return the longest attention window of any layer that a check can fill, None where there is none."""
-    return max((window for window in _windows(model) if window <= _MAX_CHECKED_WINDOW), default=None)
+def masked_window(model: Any) -> int | None:
+    """Return the window that masks can be made with, the one that transformers' own masks read; None without one."""
+    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window if window in set(_windows(model)) else None
 
 
-def max_positions(model: Any) -> int | None:
+def masked_layer_types(model: Any) -> tuple[str, ...]:
+    """Return the types of a model's layers where they differ and it is known what each sees, else nothing."""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return tuple(sorted(types)) if len(types) > 1 and types <= _MASKED_LAYERS else ()
+
+
+def filled_window(model: Any, *, masked: int | None = None) -> int | None:
+    """Return the longest attention window but the masked one that a check can fill, None where there is none."""
+    others = (window for window in _windows(model) if window != masked)
+    return max((window for window in others if window <= _MAX_FILLED_WINDOW), default=None)
+
+
+def max_positions(model: Any, *, masked: int | None = None) -> int | None:
     """Return how many positions a prompt may have; None where there is no limit.
 
-    A window that is too long to be checked is a limit: before its end it hides nothing.
+    A window that is neither masked nor short enough to be filled is a limit: before its end it hides nothing.
     """
-    unchecked = [window for window in _windows(model) if window > _MAX_CHECKED_WINDOW]
+    unproven = [window for window in _windows(model) if window > _MAX_FILLED_WINDOW and window != masked]
     longest = _num_trained_positions(model)
-    return min(unchecked + ([longest] if longest else []), default=None)
+    return min(unproven + ([longest] if longest else []), default=None)
+
+
+def max_columns(model: Any) -> int | None:
+    """Return how many tokens a pass may have, its context included: what a causal mask inside a module has room for."""
+    squares = (
+        buffer.shape[-1]
+        for buffer in model.buffers()
+        if buffer.dtype in (torch.bool, torch.uint8) and buffer.dim() > 1 and buffer.shape[-2] == buffer.shape[-1] > 1
+    )
+    return min(squares, default=None)
+
+
+def with_window(model: Any, *, masked: int, num_tokens: int) -> Any:
+    """Return a second model over the same tensors whose masked window has another length, wherever it is written.
+
+    Any other window is half as long there: one that is read at all shows. The model itself is left alone: other threads
+    may run it, and its weights id must not change.
+    """
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for place in _places(twin):
+        windows = list(_windows_in(place))
+        place.update({name: num_tokens if window == masked else num_tokens // 2 for name, window in windows})
+    return twin
 
 
 def is_index_dependent(model: Any) -> bool:
@@ -91,12 +134,24 @@ def _windows_written(model: Any) -> Iterator[int]:
     """Yield windows in the configuration and in modules: layer types may be silent about them."""
     config = model.config.get_text_config()
     hides = "attention_layers" not in vars(config) or "local" in config.attention_layers
-    places: list[Mapping[str, Any]] = [vars(module) for module in model.modules()]
-    for place in [*places, config.to_dict() if hides else {}]:
-        for name, value in place.items():
-            is_window = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if is_window and _WINDOW_NAME.fullmatch(name):
-                yield value
+    for place in [*(vars(module) for module in model.modules()), config.to_dict() if hides else {}]:
+        for _, window in _windows_in(place):
+            yield window
+
+
+def _windows_in(place: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in place.items():
+        is_window = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if is_window and _WINDOW_NAME.fullmatch(name):
+            yield name, value
+
+
+def _places(model: Any) -> Iterator[dict[str, Any]]:
+    """Yield the attributes of every module and of every configuration that one has, each once."""
+    modules = [vars(module) for module in model.modules()]
+    configs = [place["config"] for place in modules if "config" in place] + [model.config.get_text_config()]
+    yield from modules
+    yield from {id(config): vars(config) for config in configs if hasattr(config, "__dict__")}.values()
 
 
 def _rope_types(model: Any) -> Iterator[str]:
