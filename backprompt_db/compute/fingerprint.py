@@ -43,8 +43,9 @@ _INERT_ATTRIBUTES = frozenset({
 })  # fmt: skip
 """Attributes of modules that change no number of a forward pass; trainers set some of them."""
 
-_CAPTURING = "transformers.utils.output_capturing"
-"""Where the hooks come from that transformers leaves behind when hidden states were asked for. They only look."""
+_HARMLESS_HOOKS = frozenset({"transformers.utils.output_capturing", "backprompt_db.compute.head"})
+"""Where hooks come from that change nothing: transformers leaves some behind when hidden states were asked for, and
+another thread's pass may be under way."""
 
 _NUM_SAMPLES = 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -251,7 +252,7 @@ def _refuse_invisible(model: nn.Module, modules: _Modules, tensors: _Tensors) ->
         raise _invisible("it is quantised", "Load it without quantisation, or dequantise it.")
     for name, module in modules:
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+        if any(getattr(hook, "__module__", None) not in _HARMLESS_HOOKS for hook in hooks):
             raise _invisible(f"{name or 'the model'} has forward hooks", "Remove them: their effect has no id.")
         if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
             raise _invisible(f"the forward method of {name or 'the model'} was replaced", "Restore it.")

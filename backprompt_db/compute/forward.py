@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-import enum
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 
-from backprompt_db.compute.kvcache import KVBuffer, KVShape, assemble
-from backprompt_db.compute.plan import Pack, attention_mask, token_offsets
+from backprompt_db.compute.head import (
+    HiddenStates,
+    Predictions,
+    Question,
+    WholeLogits,
+    first_logprobs,
+    kept_from_running,
+)
+from backprompt_db.compute.kvcache import KVBuffer
+from backprompt_db.compute.masks import Mask, MaskForm, MaskKind, attention_mask, mask_argument
+from backprompt_db.compute.plan import Pack, token_offsets
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.representation import Array, Arrays, Part
-from backprompt_db.text import Segment
-
-_ROWS_AT_ONCE = 64
-"""Rows of logits that are turned into log-probabilities at a time: [64, vocab_size] in float32 stays in the cache."""
+from backprompt_db.text import Segment, ancestry
 
 
-class MaskForm(enum.Enum):
-    """How a model takes the attention mask of a pack."""
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a pass gave."""
 
-    BOOLEAN = "boolean"
-    """True where a token attends."""
-    ADDITIVE = "additive"
-    """0 where a token attends, the dtype's minimum elsewhere: added to the attention scores."""
-    CAUSAL = "causal"
-    """Only plain causal attention over what is in the cache: a pass holds one segment of a plain chain."""
+    parts: dict[tuple[Segment, Part], Arrays]
+    seconds: float
+    num_tokens: int
+    """Tokens that went through the model; 0 where all scores followed from what was there."""
+    num_whole: int
+    """How many of the first segments have all their keys and values in the buffer."""
 
 
 def compute_pack(
@@ -41,62 +49,160 @@ def compute_pack(
     pack: Pack,
     *,
     form: MaskForm,
-    shape: KVShape,
+    head: nn.Module | None,
     input_ids: Mapping[Segment, Sequence[int]],
     starts: Mapping[Segment, int],
-    context: Sequence[Arrays],
+    context: KVBuffer,
     predictions: Mapping[Segment, Array],
     produce: Mapping[Segment, frozenset[Part]],
-) -> tuple[dict[tuple[Segment, Part], Arrays], float]:
-    """Run the model once and return the parts of the pack's segments that `produce` names, and the seconds it took.
+) -> Computed:
+    """Run the model once, at most, and return the parts of the pack's segments that `produce` names.
 
-    `context` holds the keys and values of `pack.context`, in that order; `predictions` the logits of the context
-    segments that predict a first token.
+    `context` holds the keys and values of `pack.context`, in that order, and is extended by those of the new tokens;
+    `head` is the module that alone makes the logits, if there is one. `predictions` are the logits of the segments of
+    the context that predict a first token.
     """
     began = time.perf_counter()
-    num_tokens = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
-    ids = np.concatenate([np.asarray(input_ids[segment]) for segment in pack.segments])
-    places = np.concatenate([starts[segment] + np.arange(num_tokens[segment]) for segment in pack.segments])
-    num_context = sum(num_tokens[segment] for segment in pack.context)
-    buffer = assemble(shape, context, capacity=num_context + len(ids), device=model.device)
-    cache = buffer.cache()
-    logits = forward(model, ids, places, attention_mask(pack, num_tokens), cache=cache, form=form)
-    if len(logits) != len(ids) or not buffer.is_filled_by(cache):
-        raise UnsupportedModel(
-            f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
-            hint="Run it with transformers directly; nothing of this pass was stored.",
-        )
-    logprobs = _token_logprobs(logits, ids, pack, num_tokens, predictions)
+    lengths = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
+    fed = {**lengths, **_fed_lengths(pack, lengths, produce)}
+    ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
+    first = context.length
+    answers = _Answers(pack, input_ids, fed, produce)
+    if len(ids):
+        places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
+        cache = context.cache()
+        predicted = forward(model, ids, places, attention_mask(pack, fed), cache=cache, form=form, head=head)
+        if len(predicted) != len(ids) or not context.is_extended_by(cache, len(ids)):
+            raise UnsupportedModel(
+                f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
+                hint="Run it with transformers directly; nothing of this pass was stored.",
+            )
+        context.length += len(ids)
+        answers.read(predicted)
+    answers.read_outside(predictions)
     parts: dict[tuple[Segment, Part], Arrays] = {}
-    for begin, segment in token_offsets(pack, num_tokens):
-        end = begin + num_tokens[segment]
+    for begin, segment in token_offsets(pack, fed):
         for part in produce[segment]:
-            parts[segment, part] = _slice(part, ids, logprobs, logits, buffer, num_context, begin, end)
-    return parts, time.perf_counter() - began
+            is_kv = part is Part.KV
+            parts[segment, part] = (
+                context.slice(first + begin, first + begin + fed[segment]) if is_kv else answers.part(segment, part)
+            )
+    num_whole = next(
+        (n for n, segment in enumerate(pack.segments) if fed[segment] < lengths[segment]), len(pack.segments)
+    )
+    return Computed(parts, time.perf_counter() - began, len(ids), num_whole)
+
+
+def _fed_lengths(
+    pack: Pack, lengths: Mapping[Segment, int], produce: Mapping[Segment, frozenset[Part]]
+) -> dict[Segment, int]:
+    """Return how many tokens of each segment go through the model.
+
+    The last token of a segment predicts what comes after it; where nothing does and only scores are asked for, it need
+    not be computed: a label of one token costs nothing but a look at the logits before it.
+    """
+    followed = {parent for segment in ancestry(pack.segments) for parent in segment.parents}
+    return {
+        segment: lengths[segment] - (segment not in followed and produce[segment] <= {Part.SCORES})
+        for segment in pack.segments
+    }
+
+
+class _Answers:
+    """The scores and last logits of a pack's segments: which predictions they need, and what these were."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        input_ids: Mapping[Segment, Sequence[int]],
+        fed: Mapping[Segment, int],
+        produce: Mapping[Segment, frozenset[Part]],
+    ) -> None:
+        self._input_ids = input_ids
+        self._logprobs: dict[Segment, npt.NDArray[np.float32]] = {}
+        self._outside: dict[Segment, list[Segment]] = {}
+        self._ends: dict[Segment, int] = {}
+        self._logits: dict[Segment, torch.Tensor] = {}
+        self._rows: list[tuple[Segment, int, npt.NDArray[np.int64]]] = []
+        """Segments with the number of the first token that the pass predicts, and the rows that predict from it on."""
+        offsets = {segment: begin for begin, segment in token_offsets(pack, fed)}
+        for segment, begin in offsets.items():
+            if Part.LOGITS in produce[segment]:
+                self._ends[segment] = begin + fed[segment] - 1
+            if Part.SCORES in produce[segment]:
+                self._ask(segment, begin, offsets, fed)
+
+    def _ask(self, segment: Segment, begin: int, offsets: Mapping[Segment, int], fed: Mapping[Segment, int]) -> None:
+        num_tokens = len(self._input_ids[segment])
+        self._logprobs[segment] = np.full(num_tokens, np.nan, dtype=np.float32)
+        rows = np.arange(begin, begin + num_tokens - 1)
+        parent = segment.parents[0] if len(segment.parents) == 1 else None
+        if parent is not None and parent in offsets:
+            rows = np.concatenate([[offsets[parent] + fed[parent] - 1], rows])
+        elif parent is not None:
+            self._outside.setdefault(parent, []).append(segment)
+        self._rows.append((segment, num_tokens - len(rows), rows))
+
+    def read(self, predicted: Predictions) -> None:
+        """Take from a pass what it predicts of this."""
+        rows = [each for _, _, each in self._rows]
+        targets = [np.asarray(self._input_ids[segment])[first:] for segment, first, _ in self._rows]
+        none = np.empty(0, dtype=np.int64)
+        question = Question(
+            np.concatenate([none, *rows]), np.concatenate([none, *targets]), np.array([*self._ends.values()], np.int64)
+        )
+        logprobs, logits = predicted.read(question)
+        self._logits = dict(zip(self._ends, logits, strict=True))
+        parts = np.split(logprobs, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
+        for (segment, first, _), part in zip(self._rows, parts, strict=True):
+            self._logprobs[segment][first:] = part
+
+    def read_outside(self, predictions: Mapping[Segment, Array]) -> None:
+        """Take the first tokens' log-probabilities from the logits of segments that were there before."""
+        for parent, segments in self._outside.items():
+            if parent in predictions:
+                firsts = np.array([self._input_ids[segment][0] for segment in segments])
+                for segment, logprob in zip(segments, first_logprobs(predictions[parent].torch(), firsts), strict=True):
+                    self._logprobs[segment][0] = logprob
+
+    def part(self, segment: Segment, part: Part) -> Arrays:
+        """Return the scores or the logits of a segment as they are stored."""
+        if part is Part.LOGITS:
+            return {"logits": Array.from_torch(self._logits[segment].clone())}
+        ids = np.asarray(self._input_ids[segment], dtype=np.int32)
+        return {
+            "input_ids": Array.from_numpy(ids),
+            "token_logprobs": Array.from_numpy(self._logprobs[segment]),
+        }
 
 
 def forward(
     model: Any,
     input_ids: npt.NDArray[Any],
     position_ids: npt.NDArray[Any],
-    mask: npt.NDArray[np.bool_],
+    mask: Mask,
     *,
     cache: Cache,
     form: MaskForm,
-) -> torch.Tensor:
-    """Call the model on new tokens [N] that see `mask` [N, cached + N]; return logits [N, vocab_size].
+    head: nn.Module | None = None,
+) -> Predictions:
+    """Call the model on new tokens [N] that see `mask` [N, cached + N]; return what it predicts after each.
 
-    The cache is extended by the new tokens. Training mode, autocast and gradient settings are left as found.
+    `position_ids` [cached + N] are those of all that is seen. The cache is extended by the new tokens. Training mode,
+    autocast and gradient settings are left as found.
     """
-    tensors = {"input_ids": torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)}
-    if form is MaskForm.CAUSAL:
+    tensors: dict[str, Any] = {"input_ids": _batch_of_one(input_ids, model)}
+    if form.kind is MaskKind.CAUSAL:
         tensors["attention_mask"] = torch.ones((1, mask.shape[1]), dtype=torch.int64, device=model.device)
     else:
-        tensors["position_ids"] = torch.from_numpy(position_ids.astype(np.int64))[None].to(model.device)
-        tensors["attention_mask"] = _mask_tensor(mask, form, model)
+        tensors["position_ids"] = _batch_of_one(position_ids[-len(input_ids) :], model)
+        tensors["attention_mask"] = mask_argument(mask, position_ids, form, dtype=model.dtype, device=model.device)
     with evaluation(model):
-        output = model(**tensors, past_key_values=cache, use_cache=True)
-    return logits_of(output)
+        if head is None:
+            return WholeLogits(logits_of(model(**tensors, past_key_values=cache, use_cache=True)))
+        with kept_from_running(head) as hidden:
+            model(**tensors, past_key_values=cache, use_cache=True)
+        return HiddenStates(hidden[0][0], head)
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -133,60 +239,5 @@ def evaluation(model: Any) -> Iterator[None]:
                 module.training = True
 
 
-def _mask_tensor(mask: npt.NDArray[np.bool_], form: MaskForm, model: Any) -> torch.Tensor:
-    allowed = torch.from_numpy(mask)[None, None].to(model.device)
-    if form is MaskForm.BOOLEAN:
-        return allowed
-    added = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device)
-    return added.masked_fill_(~allowed, torch.finfo(model.dtype).min)
-
-
-def _token_logprobs(
-    logits: torch.Tensor,
-    input_ids: npt.NDArray[Any],
-    pack: Pack,
-    num_tokens: Mapping[Segment, int],
-    predictions: Mapping[Segment, Array],
-) -> npt.NDArray[np.float32]:
-    """Return the log-probability of each new token [N]; NaN where nothing, or more than one segment, precedes it."""
-    predictor = np.arange(-1, len(input_ids) - 1)
-    last_token = {segment: begin + num_tokens[segment] - 1 for begin, segment in token_offsets(pack, num_tokens)}
-    outside: list[tuple[int, torch.Tensor]] = []
-    for begin, segment in token_offsets(pack, num_tokens):
-        parent = segment.parents[0] if len(segment.parents) == 1 else None
-        predictor[begin] = -1 if parent is None else last_token.get(parent, -1)
-        if parent is not None and parent in predictions:
-            outside.append((begin, predictions[parent].torch().to(logits.device)))
-    result = np.full(len(input_ids), np.nan, dtype=np.float32)
-    inside = np.flatnonzero(predictor >= 0)
-    for rows in np.array_split(inside, max(1, -(-len(inside) // _ROWS_AT_ONCE))):
-        result[rows] = _logprobs_of(logits[torch.from_numpy(predictor[rows])], input_ids[rows])
-    for index, row in outside:
-        result[index] = _logprobs_of(row[None], input_ids[index : index + 1])[0]
-    return result
-
-
-def _logprobs_of(logits: torch.Tensor, targets: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return the float32 log-softmax of each row of `logits` [n, vocab_size] at its target."""
-    rows = logits.float()
-    chosen = rows.gather(1, torch.from_numpy(targets.astype(np.int64)).to(rows.device)[:, None])[:, 0]
-    result: npt.NDArray[np.float32] = (chosen - rows.logsumexp(1)).cpu().numpy()
-    return result
-
-
-def _slice(
-    part: Part,
-    input_ids: npt.NDArray[Any],
-    logprobs: npt.NDArray[np.float32],
-    logits: torch.Tensor,
-    buffer: KVBuffer,
-    num_context: int,
-    begin: int,
-    end: int,
-) -> Arrays:
-    if part is Part.SCORES:
-        ids = input_ids[begin:end].astype(np.int32)
-        return {"input_ids": Array.from_numpy(ids), "token_logprobs": Array.from_numpy(logprobs[begin:end].copy())}
-    if part is Part.LOGITS:
-        return {"logits": Array.from_torch(logits[end - 1].clone())}
-    return buffer.slice(num_context + begin, num_context + end)
+def _batch_of_one(numbers: npt.NDArray[Any], model: Any) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.int64))[None].to(model.device)

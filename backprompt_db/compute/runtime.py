@@ -13,15 +13,18 @@ import transformers
 
 from backprompt_db.catalog import ModelRecord
 from backprompt_db.compute.fingerprint import ModelIdentity
-from backprompt_db.compute.forward import MaskForm, compute_pack
-from backprompt_db.compute.kvcache import KVShape
-from backprompt_db.compute.limits import max_positions
-from backprompt_db.compute.plan import Pack
-from backprompt_db.compute.selfcheck import CHECK_VERSION, Verdict, examine, probe_shape, recorded
-from backprompt_db.errors import UnsupportedModel
-from backprompt_db.keys import WeightsId
-from backprompt_db.representation import Array, Arrays, Part
+from backprompt_db.compute.forward import Computed, compute_pack
+from backprompt_db.compute.kvcache import KVBuffer, KVShape
+from backprompt_db.compute.limits import max_columns, max_positions
+from backprompt_db.compute.masks import MaskForm, MaskKind
+from backprompt_db.compute.plan import Costs, Pack
+from backprompt_db.compute.prefixes import put_prefix, take_prefix
+from backprompt_db.compute.selfcheck import CHECK_VERSION, Verdict, examine, probe_shape, proven_head, recorded
+from backprompt_db.errors import ContextLengthExceeded, UnsupportedModel
+from backprompt_db.keys import Address, WeightsId
+from backprompt_db.representation import Array, Arrays, Part, dtype_name
 from backprompt_db.text import Segment
+from backprompt_db.tier import MemoryTier
 
 
 class Runtime:
@@ -52,6 +55,29 @@ class Runtime:
         """The shape of the model's keys and values. Raises `UnsupportedModel` where it has none."""
         return probe_shape(self.model)
 
+    @cached_property
+    def head(self) -> torch.nn.Module | None:
+        """The module that alone makes logits of hidden states; None where there is more to it."""
+        return proven_head(self.model)
+
+    @cached_property
+    def kv_dtype(self) -> str:
+        """The safetensors name of the dtype of keys and values."""
+        return dtype_name(self.shape.dtype)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """What passes of this model cost."""
+        return costs_of(self.model, num_layers=self.shape.num_layers)
+
+    def prefix(self, memory: MemoryTier, contents: Sequence[tuple[Address, int]], *, room: int) -> KVBuffer:
+        """Return a buffer that begins with what of `contents` is in memory; see `take_prefix`."""
+        return take_prefix(memory, self.shape, contents, room=room, device=self.device)
+
+    def leave(self, memory: MemoryTier, context: KVBuffer) -> None:
+        """Leave a buffer in memory for passes that begin like it."""
+        put_prefix(memory, context)
+
     def fits(self, arrays: Arrays) -> bool:
         """Whether stored keys and values have the shape and dtype of this model's."""
         return KVShape.of(arrays) == self.shape
@@ -60,6 +86,16 @@ class Runtime:
     def max_positions(self) -> int | None:
         """How many positions a prompt may have, None where there is no limit; known once the model is proven."""
         return self._max_positions
+
+    @property
+    def window(self) -> int | None:
+        """The attention window that packs are masked with, by position ids; None where there is none or no packs."""
+        return self._verdict.form.window if self._verdict.form else None
+
+    @property
+    def max_columns(self) -> int | None:
+        """How many tokens a pass may have, those of its context included, None where there is no limit."""
+        return max_columns(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -86,10 +122,13 @@ class Runtime:
             return None
         verdict = None
         if known is not None and known.checked_with == self._checked_with:
-            verdict = recorded(known.verdict, known.mask_form, max_error=known.max_error, reason=known.reason)
-        vars(self).pop("shape", None)  # the model may have another dtype by now
+            what = known.verdict, known.mask_form
+            verdict = recorded(self.model, *what, max_error=known.max_error, reason=known.reason)
+        for probed in ("shape", "head", "kv_dtype"):  # the model may have another dtype by now
+            vars(self).pop(probed, None)
         self._verdict = verdict or self._examine(weights_id)
-        self._max_positions = max_positions(self.model) if self._verdict.form else None
+        form = self._verdict.form
+        self._max_positions = max_positions(self.model, masked=form.window) if form else None
         self._proven = weights_id, self._checked_with
         return None if verdict else self._record(weights_id, self._verdict)
 
@@ -106,14 +145,16 @@ class Runtime:
         self, packs: Sequence[Pack], input_ids: Mapping[Segment, Sequence[int]], starts: Mapping[Segment, int]
     ) -> None:
         """Raise `UnsupportedModel` for packs that this model cannot run: one of chains runs no branches and no gaps."""
-        if not self.takes_packs:
-            for pack in packs:
+        limit = self.max_columns
+        for pack in packs:
+            _require_room(pack, input_ids, limit)
+            if not self.takes_packs:
                 _require_plain_chain(pack, input_ids, starts, reason=self._verdict.reason)
 
     @property
     def takes_packs(self) -> bool:
         """Whether a pass may hold several segments."""
-        return self._verdict.form is not MaskForm.CAUSAL
+        return self._verdict.form is None or self._verdict.form.kind is not MaskKind.CAUSAL
 
     def compute(
         self,
@@ -121,17 +162,17 @@ class Runtime:
         *,
         input_ids: Mapping[Segment, Sequence[int]],
         starts: Mapping[Segment, int],
-        context: Sequence[Arrays],
+        context: KVBuffer,
         predictions: Mapping[Segment, Array],
         produce: Mapping[Segment, frozenset[Part]],
-    ) -> tuple[dict[tuple[Segment, Part], Arrays], float]:
-        """Run the model once; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
-        form = self.require_supported()
-        self.num_calls += 1
-        return compute_pack(
-            self.model, pack, form=form, shape=self.shape, input_ids=input_ids, starts=starts, context=context,
-            predictions=predictions, produce=produce,
+    ) -> Computed:
+        """Run the model once, at most; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
+        computed = compute_pack(
+            self.model, pack, form=self.require_supported(), head=self.head, input_ids=input_ids, starts=starts,
+            context=context, predictions=predictions, produce=produce,
         )  # fmt: skip
+        self.num_calls += computed.num_tokens > 0
+        return computed
 
     def _examine(self, weights_id: WeightsId) -> Verdict:
         verdict = examine(self.model)
@@ -152,7 +193,7 @@ class Runtime:
             vocab_size=self.vocab_size,
             max_positions=self.max_positions,
             verdict=verdict.kind,
-            mask_form=verdict.form.value if verdict.form else None,
+            mask_form=verdict.form.name if verdict.form else None,
             max_error=verdict.max_error,
             reason=verdict.reason,
             checked_with=self._checked_with,
@@ -165,6 +206,35 @@ class Runtime:
         kinds = "/".join(sorted(attention))
         libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
         return f"check {CHECK_VERSION}, {libraries}, {kinds} attention"
+
+
+def _require_room(pack: Pack, input_ids: Mapping[Segment, Sequence[int]], limit: int | None) -> None:
+    """Raise `ContextLengthExceeded` for a segment that sees more tokens, side by side, than fit into one pass."""
+    num_columns = sum(len(input_ids[segment]) for segment in (*pack.context, *pack.segments))
+    if limit is not None and num_columns > limit:
+        raise ContextLengthExceeded(
+            f"a pass needs {num_columns:,} tokens at once, the causal mask inside this model has {limit:,}",
+            hint="Use fewer or shorter parallel branches with it.",
+        )
+
+
+def costs_of(model: Any, *, num_layers: int) -> Costs:
+    """Estimate what passes of a model cost, from its size.
+
+    A token takes two operations for each weight, a pair `4 * hidden_size` in each layer; attention reaches about two
+    thirds of the rate of matrix products. The cost of a pass was measured on a processor; a GPU computes many more
+    tokens in the time in which it reads the weights.
+    """
+    config = model.config.get_text_config()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    num_weights = sum(parameter.numel() for parameter in model.parameters()) - (
+        0 if is_tied else embedding.weight.numel()
+    )
+    return Costs(
+        tokens_per_pass=32 if model.device.type == "cpu" else 256,
+        pairs_per_token=max(1.0, 2 * num_weights / (4 * config.hidden_size * num_layers) / 1.5),
+    )
 
 
 def _require_plain_chain(

@@ -4,29 +4,44 @@ There is no list of supported models. A small random tree is computed in packs, 
 with one plain forward pass per branch: log-probabilities, and the keys and values of every layer. How much the last
 token of a branch reacts to other tokens before it says how large an error of the mask would be: an error that is not
 far below that reaction proves nothing. What a short check cannot see is read from the configuration (`limits`).
+
+Attention windows are proven on a second model over the same tensors, whose window is a few tokens: that plain passes
+change when it grows by one shows that it is read at run time, and that a window which is off by one would not pass.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from backprompt_db.compute.forward import MaskForm, compute_pack, evaluation, logits_of
-from backprompt_db.compute.kvcache import KVShape, shape_of
-from backprompt_db.compute.limits import checked_window, is_index_dependent, max_positions, refusal
+from backprompt_db.compute.forward import compute_pack, evaluation, logits_of
+from backprompt_db.compute.head import head_of, is_all, kept_from_running
+from backprompt_db.compute.kvcache import KVShape, assemble, shape_of
+from backprompt_db.compute.limits import (
+    filled_window,
+    is_index_dependent,
+    masked_layer_types,
+    masked_window,
+    max_positions,
+    refusal,
+    with_window,
+)
+from backprompt_db.compute.masks import MaskForm, MaskKind
 from backprompt_db.compute.plan import packs, positions
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.text import Segment, Text, ancestry
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Raised when the check sees more than before: verdicts of an older one are made again."""
 
 _MAX_ERROR_OF_REACTION = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -34,6 +49,12 @@ _MAX_ERROR_OF_REACTION = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float1
 
 _MIN_REACTION = 1e-4
 """A model that reacts less to what precedes a token cannot prove anything."""
+
+_SHORT_WINDOW = 6
+"""Tokens that a window has while it is proven: shorter than any branch, longer than the segments at their ends."""
+
+_MAX_ERROR_OF_WINDOW = 0.3
+"""Largest error in units of what one token more in the window changes; a window that is off by one reaches 1."""
 
 _KV_WEIGHT = 0.1
 _ALL = frozenset(Part)
@@ -55,7 +76,7 @@ class Verdict:
     @property
     def kind(self) -> str:
         """`packs`, `chains` (one segment per pass, plain chains only) or `refused`."""
-        return "refused" if self.form is None else "chains" if self.form is MaskForm.CAUSAL else "packs"
+        return "refused" if self.form is None else "chains" if self.form.kind is MaskKind.CAUSAL else "packs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +111,18 @@ def probe_shape(model: Any) -> KVShape:
     return shape
 
 
+def proven_head(model: Any) -> nn.Module | None:
+    """Return the module that alone makes the model's logits of hidden states, None where there may be more to it."""
+    head = head_of(model)
+    if head is None:
+        return None
+    tokens = np.random.default_rng(_SEED).integers(model.get_input_embeddings().num_embeddings, size=2).tolist()
+    with evaluation(model), kept_from_running(head, skip=False) as kept:
+        logits, _ = _plain_pass(model, tokens)
+    # The embedding of a padding token is zero, and of logits that are zero anything may be all.
+    return head if is_all(head, kept, logits) and bool(logits.any()) else None
+
+
 def _unsupported(reason: str) -> UnsupportedModel:
     return UnsupportedModel(reason, hint="Only decoder-only models that fill a transformers Cache can be used.")
 
@@ -103,39 +136,71 @@ def examine(model: Any) -> Verdict:
         shape = probe_shape(model)
     except UnsupportedModel as unsupported:
         return Verdict(None, None, unsupported.message)
-    window = checked_window(model)
-    failures = []
-    if window is None and not is_index_dependent(model):
-        proof = _Proof(model, shape, _branching(model))
-        for form in (MaskForm.BOOLEAN, MaskForm.ADDITIVE):
+    failures: list[str] = []
+    for proof, forms in _trials(model, shape):
+        for form in forms:
             error, failure = proof.attempt(form)
             if failure is None:
-                return Verdict(form, error, None)
-            failures.append(f"{form.value} mask: {failure}")
-    error, failure = _Proof(model, shape, _chain(model, window or 0)).attempt(MaskForm.CAUSAL)
-    if failure is None:
-        why = f"its attention window of {window:,} tokens" if window else "; ".join(failures) or "token counts enter it"
-        return Verdict(MaskForm.CAUSAL, error, f"packs are wrong: {why}")
-    return Verdict(None, None, "; ".join([*failures, f"plain chain: {failure}"]))
+                return Verdict(form, error, _why_no_packs(model, failures) if form == _CHAINS else None)
+            failures.append(f"{form.name} mask: {failure}" if form != _CHAINS else f"plain chain: {failure}")
+    return Verdict(None, None, "; ".join(failures))
 
 
-def _branching(model: Any) -> _Tree:
+def recorded(
+    model: Any, kind: str, mask_form: str | None, *, max_error: float | None, reason: str | None
+) -> Verdict | None:
+    """Return a verdict that was recorded for a model, with the model's windows; None where it was never checked."""
+    if kind == "refused":
+        return Verdict(None, max_error, reason)
+    forms = [*_forms(model, masked_window(model)), *_forms(model, None), _CHAINS]
+    return next((Verdict(form, max_error, reason) for form in forms if form.name == mask_form), None)
+
+
+_CHAINS = MaskForm(MaskKind.CAUSAL)
+
+
+def _forms(model: Any, window: int | None) -> list[MaskForm]:
+    layer_types = masked_layer_types(model) if window else ()
+    kinds = (MaskKind.BOOLEAN, MaskKind.ADDITIVE)
+    return [MaskForm(kind, window, types) for types in dict.fromkeys([layer_types, ()]) for kind in kinds]
+
+
+def _trials(model: Any, shape: KVShape) -> Iterator[tuple[_Proof, list[MaskForm]]]:
+    """Yield the forms to try, those that can do more first, with the proof that each needs."""
+    window = masked_window(model)
+    takes_masks = not is_index_dependent(model)
+    if takes_masks and window:
+        yield _Proof(model, shape, _branching(model, masked=window), masked=window), _forms(model, window)
+    if takes_masks and filled_window(model) is None:
+        yield _Proof(model, shape, _branching(model)), _forms(model, None)
+    yield _Proof(model, shape, _chain(model)), [_CHAINS]
+
+
+def _why_no_packs(model: Any, failures: list[str]) -> str:
+    window = filled_window(model)
+    why = [f"its attention window of {window:,} tokens"] if window else []
+    return f"packs are wrong: {'; '.join([*why, *failures]) or 'token counts enter it'}"
+
+
+def _branching(model: Any, *, masked: int | None = None) -> _Tree:
     root = Text("root")
     left, right = root + "left", root + "right"
     tips = [(left + "leaf").tips()[0], right.tips()[0], (root + "third").tips()[0]]
-    return _tree(model, tips, {"root": 7, "left": 5, "leaf": 1, "right": 4, "third": 1})
+    num_filled = filled_window(model, masked=masked) or 0
+    lengths = {"root": 7 + num_filled, "left": 5, "leaf": 1, "right": 4, "third": 1}
+    return _tree(model, tips, lengths, max_positions(model, masked=masked))
 
 
-def _chain(model: Any, window: int) -> _Tree:
+def _chain(model: Any) -> _Tree:
     (tip,) = (Text("root") + "left" + "right" + "leaf").tips()
-    return _tree(model, [tip], {"root": 7 + window, "left": 5, "right": 9, "leaf": 1})
+    lengths = {"root": 7 + (filled_window(model) or 0), "left": 5, "right": 9, "leaf": 1}
+    return _tree(model, [tip], lengths, max_positions(model))
 
 
-def _tree(model: Any, tips: list[Segment], lengths: dict[str, int]) -> _Tree:
+def _tree(model: Any, tips: list[Segment], lengths: dict[str, int], longest: int | None) -> _Tree:
     random = np.random.default_rng(_SEED)
     embedding = model.get_input_embeddings()
     vocab_size = embedding.num_embeddings
-    longest = max_positions(model)
     segments = ancestry(tips)
     if longest is not None:  # a model with less positions than the check has tokens
         lengths = {name: min(length, max(1, longest - 16)) for name, length in lengths.items()}
@@ -151,56 +216,81 @@ _Computed = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]
 
 
 class _Proof:
-    """A tree, what plain passes over its branches give, and how much other tokens change the end of the first."""
+    """A tree, what plain passes over its branches give, and how much other tokens change the end of the first.
 
-    def __init__(self, model: Any, shape: KVShape, tree: _Tree) -> None:
-        self._model, self._shape, self._tree = model, shape, tree
+    With a `masked` window, all of it is of a second model whose window is short.
+    """
+
+    def __init__(self, model: Any, shape: KVShape, tree: _Tree, *, masked: int | None = None) -> None:
+        self._model, self._shape, self._tree, self._masked = model, shape, tree, masked
 
     def attempt(self, form: MaskForm) -> tuple[float, str | None]:
         """Return the error of one mask form, and why it does not do."""
         try:
-            error, reaction = self._error(form), self._reaction
+            error, reaction, reaction_to_window = self._error(form), self._reaction, self._reaction_to_window
         except Exception as refused:  # noqa: BLE001 - whatever a model says of what it does not take
             return math.inf, _one_line(refused)
         if not math.isfinite(error):
             return error, "some of its numbers are not finite"
         if not reaction >= _MIN_REACTION:
             return error, f"its output hardly depends on what precedes a token ({reaction:.1e}), which proves nothing"
+        if not reaction_to_window >= _MIN_REACTION:
+            return error, f"its output hardly depends on its window ({reaction_to_window:.1e}), which proves nothing"
         if not error <= _MAX_ERROR_OF_REACTION.get(self._shape.dtype, 0.0) * reaction:
             return error, f"off by {error:.1e}, where other tokens change {reaction:.1e}"
+        if not error <= _MAX_ERROR_OF_WINDOW * reaction_to_window:
+            return error, f"off by {error:.1e}, where one token more in the window changes {reaction_to_window:.1e}"
         return error, None
 
     @cached_property
+    def _subject(self) -> Any:
+        return self._model if self._masked is None else self._with_window(_SHORT_WINDOW)
+
+    def _with_window(self, num_tokens: int) -> Any:
+        with evaluation(self._model):  # no other thread's pass may change a module while it is copied
+            return with_window(self._model, masked=self._masked or 0, num_tokens=num_tokens)
+
+    @cached_property
     def _expected(self) -> _Computed:
-        return _plain_branches(self._model, self._tree)
+        return _plain_branches(self._subject, self._tree)
 
     @cached_property
     def _reaction(self) -> float:
         *before, last = self._tree.branches[0]
         others = {s: [(token + 1) % self._tree.vocab_size for token in self._tree.input_ids[s]] for s in before}
-        changed = _plain(self._model, self._tree.branches[0], {**self._tree.input_ids, **others})
+        changed = _plain(self._subject, self._tree.branches[0], {**self._tree.input_ids, **others})
         return _difference(self._expected, {last: changed[last]})
+
+    @cached_property
+    def _reaction_to_window(self) -> float:
+        """How much one token more in the window changes; infinite where there is none to prove."""
+        if self._masked is None:
+            return math.inf
+        return _difference(self._expected, _plain_branches(self._with_window(_SHORT_WINDOW + 1), self._tree))
 
     def _error(self, form: MaskForm) -> float:
         expected = self._expected  # before the model runs in any other way
-        limits = (1,) if form is MaskForm.CAUSAL else (None, 2)
-        in_passes = [_in_passes(self._model, self._shape, form, self._tree, max_segments=limit) for limit in limits]
-        again = _plain(self._model, self._tree.branches[0], self._tree.input_ids)  # must not remember other calls
+        model, form = self._subject, form if self._masked is None else replace(form, window=_SHORT_WINDOW)
+        limits = (1,) if form == _CHAINS else (None, 2)
+        in_passes = [_in_passes(model, self._shape, form, self._tree, max_segments=limit) for limit in limits]
+        again = _plain(model, self._tree.branches[0], self._tree.input_ids)  # must not remember other calls
         return max(_difference(expected, computed) for computed in (*in_passes, again))
 
 
 def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_segments: int | None) -> _Computed:
     """Compute the tree as prompts are computed."""
-    starts = positions(tree.segments, tree.num_tokens)
+    starts, head = positions(tree.segments, tree.num_tokens), proven_head(model)
     parts: dict[tuple[Segment, Part], Arrays] = {}
     for pack in packs(tree.segments, tree.num_tokens, max_segments=max_segments):
-        computed, _ = compute_pack(
-            model, pack, form=form, shape=shape, input_ids=tree.input_ids, starts=starts,
-            context=[parts[segment, Part.KV] for segment in pack.context],
+        context = [parts[segment, Part.KV] for segment in pack.context]
+        num_tokens = sum(tree.num_tokens[segment] for segment in (*pack.context, *pack.segments))
+        computed = compute_pack(
+            model, pack, form=form, head=head, input_ids=tree.input_ids, starts=starts,
+            context=assemble(shape, context, capacity=num_tokens, device=model.device),
             predictions={segment: parts[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
             produce=dict.fromkeys(pack.segments, _ALL),
         )  # fmt: skip
-        parts.update(computed)
+        parts.update(computed.parts)
     return {
         segment: _measure(
             parts[segment, Part.LOGITS]["logits"].torch(),
@@ -259,10 +349,3 @@ def _difference(expected: _Computed, actual: _Computed) -> float:
 
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-
-
-def recorded(kind: str, mask_form: str | None, *, max_error: float | None, reason: str | None) -> Verdict | None:
-    """Return a verdict that was recorded, None for a model that was never checked."""
-    if kind not in ("packs", "chains", "refused"):
-        return None
-    return Verdict(MaskForm(mask_form) if mask_form else None, max_error, reason)
