@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import backprompt_db as bp
 from backprompt_db.compute import plan
+from backprompt_db.compute.masks import attention_mask
 from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.representation import Part
 from backprompt_db.text import Segment, Text, ancestry
@@ -55,7 +56,7 @@ def test_the_mask_is_reachability_and_causal_inside_a_segment(texts: list[Text],
     num_tokens = num_tokens_of(segments)
     missing = [segment for number, segment in enumerate(segments) if number not in stored]
     for pack in plan.packs(missing, num_tokens):
-        mask = plan.attention_mask(pack, num_tokens)
+        mask = attention_mask(pack, num_tokens)
         rows = [(segment, i) for segment in pack.segments for i in range(num_tokens[segment])]
         columns = [(segment, i) for segment in (*pack.context, *pack.segments) for i in range(num_tokens[segment])]
         expected = [[s in visible(own) or (s == own and j <= i) for s, j in columns] for own, i in rows]
@@ -100,11 +101,48 @@ def test_unrelated_prompts_are_not_packed_without_bound() -> None:
         assert sum(num_tokens[segment] for segment in pack.segments) <= plan.MAX_PACK_TOKENS
 
 
+@given(FORESTS, st.integers(1, 30))
+def test_a_pass_of_several_segments_has_no_more_columns_than_fit(texts: list[Text], max_columns: int) -> None:
+    segments = segments_of(texts)
+    num_tokens = num_tokens_of(segments)
+    packs = plan.packs(segments, num_tokens, max_columns=max_columns)
+    assert [segment for pack in packs for segment in pack.segments] == segments
+    for pack in packs:
+        num_columns = sum(num_tokens[segment] for segment in (*pack.context, *pack.segments))
+        assert num_columns <= max_columns or len(pack.segments) == 1
+
+
 def test_siblings_share_a_pass_and_their_context() -> None:
     context = Text("y" * 900)
-    segments = segments_of([context + f"request {number}" for number in range(60)])
-    (pack,) = plan.packs(segments[1:], num_tokens_of(segments))
-    assert pack.context == (segments[0],)
+    segments = segments_of([context + f"request {number}" for number in range(100)])
+    packs = plan.packs(segments[1:], num_tokens_of(segments))
+    assert [pack.context for pack in packs] == [(segments[0],)] * len(packs)
+    assert 1 < len(packs) < 8  # some hundred tokens each: neither a pass for every ten tokens nor a vast mask
+
+
+LENGTHS = st.lists(st.sampled_from([1, 4, 12, 60, 150, 400, 900]), min_size=1, max_size=40)
+
+
+def excess(pack: Sequence[int], context: int, costs: plan.Costs) -> float:
+    """What a pass over siblings costs beside their tokens."""
+    num_pairs = sum(pack) * (context + sum(pack))
+    num_seen = sum(n * (context + n / 2) for n in pack)
+    return costs.tokens_per_pass + (num_pairs - num_seen) / costs.pairs_per_token
+
+
+@given(LENGTHS, st.sampled_from([0, 600]), st.sampled_from([plan.Costs(), plan.Costs(256, 20_000)]))
+def test_packs_cost_little_more_than_the_best_division(lengths: list[int], context: int, costs: plan.Costs) -> None:
+    prefix = Text("y" * context)
+    texts = [prefix + (f"{number:02}" + "x" * length)[-length:] for number, length in enumerate(lengths)]
+    segments = segments_of(texts)[bool(context) :]
+    num_tokens = num_tokens_of(segments_of(texts))
+    lengths = [num_tokens[segment] for segment in segments]
+    best = [0.0]
+    for end in range(1, len(lengths) + 1):
+        best.append(min(best[begin] + excess(lengths[begin:end], context, costs) for begin in range(end)))
+    divided = plan.packs(segments, num_tokens, costs=costs)
+    actual = sum(excess([num_tokens[segment] for segment in pack.segments], context, costs) for pack in divided)
+    assert sum(lengths) + actual <= 1.25 * (sum(lengths) + best[-1])
 
 
 def test_a_context_is_ordered_the_same_however_the_text_was_written() -> None:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.representation import Part
 from backprompt_db.text import Segment, ancestry
 
 MAX_PACK_TOKENS = 2048
-"""New tokens of a pass, unless one segment alone has more."""
+"""New tokens of a pass, unless one segment alone has more: bounds what its activations take up."""
 
-MAX_WASTE_PER_TOKEN = 512
-"""Key positions that a new token is multiplied with and may not see, on average over a pass. Beyond that, a pass of its
-own is cheaper: a position costs `4 * hidden_size * num_layers` operations, a token twice the number of parameters."""
+MAX_PACK_PAIRS = 1 << 23
+"""New tokens times all tokens of a pass, unless one segment alone has more: bounds what its mask takes up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What passes of a model cost, in units of one token's products with the weights."""
+
+    tokens_per_pass: float = 32
+    """A pass more, however short: reading the weights, and all that does not depend on its tokens."""
+    pairs_per_token: float = 4500
+    """How many pairs of a new token and a key, whether it may see it or not, cost as much as one token."""
+
+    @property
+    def fair_share(self) -> float:
+        """What a token costs beyond itself in passes of the best length, when there are tokens enough.
+
+        A pass of N tokens that do not see each other wastes N pairs for each: N = sqrt(pass * pairs) makes the sum of
+        that waste and the token's share of the pass smallest.
+        """
+        return 2 * math.sqrt(self.tokens_per_pass / self.pairs_per_token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,38 +101,54 @@ def check_context_length(starts: Mapping[Segment, int], num_tokens: Mapping[Segm
 
 
 def packs(
-    missing: Sequence[Segment], num_tokens: Mapping[Segment, int], *, max_segments: int | None = None
+    missing: Sequence[Segment],
+    num_tokens: Mapping[Segment, int],
+    *,
+    costs: Costs = Costs(),
+    max_segments: int | None = None,
+    max_columns: int | None = None,
 ) -> list[Pack]:
-    """Divide the missing segments, given parents before children, into packs that are bounded in tokens and in waste.
+    """Divide the missing segments, given parents before children, into packs that are cheap and bounded in memory.
 
-    `max_segments=1` makes a pass for every segment.
+    A segment joins a pack when what it wastes there, pairs of tokens that may not see each other, costs less than its
+    share of a pass more. (Keys and values of the context cost nothing more in either: they stay in memory in between.)
+    `max_segments=1` makes a pass for every segment. `max_columns` bounds the tokens of a pass of several segments, its
+    context included.
     """
     divided: list[Pack] = []
-    growing = _GrowingPack(num_tokens)
+    num_left = sum(num_tokens[segment] for segment in missing)
+    growing = _GrowingPack(num_tokens, costs, max_columns)
     for segment in missing:
-        if growing.segments and not (len(growing.segments) != max_segments and growing.admits(segment)):
+        if growing.segments and not (len(growing.segments) != max_segments and growing.admits(segment, num_left)):
             divided.append(growing.pack())
-            growing = _GrowingPack(num_tokens)
+            growing = _GrowingPack(num_tokens, costs, max_columns)
         growing.add(segment)
+        num_left -= num_tokens[segment]
     return [*divided, growing.pack()] if growing.segments else divided
 
 
 class _GrowingPack:
     """A pack being filled, with the running sums that bound it."""
 
-    def __init__(self, num_tokens: Mapping[Segment, int]) -> None:
+    def __init__(self, num_tokens: Mapping[Segment, int], costs: Costs, max_columns: int | None) -> None:
         self.segments: dict[Segment, None] = {}
+        self._max_columns = math.inf if max_columns is None else max_columns
         self._context: dict[Segment, None] = {}
+        self._costs = costs
         self._num_tokens = num_tokens
         self._visible: dict[Segment, int] = {}
-        self._num_new = self._num_context = self._attended = 0
+        self._num_new = self._num_context = 0
 
-    def admits(self, segment: Segment) -> bool:
-        num_new = self._num_new + self._num_tokens[segment]
-        num_context = self._num_context + sum(self._num_tokens[other] for other in self._unseen(segment))
-        attended = self._attended + self._area(segment)
-        waste = num_new * num_context + num_new * num_new // 2 - attended
-        return num_new <= MAX_PACK_TOKENS and waste <= num_new * MAX_WASTE_PER_TOKEN
+    def admits(self, segment: Segment, num_left: int) -> bool:
+        """Whether a segment, one of those with the last `num_left` tokens of all, had better join than begin a pack."""
+        num_tokens = self._num_tokens[segment]
+        num_new = self._num_new + num_tokens
+        num_columns = num_new + self._num_context + sum(self._num_tokens[other] for other in self._unseen(segment))
+        if num_new > MAX_PACK_TOKENS or num_new * num_columns > MAX_PACK_PAIRS or num_columns > self._max_columns:
+            return False
+        num_pairs = num_new * num_columns - self._num_new * (self._num_new + self._num_context)
+        waste = (num_pairs - self._area(segment)) / self._costs.pairs_per_token
+        return waste <= num_tokens * max(self._costs.fair_share, self._costs.tokens_per_pass / num_left)
 
     def add(self, segment: Segment) -> None:
         for other in self._unseen(segment):
@@ -124,7 +156,6 @@ class _GrowingPack:
             self._num_context += self._num_tokens[other]
         self.segments[segment] = None
         self._num_new += self._num_tokens[segment]
-        self._attended += self._area(segment)
 
     def pack(self) -> Pack:
         return Pack(tuple(self.segments), tuple(_canonical(self._context)))
@@ -165,27 +196,6 @@ def _canonical(context: Collection[Segment]) -> list[Segment]:
     for segment in ancestry(context):
         depths[segment] = max((depths[parent] + 1 for parent in segment.parents), default=0)
     return sorted(context, key=lambda segment: (depths[segment], segment.id))
-
-
-def attention_mask(pack: Pack, num_tokens: Mapping[Segment, int]) -> npt.NDArray[np.bool_]:
-    """Return who sees whom in a pack: `[new tokens, context tokens + new tokens]`, True where a token attends.
-
-    A token attends to its segment's visible segments and to itself and earlier tokens of its own segment.
-    """
-    columns = [*pack.context, *pack.segments]
-    index = {segment: number for number, segment in enumerate(columns)}
-    between = np.zeros((len(columns), len(columns)), dtype=bool)
-    for segment in ancestry(pack.segments):
-        for parent in segment.parents:
-            between[index[segment]] |= between[index[parent]]
-            between[index[segment], index[parent]] = True
-    column_of_token = np.repeat(np.arange(len(columns)), [num_tokens[segment] for segment in columns])
-    num_context = sum(num_tokens[segment] for segment in pack.context)
-    mask = between[column_of_token[num_context:]][:, column_of_token]
-    for begin, segment in token_offsets(pack, num_tokens):
-        end = begin + num_tokens[segment]
-        mask[begin:end, num_context + begin : num_context + end] = np.tri(end - begin, dtype=bool)
-    return mask
 
 
 def token_offsets(pack: Pack, num_tokens: Mapping[Segment, int]) -> Iterator[tuple[int, Segment]]:
