@@ -20,13 +20,24 @@ import filelock
 import platformdirs
 
 from backprompt_db.codec import decode
-from backprompt_db.errors import BlobFormat, CatalogError, FormatTooNew, StoreClosed, StoreError, UnsafeLocation
+from backprompt_db.errors import (
+    BlobFormat,
+    CatalogError,
+    FormatError,
+    FormatTooNew,
+    StoreClosed,
+    StoreError,
+    UnsafeLocation,
+)
+from backprompt_db.fidelity import Fidelity, restore_into
+from backprompt_db.filling import Filling, KVSpan
 from backprompt_db.keys import Address
 from backprompt_db.manifest import Manifest, read_manifest, write_manifest
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
+from backprompt_db.tier import MemoryTier, default_budget_nbytes
 from backprompt_db.writer import NewPart, Writer
 
 if TYPE_CHECKING:
@@ -42,6 +53,9 @@ MEMORY = ":memory:"
 _STORE = "store"
 _CATALOG = "catalog.sqlite"
 _LOCK = "manifest.lock"
+
+_OVERHEAD_NBYTES = 2048
+"""What a part costs in memory beside its bytes, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +82,24 @@ class Database:
     """
 
     def __init__(
-        self, store: Store, *, directory: Path | None, readonly: bool = False, namespace: str = "", strict: bool = False
+        self,
+        store: Store,
+        *,
+        directory: Path | None,
+        readonly: bool = False,
+        namespace: str = "",
+        strict: bool = False,
+        fidelity: Fidelity = Fidelity.EXACT,
+        memory_nbytes: int | None = None,
     ) -> None:
         self.directory = directory
+        self.fidelity = fidelity
+        self.memory = MemoryTier(default_budget_nbytes() if memory_nbytes is None else memory_nbytes)
         self.readonly = readonly
         self.namespace = namespace
         self.strict = strict
         self.store = store
-        self._writer = Writer(store, lambda: self.catalog)
+        self._writer = Writer(store, lambda: self.catalog, fidelity=fidelity)
         self._is_closed = False
         self._closing = threading.Lock()
         self._num_hits = self._num_misses = self._num_read_failures = self._num_malformed = 0
@@ -123,6 +147,27 @@ class Database:
             self._uses[address] += is_hit
         return found
 
+    def load(self, key: Key, span: KVSpan, dtype: str) -> bool:
+        """Copy stored keys and values into place, in one pass; False for a miss, which leaves anything there.
+
+        `dtype` is the safetensors name of the span's.
+        """
+        self._check_open()
+        queued = self._writer.get(key)
+        try:
+            return self._fill(key, span, dtype) if queued is None else _restore(queued, span)
+        except BlobFormat:
+            self.discard(key)
+        except FormatError:  # newer than this version
+            return False
+        except StoreError as error:
+            self._read_failed(error)
+        return False
+
+    def touch(self, addresses: Iterable[Address]) -> None:
+        """Count uses of representations that are in memory already, as `fetch` does."""
+        self._uses.update(addresses)
+
     def has(self, key: Key) -> bool:
         """Whether a part is stored or queued."""
         self._check_open()
@@ -141,6 +186,7 @@ class Database:
     def discard(self, key: Key) -> None:
         """Remove a stored part that turned out to be unusable, and count it as quarantined."""
         self._num_malformed += 1
+        self.memory.discard(key)
         logger.warning("quarantined the %s part of %s", key.part.name.lower(), key.address.hex())
         if self.readonly:
             return
@@ -167,6 +213,7 @@ class Database:
             self._writer.close()
             self._record_uses()
         finally:
+            self.memory.clear()
             catalog = vars(self).get("catalog")  # one that nothing needed is not opened now
             if catalog is not None:
                 catalog.close()
@@ -200,12 +247,11 @@ class Database:
 
     def _get(self, key: Key) -> Arrays | None:
         self._check_open()
-        queued = self._writer.get(key)
-        if queued is not None:
-            return queued
+        known: Arrays | None = self._writer.get(key) or self.memory.get(key)
+        if known is not None:
+            return known
         try:
-            blob = self.store.get(key)
-            return None if blob is None else decode(key.part, blob)
+            return self._read(key)
         except FormatTooNew:
             return None
         except BlobFormat:
@@ -213,6 +259,22 @@ class Database:
         except StoreError as error:
             self._read_failed(error)
         return None
+
+    def _read(self, key: Key) -> Arrays | None:
+        blob = self.store.get(key)
+        if blob is None:
+            return None
+        arrays = decode(key.part, blob)
+        if key.part is not Part.KV:  # of which the memory tier holds whole prefixes, ready for use
+            self.memory.put(key, arrays, nbytes=blob.nbytes + _OVERHEAD_NBYTES)
+        return arrays
+
+    def _fill(self, key: Key, span: KVSpan, dtype: str) -> bool:
+        if self.fidelity is Fidelity.EXACT:
+            filling = Filling(span, dtype)
+            return self.store.scan(key, filling.take) and filling.is_complete
+        blob = self.store.get(key)
+        return blob is not None and _restore(decode(key.part, blob), span)
 
     def _read_failed(self, error: StoreError) -> None:
         if self.strict or isinstance(error, StoreClosed):
@@ -241,47 +303,89 @@ def default_location() -> Path:
 
 
 def open_database(
-    location: str | os.PathLike[str] | None = None, *, namespace: str = "", strict: bool = False
+    location: str | os.PathLike[str] | None = None,
+    *,
+    namespace: str = "",
+    strict: bool = False,
+    fidelity: str | None = None,
+    memory_nbytes: int | None = None,
 ) -> Database:
     """Open the database in a directory, making it if there is none, and return it.
 
     `location` defaults to `$BACKPROMPT_DB`, else a directory in the platform's user cache directory; `":memory:"` keeps
     everything in memory. `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
-    the errors of the store instead of computing what it could not give.
+    the errors of the store instead of computing what it could not give. `fidelity` says how closely a new database
+    keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`. What was used last stays in memory, up to
+    `memory_nbytes`; the default is an eighth of the memory that is free.
 
     A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
 
-    Raises `UnsafeLocation` for a place where no database can be, `FormatTooNew` for one written by a newer version, and
-    `StoreCorrupt` for a damaged one.
+    Raises `UnsafeLocation` for a place where no database can be, `FormatTooNew` for one written by a newer version,
+    `FormatError` for one of another fidelity than the one asked for, and `StoreCorrupt` for a damaged one.
 
     >>> with open_database(":memory:") as db:
     ...     db
     <Database :memory:>
     """
+    asked = None if fidelity is None else _fidelity(fidelity)
     if location == MEMORY:
-        return Database(MemoryStore(), directory=None, namespace=namespace, strict=strict)
+        return Database(
+            MemoryStore(),
+            directory=None,
+            namespace=namespace,
+            strict=strict,
+            fidelity=asked or Fidelity.EXACT,
+            memory_nbytes=memory_nbytes,
+        )
     directory = Path(location if location is not None else default_location()).expanduser().absolute()
-    if read_manifest(directory) is None:
-        _create(directory)
+    manifest = read_manifest(directory) or _create(directory, Manifest(fidelity=asked or Fidelity.EXACT))
+    if asked not in (None, manifest.fidelity):
+        raise FormatError(
+            f"{directory} keeps keys and values {manifest.fidelity}, not {asked}",
+            hint="A database's fidelity is fixed when it is made: open it without fidelity=, or another directory.",
+        )
     readonly = not os.access(directory, os.W_OK) or not os.access(directory / _STORE / "data.mdb", os.W_OK)
     if readonly:
         logger.warning("%s is not writable: reading what is there, keeping nothing new", directory)
     store = LmdbStore(directory / _STORE, readonly=readonly)
-    return Database(store, directory=directory, readonly=readonly, namespace=namespace, strict=strict)
+    return Database(
+        store,
+        directory=directory,
+        readonly=readonly,
+        namespace=namespace,
+        strict=strict,
+        fidelity=manifest.fidelity,
+        memory_nbytes=memory_nbytes,
+    )
 
 
-def _create(directory: Path) -> None:
-    """Make an empty database; when several processes try at once, one does and the others wait for it."""
+def _fidelity(name: str) -> Fidelity:
+    try:
+        return Fidelity(name)
+    except ValueError:
+        known = ", ".join(repr(each.value) for each in Fidelity)
+        raise FormatError(f"there is no fidelity {name!r}", hint=f"Give one of {known}.") from None
+
+
+def _create(directory: Path, manifest: Manifest) -> Manifest:
+    """Make an empty database and return its manifest; of several processes one does, the others take what it made."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with filelock.FileLock(directory / _LOCK, mode=0o600):
-            if read_manifest(directory) is None:
+            made = read_manifest(directory)
+            if made is None:
                 LmdbStore.create(directory / _STORE).close()
-                write_manifest(directory, Manifest())
+                write_manifest(directory, manifest)
+            return made or manifest
     except OSError as error:
         raise UnsafeLocation(
             f"no database can be made in {directory} ({error.strerror})", hint="Give a directory that you may write to."
         ) from error
+
+
+def _restore(arrays: Arrays, span: KVSpan) -> bool:
+    restore_into(arrays, span.keys, span.values)
+    return True
 
 
 _open_databases: weakref.WeakSet[Database] = weakref.WeakSet()
@@ -301,6 +405,7 @@ def _after_fork_in_child() -> None:
     # What the parent used is the parent's to record.
     for database in list(_open_databases):
         database._uses = Counter()
+        database.memory.after_fork_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

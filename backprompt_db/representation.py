@@ -39,10 +39,10 @@ class Part(enum.Enum):
     """`keys` and `values` [num_layers, num_kv_heads, T, head_dim] of the segment's own tokens, in the model's dtype."""
 
 
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}
 """Bytes per element of the dtypes that a part may hold, by safetensors name."""
 
-_NUMPY_DTYPE: dict[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+_NUMPY_DTYPE: dict[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I8": "|i1"}
 _TORCH_DTYPE = {
     "F64": "float64",
     "F32": "float32",
@@ -50,6 +50,7 @@ _TORCH_DTYPE = {
     "BF16": "bfloat16",
     "I64": "int64",
     "I32": "int32",
+    "I8": "int8",
 }
 
 
@@ -81,7 +82,7 @@ class Array:
         """Wrap a tensor; one that is contiguous and on the CPU is not copied."""
         import torch
 
-        dtype = {name: code for code, name in _TORCH_DTYPE.items()}[str(tensor.dtype).removeprefix("torch.")]
+        dtype = dtype_name(tensor.dtype)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         return cls(dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
 
@@ -103,6 +104,11 @@ class Array:
     def nbytes(self) -> int:
         """Bytes of the array's elements."""
         return self.data.nbytes
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a torch dtype that parts may hold."""
+    return {name: code for code, name in _TORCH_DTYPE.items()}[str(dtype).removeprefix("torch.")]
 
 
 Arrays = Mapping[str, Array]
@@ -153,6 +159,7 @@ class ModelRepr:
         num_cached_tokens: tokens of this text whose representation was found.
         num_computed_tokens: tokens of this text that were computed by the call. A segment shared by several texts of
             one call is counted as computed once, for the first of them.
+        fidelity: `exact`, or that of the lossy database whose keys and values it may have been computed with.
 
     Tensors are on the CPU (`past_key_values` where the model is) and may be changed freely. Reading `logits` or
     `token_logprobs` imports torch; nothing else of a hit does.
@@ -167,6 +174,7 @@ class ModelRepr:
     num_computed_tokens: int
     ids: tuple[WeightsId, TokenizerId]
     """The weights id and tokenizer id that this was computed under."""
+    fidelity: str = "exact"
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -185,13 +193,32 @@ class ModelRepr:
     @cached_property
     def logits(self) -> torch.Tensor:
         """[vocab_size]: the logits after the last token."""
+        # A copy: the array itself may still be queued for writing.
+        return self._last_array().torch().clone()
+
+    def top_k(self, k: int) -> list[tuple[int, float]]:
+        """Return the `k` likeliest next tokens, the likeliest first, as token ids with natural log-probabilities.
+
+        The logits are read where they lie, without a copy and, unless they are bfloat16, without torch. Raises
+        `PromptError` where there are no logits, see `logits`, and for a `k` that is not from 1 to vocab_size.
+        """
+        array = self._last_array()
+        if not 1 <= k <= array.shape[0]:
+            raise PromptError(f"k={k} is not a number of tokens", hint=f"Give an int from 1 to {array.shape[0]}.")
+        logits: npt.NDArray[Any] = array.torch().float().numpy() if array.dtype == "BF16" else array.numpy()
+        best = np.argpartition(logits, -k)[-k:]
+        best = best[np.argsort(logits[best])[::-1]]
+        largest = logits[best[0]]
+        log_sum = np.log(np.exp(logits - largest, dtype=np.float32).sum(dtype=np.float64))
+        return [(int(token), float(logits[token] - largest - log_sum)) for token in best]
+
+    def _last_array(self) -> Array:
         if self.last_logits is None:
             raise PromptError(
                 "a text that ends in parallel branches has no last token",
                 hint="Append the text that follows the branches, then run it.",
             )
-        # A copy: the array itself may still be queued for writing.
-        return self.last_logits.torch().clone()
+        return self.last_logits
 
     @property
     def past_key_values(self) -> Any:

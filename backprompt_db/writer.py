@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backprompt_db.codec import encode
+from backprompt_db.codec import encode_pieces
 from backprompt_db.errors import BackpromptError, StoreClosed
+from backprompt_db.fidelity import Fidelity, reduce
 from backprompt_db.representation import Arrays, Origin
 from backprompt_db.store.contract import Blob, Key, Store
 
@@ -51,8 +52,9 @@ class Writer:
     What is queued can be read with `get`, so a caller finds at once what it just put.
     """
 
-    def __init__(self, store: Store, catalog: Callable[[], Catalog | None]) -> None:
+    def __init__(self, store: Store, catalog: Callable[[], Catalog | None], *, fidelity: Fidelity) -> None:
         self._store = store
+        self._fidelity = fidelity
         self._catalog = catalog
         self.num_stored = 0
         self.num_stored_nbytes = 0
@@ -159,13 +161,14 @@ class Writer:
             self._fail(error, len(blobs))
             return
         self.num_stored += len(new)
-        sizes = {blob.key: len(blob.data) for blob in blobs if blob.key in new}
+        sizes = {blob.key: blob.nbytes for blob in blobs if blob.key in new}
         self.num_stored_nbytes += sum(sizes.values())
         self._record(group, sizes)
 
     def _encode(self, part: NewPart) -> Blob | None:
         try:
-            return Blob(part.key, encode(part.key.part, part.arrays, part.origin))
+            arrays = reduce(part.key.part, part.arrays, self._fidelity)
+            return Blob(part.key, encode_pieces(part.key.part, arrays, part.origin))
         except Exception as error:  # noqa: BLE001 - one part that has no blob must not cost the others of its group
             self._fail(error, 1)
             return None

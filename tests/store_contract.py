@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,12 @@ def data(nbytes: int, seed: int = 0) -> bytes:
     """Bytes in which no two chunks are equal."""
     pattern = b"".join(number.to_bytes(4, "big") for number in range(seed * 1009, seed * 1009 + 1021))
     return (pattern * (nbytes // len(pattern) + 1))[:nbytes]
+
+
+def pieces(whole: bytes, cuts: list[int]) -> list[bytes | memoryview]:
+    """The same bytes, cut at some places."""
+    ends = [*sorted(cuts), len(whole)]
+    return [whole[begin:end] for begin, end in itertools.pairwise([0, *ends])]
 
 
 def read(store: Store, key: Key) -> bytes | None:
@@ -210,7 +217,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     keys = st.builds(key, st.integers(0, 4), st.sampled_from(Part))
     sizes = st.sampled_from([0, 1, 3000, 5000, CHUNK_NBYTES, CHUNK_NBYTES + 1, 3 * CHUNK_NBYTES])
-    blobs = st.builds(lambda each, nbytes, seed: Blob(each, data(nbytes, seed)), keys, sizes, st.integers(0, 9))
+    cuts = st.lists(st.integers(0, 2 * CHUNK_NBYTES), max_size=3)
+    blobs = st.builds(lambda each, nbytes, seed, at: Blob(each, pieces(data(nbytes, seed), at)), keys, sizes,
+                      st.integers(0, 9), cuts)  # fmt: skip
 
     @rule(blobs=st.lists(blobs, max_size=4))
     def put(self, blobs: list[Blob]) -> None:
@@ -218,7 +227,7 @@ class StoreMachine(RuleBasedStateMachine):
         for blob in blobs:
             if blob.key not in self.expected:
                 new.append(blob.key)
-                self.expected[blob.key] = blob.data
+                self.expected[blob.key] = b"".join(blob.pieces)
         assert self.store.put(blobs) == new
 
     @rule(keys=st.lists(keys, max_size=6))
@@ -229,6 +238,9 @@ class StoreMachine(RuleBasedStateMachine):
     def get(self, each: Key) -> None:
         assert read(self.store, each) == self.expected.get(each)
         assert self.store.has(each) is (each in self.expected)
+        taken: list[bytes] = []
+        assert self.store.scan(each, lambda piece: taken.append(bytes(piece))) is (each in self.expected)
+        assert b"".join(taken) == self.expected.get(each, b"")
 
     @rule()
     def close_and_open(self) -> None:

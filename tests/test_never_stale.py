@@ -148,7 +148,7 @@ def test_a_tokenizer_with_other_merges_is_another_key(gpt2: Any, tokenizer: Any,
 def test_an_eager_completion_is_not_run_as_a_prompt(lm: bp.LanguageModel) -> None:
     lm("The quick")
     calls = lm.counters.num_model_calls
-    lm.score("The quick", [bp.Text(" brown", eager=True)])
+    lm.score("The quick", [bp.Text(" brown fox jumps over", eager=True)])
     assert lm.counters.num_model_calls == calls + 1
 
 

@@ -129,6 +129,7 @@ def test_damaged_keys_and_values_are_computed_again(lm: bp.LanguageModel) -> Non
         damaged = bytearray(transaction.get(record) or b"")
         damaged[len(damaged) // 2] ^= 1
         transaction.put(record, bytes(damaged))
+    lm.db.memory.clear()
     result = (context + "Request: list users")()
     logprobs, _ = plain_logprobs(lm.model, result.input_ids)
     assert torch.allclose(result.token_logprobs, logprobs, atol=1e-4, equal_nan=True)
@@ -144,6 +145,7 @@ def test_keys_and_values_of_another_shape_are_computed_again(lm: bp.LanguageMode
     assert blob is not None
     lm.db.store.delete([key])
     lm.db.store.put([Blob(key, bytes(blob))])
+    lm.db.memory.clear()
     result = (context + "Request: list users")()
     logprobs, _ = plain_logprobs(lm.model, result.input_ids)
     assert torch.allclose(result.token_logprobs, logprobs, atol=1e-4, equal_nan=True)

@@ -13,6 +13,7 @@ from backprompt_db.catalog import TokenizerRecord
 from backprompt_db.compute import plan
 from backprompt_db.compute.job import Job, Need, Wanted
 from backprompt_db.errors import ModelMismatch
+from backprompt_db.fidelity import Fidelity, restore
 from backprompt_db.keys import Address, TokenizerId, WeightsId, address
 from backprompt_db.representation import Arrays, Origin, Part
 from backprompt_db.store.contract import Key
@@ -20,6 +21,8 @@ from backprompt_db.text import Seam, Segment, ancestry
 from backprompt_db.writer import NewPart
 
 if TYPE_CHECKING:
+    from backprompt_db.compute.forward import Computed
+    from backprompt_db.compute.kvcache import KVBuffer
     from backprompt_db.compute.runtime import Runtime
     from backprompt_db.compute.source import ModelSource
     from backprompt_db.database import Database
@@ -56,20 +59,64 @@ class Engine:
         while missing := plan.missing_segments(wanted, is_stored=is_stored):
             job = self._prepare(names, missing, wanted=wanted, keep=keep)
             for pack in self._with_progress(job):
-                found.update(self._fetch(names, [need for need in pack.needs if need not in found]))
-                unusable = [need for need in pack.needs if not job.can_use(need, found)]
+                context, unusable = self._bring(names, job, pack, found)
                 if unusable:  # evicted or damaged since it was looked up: plan again without it
                     lost.update(unusable)
-                    self._discard(names, [need for need in unusable if found.pop(need, None)])
                     break
-                parts, seconds = job.compute(pack, found)
-                self._persist(names, job, pack, parts, seconds=seconds)
-                found.update({need: part for need, part in parts.items() if need not in found and job.is_used(need)})
+                result = job.compute(pack, context, found)
+                self._leave(names, job, pack, context, num_whole=result.num_whole)
+                self._persist(names, job, pack, result)
+                found.update(
+                    {need: part for need, part in result.parts.items() if job.is_used(need) and need not in found}
+                )
                 job.release(pack, found)
                 computed.update(pack.segments)
                 self.num_computed_tokens += job.num_tokens(pack)
         self._count(found, wanted, computed)
         return found, computed
+
+    def prove(self) -> Runtime:
+        """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
+        return self._proven_runtime(_Names(*self._source.ids))
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is computed is stored: a database opened read-only drops it."""
+        return not self._db.readonly
+
+    @property
+    def fidelity(self) -> str:
+        """How closely the database keeps keys and values."""
+        return self._db.fidelity.value
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether each segment is computed in a pass of its own."""
+        return self._deterministic
+
+    def is_stored(self, segment: Segment, *, ids: tuple[WeightsId, TokenizerId]) -> bool:
+        """Whether all three parts of a segment are stored or queued, under the model that has these ids."""
+        names = _Names(*ids)
+        return all(self._db.has(names.key(segment, part)) for part in Part)
+
+    def discard(self, needs: Iterable[Need], *, ids: tuple[WeightsId, TokenizerId]) -> None:
+        """Remove stored parts that turned out not to be of this model's shape."""
+        for segment, part in needs:
+            self._db.discard(_Names(*ids).key(segment, part))
+
+    def store(
+        self,
+        segment: Segment,
+        parts: Mapping[Part, Arrays],
+        *,
+        ids: tuple[WeightsId, TokenizerId],
+        seconds: float,
+    ) -> None:
+        """Queue all parts of a segment that something else than a pack computed, in `seconds`."""
+        names = _Names(*ids)
+        num_tokens = parts[Part.SCORES]["input_ids"].shape[0]
+        origin = names.origin(segment, num_tokens, seconds, versions=self._source.runtime.versions)
+        self._db.put([NewPart(names.key(segment, part), arrays, origin) for part, arrays in parts.items()])
 
     def _fetch(self, names: _Names, needs: Iterable[Need]) -> dict[Need, Arrays]:
         """Return those of the needed parts that the database has."""
@@ -79,7 +126,53 @@ class Engine:
         addresses = {segment: names.address(segment) for segment in parts}
         fetched = self._db.fetch({addresses[segment]: wanted for segment, wanted in parts.items()})
         keys = {(segment, part): Key(addresses[segment], part) for segment, wanted in parts.items() for part in wanted}
-        return {need: fetched[key] for need, key in keys.items() if key in fetched}
+        return {need: self._restored(need[1], fetched[key]) for need, key in keys.items() if key in fetched}
+
+    def _restored(self, part: Part, arrays: Arrays) -> Arrays:
+        """Give keys and values of a lossy database the model's dtype."""
+        is_stored_so = part is not Part.KV or self._db.fidelity is Fidelity.EXACT
+        return arrays if is_stored_so else restore(arrays, self._source.runtime.kv_dtype)
+
+    def _bring(
+        self, names: _Names, job: Job, pack: plan.Pack, found: dict[Need, Arrays]
+    ) -> tuple[KVBuffer, list[Need]]:
+        """Bring a pack's context into one buffer, its predictors' logits into `found`; also return what is not there.
+
+        What the buffer does not begin with already is copied once: from an earlier pass, or out of the store's file.
+        """
+        logits = [(segment, Part.LOGITS) for segment in pack.predictors]
+        found.update(self._fetch(names, [need for need in logits if need not in found]))
+        contents = [names.content(job, segment) for segment in pack.context]
+        self._db.touch(address for address, _ in contents)
+        context = job.runtime.prefix(self._db.memory, contents, room=job.num_tokens(pack))
+        for segment, content in list(zip(pack.context, contents, strict=True))[len(context.contents) :]:
+            if not self._load(names, job, segment, context, found):
+                job.runtime.leave(self._db.memory, context)
+                return context, [(segment, Part.KV)]
+            context.contents.append(content)
+        return context, [need for need in logits if need not in found]
+
+    def _load(self, names: _Names, job: Job, segment: Segment, context: KVBuffer, found: dict[Need, Arrays]) -> bool:
+        """Append a segment's keys and values to a context; False where there are none that fit."""
+        kv = found.get((segment, Part.KV))
+        key = names.key(segment, Part.KV)
+        if kv is None:
+            span = context.span(len(job.input_ids[segment]))
+            is_there = self._db.load(key, span, job.runtime.kv_dtype)
+            if is_there:
+                context.extend(span)
+            return is_there
+        if not job.fits(segment, kv):
+            del found[segment, Part.KV]
+            self._db.discard(key)
+            return False
+        context.append(kv)
+        return True
+
+    def _leave(self, names: _Names, job: Job, pack: plan.Pack, context: KVBuffer, *, num_whole: int) -> None:
+        """Leave a pass's buffer in memory, for a pass that goes on from its first `num_whole` segments."""
+        context.contents += [names.content(job, segment) for segment in pack.segments[:num_whole]]
+        job.runtime.leave(self._db.memory, context)
 
     def _prepare(self, names: _Names, missing: list[Segment], *, wanted: Wanted, keep: Wanted) -> Job:
         """Tokenise what is needed, check that it can be run, and divide it into packs. Loads the model if need be."""
@@ -92,9 +185,15 @@ class Engine:
         _check_vocabulary(input_ids.values(), runtime.vocab_size)
         self._log_seams(missing)
         max_segments = 1 if self._deterministic or not runtime.takes_packs else None
-        packs = plan.packs(missing, num_tokens, max_segments=max_segments)
+        packs = plan.packs(
+            missing, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
+        )
         runtime.require_runnable(packs, input_ids, starts)
-        return Job(runtime, packs, input_ids, starts, wanted, keep)
+        kept = {
+            segment: frozenset(part for part in keep.get(segment, Part) if not self._db.has(names.key(segment, part)))
+            for segment in missing
+        }
+        return Job(runtime, packs, input_ids, starts, wanted, kept)
 
     def _proven_runtime(self, names: _Names) -> Runtime:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
@@ -113,32 +212,17 @@ class Engine:
         runtime.require_supported()
         return runtime
 
-    def _persist(
-        self, names: _Names, job: Job, pack: plan.Pack, parts: Mapping[Need, Arrays], *, seconds: float
-    ) -> None:
+    def _persist(self, names: _Names, job: Job, pack: plan.Pack, result: Computed) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
-        seconds_per_token = seconds / job.num_tokens(pack)
+        seconds_per_token = result.seconds / job.num_tokens(pack)
         new = []
         for segment in pack.segments:
             num_tokens = len(job.input_ids[segment])
-            origin = Origin(
-                text=segment.string,
-                parents=segment.parent_ids,
-                start=segment.start,
-                weights_id=names.weights_id,
-                tokenizer_id=names.tokenizer_id,
-                num_tokens=num_tokens,
-                compute_seconds=num_tokens * seconds_per_token,
-                namespace=segment.namespace,
-                versions=job.runtime.versions,
-            )
-            new += [NewPart(names.key(segment, part), parts[segment, part], origin) for part in job.kept(segment)]
+            origin = names.origin(segment, num_tokens, num_tokens * seconds_per_token, versions=job.runtime.versions)
+            new += [
+                NewPart(names.key(segment, part), result.parts[segment, part], origin) for part in job.keep[segment]
+            ]
         self._db.put(new)
-
-    def _discard(self, names: _Names, malformed: Iterable[Need]) -> None:
-        """Remove stored parts that are not of this model's shape, so that right ones can take their place."""
-        for segment, part in malformed:
-            self._db.discard(names.key(segment, part))
 
     def _with_progress(self, job: Job) -> Iterator[plan.Pack]:
         """Yield the packs behind a progress bar, which appears after a second, in a terminal."""
@@ -181,6 +265,23 @@ class _Names:
 
     def key(self, segment: Segment, part: Part) -> Key:
         return Key(self.address(segment), part)
+
+    def content(self, job: Job, segment: Segment) -> tuple[Address, int]:
+        """What a buffer says of the segment that lies in it: address and number of tokens."""
+        return self.address(segment), len(job.input_ids[segment])
+
+    def origin(self, segment: Segment, num_tokens: int, seconds: float, *, versions: Mapping[str, str]) -> Origin:
+        return Origin(
+            text=segment.string,
+            parents=segment.parent_ids,
+            start=segment.start,
+            weights_id=self.weights_id,
+            tokenizer_id=self.tokenizer_id,
+            num_tokens=num_tokens,
+            compute_seconds=seconds,
+            namespace=segment.namespace,
+            versions=versions,
+        )
 
 
 def _check_vocabulary(input_ids: Iterable[Sequence[int]], vocab_size: int) -> None:

@@ -12,6 +12,8 @@ from backprompt_db.representation import Arrays, Part
 from backprompt_db.text import Segment
 
 if TYPE_CHECKING:
+    from backprompt_db.compute.forward import Computed
+    from backprompt_db.compute.kvcache import KVBuffer
     from backprompt_db.compute.runtime import Runtime
 
 Need = tuple[Segment, Part]
@@ -31,34 +33,26 @@ class Job:
     starts: Mapping[Segment, int]
     wanted: Wanted
     keep: Wanted
-    """Parts to store; all three of a segment that is not named."""
+    """Parts to store of each segment that is computed."""
 
     def num_tokens(self, pack: Pack) -> int:
         """Tokens that a pack computes."""
         return sum(len(self.input_ids[segment]) for segment in pack.segments)
 
-    def can_use(self, need: Need, found: Mapping[Need, Arrays]) -> bool:
-        """Whether a part is there and has the shape that this model gives it."""
-        segment, part = need
-        if need not in found or part is not Part.KV:
-            return need in found
-        keys = found[need]["keys"]
-        return keys.shape[2] == len(self.input_ids[segment]) and self.runtime.fits(found[need])
+    def fits(self, segment: Segment, kv: Arrays) -> bool:
+        """Whether keys and values have the shape that this model gives a segment's."""
+        return kv["keys"].shape[2] == len(self.input_ids[segment]) and self.runtime.fits(kv)
 
-    def compute(self, pack: Pack, found: Mapping[Need, Arrays]) -> tuple[dict[Need, Arrays], float]:
-        """Run the model on a pack whose needs are in `found`; return the parts to store or use, and the seconds."""
+    def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> Computed:
+        """Run the model on a pack after its context; `found` has the logits of its predictors."""
         return self.runtime.compute(
             pack,
             input_ids=self.input_ids,
             starts=self.starts,
-            context=[found[segment, Part.KV] for segment in pack.context],
+            context=context,
             predictions={segment: found[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
             produce={segment: self._produced(segment) for segment in pack.segments},
         )
-
-    def kept(self, segment: Segment) -> frozenset[Part]:
-        """Which parts of a computed segment are stored."""
-        return self.keep.get(segment, _ALL_PARTS)
 
     def is_used(self, need: Need) -> bool:
         """Whether a part was asked for, or another pack needs it."""
@@ -68,14 +62,11 @@ class Job:
         """Drop from `found` what no later pack needs and nobody asked for: memory holds no more than it must."""
         for need in pack.needs:
             if self._last_use[need] is pack and need[1] not in self.wanted.get(need[0], ()):
-                del found[need]
+                found.pop(need, None)
 
     def _produced(self, segment: Segment) -> frozenset[Part]:
-        return self.kept(segment) | {part for part in Part if self.is_used((segment, part))}
+        return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
 
     @cached_property
     def _last_use(self) -> dict[Need, Pack]:
         return {need: pack for pack in self.packs for need in pack.needs}
-
-
-_ALL_PARTS = frozenset(Part)

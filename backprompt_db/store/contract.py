@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from backprompt_db.keys import Address
@@ -20,7 +20,18 @@ class Blob(NamedTuple):
     """One part as bytes, with its key."""
 
     key: Key
-    data: bytes
+    data: bytes | Sequence[bytes | memoryview]
+    """The bytes, or pieces of them one after the other: arrays are not copied to stand beside their header."""
+
+    @property
+    def pieces(self) -> Sequence[bytes | memoryview]:
+        """The bytes in pieces."""
+        return [self.data] if isinstance(self.data, bytes) else self.data
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the part."""
+        return sum(memoryview(piece).nbytes for piece in self.pieces)
 
 
 class Store(Protocol):
@@ -34,6 +45,13 @@ class Store(Protocol):
         """Return a verified, writable copy of a blob; None for a miss.
 
         A blob whose bytes do not match their digest is a miss: it is counted in `num_quarantined` and removed.
+        """
+
+    def scan(self, key: Key, take: Callable[[memoryview], None]) -> bool:
+        """Give a blob's verified bytes to `take`, piece by piece, without a copy; False for a miss or a damaged blob.
+
+        A piece is read-only and dies when `take` returns. When a piece is damaged, those that came before are void:
+        the blob is treated as in `get`.
         """
 
     def has(self, key: Key) -> bool:

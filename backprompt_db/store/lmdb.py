@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import lmdb
@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 _LAST_CHUNK = 2**32 - 1
 _KEYS_PER_TRANSACTION = 1000
+
+
+def _ignore(_: object) -> None:
+    """What a scan calls that only verifies."""
 
 
 class LmdbStore:
@@ -43,14 +47,22 @@ class LmdbStore:
 
     def get(self, key: Key) -> memoryview | None:
         """Return a verified, writable copy of a blob; None for a miss or a damaged blob, which is removed."""
+        blob = _Copy()
+        return blob.data if self.scan(key, blob.take, begin=blob.allocate) else None
+
+    def scan(self, key: Key, take: Callable[[memoryview], None], *, begin: Callable[[int], None] = _ignore) -> bool:
+        """Give a blob's verified bytes to `take`, chunk by chunk out of the map; False for a miss or a damaged blob.
+
+        `begin` is told the number of bytes first. A damaged blob is removed.
+        """
         with self._open_environment().transaction() as transaction:
             value = transaction.get(record_key(key))
             if value is None:
-                return None
-            blob = _read(transaction, key, value)
-        if blob is None:
+                return False
+            is_whole = _scan(transaction, key, value, begin, take)
+        if not is_whole:
             self._quarantine(key)
-        return blob
+        return is_whole
 
     def has(self, key: Key) -> bool:
         """Whether a blob is stored under `key`; its bytes are not verified."""
@@ -60,7 +72,7 @@ class LmdbStore:
     def put(self, blobs: Sequence[Blob]) -> list[Key]:
         """Store all of `blobs` in one synced transaction and return the keys that were new."""
         # Digests are computed before the transaction, which holds the lock of all writers.
-        prepared = [(blob.key, list(records(blob.key, blob.data))) for blob in blobs]
+        prepared = [(blob.key, records(blob.key, blob.pieces)) for blob in blobs]
         new = []
         with self._writable().transaction(write=True) as transaction:
             for key, (head, *chunks) in prepared:
@@ -117,28 +129,51 @@ class LmdbStore:
         try:
             with self._writable().transaction(write=True) as transaction:
                 value = transaction.get(record_key(key))
-                if value is not None and _read(transaction, key, value) is None:
+                if value is not None and not _scan(transaction, key, value, _ignore, _ignore):
                     _delete(transaction, key)
         except StoreError as error:
             logger.warning("could not remove it: %s", error)
 
 
-def _read(transaction: lmdb.Transaction[memoryview], key: Key, value: memoryview) -> memoryview | None:
-    """Copy a blob out of the map, verifying each chunk while it is in the processor's cache; None when damaged."""
+class _Copy:
+    """A writable copy of a blob, filled piece by piece."""
+
+    def __init__(self) -> None:
+        self.data = memoryview(b"")
+        self._num_taken = 0
+
+    def allocate(self, nbytes: int) -> None:
+        self.data = np.empty(nbytes, dtype=np.uint8).data
+
+    def take(self, piece: memoryview) -> None:
+        end = self._num_taken + piece.nbytes
+        self.data[self._num_taken : end] = piece
+        self._num_taken = end
+
+
+def _scan(
+    transaction: lmdb.Transaction[memoryview],
+    key: Key,
+    value: memoryview,
+    begin: Callable[[int], None],
+    take: Callable[[memoryview], None],
+) -> bool:
+    """Verify a blob chunk by chunk and give away each while it is in the processor's cache; False when damaged."""
     head = read_head(record_key(key), value)
     if head is None:
-        return None
-    blob = np.empty(head.nbytes, dtype=np.uint8).data
+        return False
+    begin(head.nbytes)
     if not head.chunk_digests:
-        blob[:] = head.inline
-        return blob
-    for index, expected in enumerate(head.chunk_digests):
-        chunk = transaction.get(record_key(key, index + 1))
-        target = blob[index * CHUNK_NBYTES : (index + 1) * CHUNK_NBYTES]
-        if chunk is None or len(chunk) != len(target) or digest(chunk) != expected:
-            return None
-        target[:] = chunk
-    return blob
+        take(head.inline)
+        return True
+    for number, expected in enumerate(head.chunk_digests, start=1):
+        chunk = transaction.get(record_key(key, number))
+        is_last = number == len(head.chunk_digests)
+        size = head.nbytes - (number - 1) * CHUNK_NBYTES if is_last else CHUNK_NBYTES
+        if chunk is None or len(chunk) != size or digest(chunk) != expected:
+            return False
+        take(chunk)
+    return True
 
 
 def _delete(transaction: lmdb.Transaction[memoryview], key: Key) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from backprompt_db.errors import StoreClosed
 from backprompt_db.store.contract import Blob, Key
@@ -23,6 +23,13 @@ class MemoryStore:
         blob = self._open_blobs().get(key)
         return None if blob is None else memoryview(bytearray(blob))
 
+    def scan(self, key: Key, take: Callable[[memoryview], None]) -> bool:
+        """Give a blob's bytes to `take`; False for a miss."""
+        blob = self._open_blobs().get(key)
+        if blob is not None:
+            take(memoryview(blob))
+        return blob is not None
+
     def has(self, key: Key) -> bool:
         """Whether a blob is stored under `key`."""
         return key in self._open_blobs()
@@ -32,9 +39,9 @@ class MemoryStore:
         with self._lock:
             stored = self._open_blobs()
             new: dict[Key, bytes] = {}
-            for key, blob in blobs:
-                if key not in stored:
-                    new.setdefault(key, bytes(blob))
+            for blob in blobs:
+                if blob.key not in stored:
+                    new.setdefault(blob.key, b"".join(blob.pieces))
             stored.update(new)
         return list(new)
 

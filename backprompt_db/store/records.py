@@ -13,7 +13,7 @@ eviction, which reuses only runs of free pages long enough for a whole value.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import xxhash
@@ -57,14 +57,35 @@ def blob_key(record: bytes) -> Key | None:
     return Key(Address(address), _PARTS[code]) if code in _PARTS else None
 
 
-def records(key: Key, blob: bytes) -> Iterator[tuple[bytes, bytes | memoryview]]:
-    """Yield the records of a blob, its head first."""
-    view = memoryview(blob)
-    is_inline = len(blob) <= CHUNK_NBYTES
-    chunks = [] if is_inline else [view[i : i + CHUNK_NBYTES] for i in range(0, len(blob), CHUNK_NBYTES)]
-    yield record_key(key), _head(record_key(key), len(blob), [digest(chunk) for chunk in chunks], inline=blob)
-    for number, chunk in enumerate(chunks, start=1):
-        yield record_key(key, number), chunk
+def records(key: Key, pieces: Sequence[bytes | memoryview]) -> list[tuple[bytes, bytes | memoryview]]:
+    """Return the records of a blob that is given in pieces, its head first. Only what crosses a seam is copied."""
+    views = [memoryview(piece).cast("B") for piece in pieces]
+    nbytes = sum(view.nbytes for view in views)
+    if nbytes <= CHUNK_NBYTES:
+        return [(record_key(key), _head(record_key(key), nbytes, [], inline=b"".join(views)))]
+    chunks = list(_chunks(views))
+    head = _head(record_key(key), nbytes, [digest(chunk) for chunk in chunks], inline=b"")
+    numbered = ((record_key(key, number), chunk) for number, chunk in enumerate(chunks, start=1))
+    return [(record_key(key), head), *numbered]
+
+
+def _chunks(views: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
+    """Divide what the views hold together into chunks; those that lie within one view are views of it."""
+    begun = bytearray()
+    for view in views:
+        first = min(CHUNK_NBYTES - len(begun), view.nbytes) if begun else 0
+        begun += view[:first]
+        if len(begun) == CHUNK_NBYTES:
+            yield bytes(begun)
+            begun = bytearray()
+        if begun:
+            continue
+        last = first + (view.nbytes - first) // CHUNK_NBYTES * CHUNK_NBYTES
+        for begin in range(first, last, CHUNK_NBYTES):
+            yield view[begin : begin + CHUNK_NBYTES]
+        begun += view[last:]
+    if begun:
+        yield bytes(begun)
 
 
 def read_head(record: bytes, value: memoryview) -> Head | None:
