@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from backprompt_db.errors import InvalidText, UnsupportedModel
 from backprompt_db.keys import SegmentId, TokenizerId
@@ -29,6 +29,57 @@ _MODEL_OPTIONS = (
 _MAX_REMEMBERED_TOKENS = 1 << 22
 
 
+class _Place(NamedTuple):
+    """A place between two tokens of a string."""
+
+    in_string: int
+    in_ids: int
+
+
+class _Pieces:
+    """The beginning of a string, cut into pieces whose tokens are those that the string has there."""
+
+    def __init__(self, tokenizer: Any, string: str, ids: list[int], start_ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._string = string
+        self._ids = ids
+        self._start_ids = start_ids
+        self._known: dict[str, list[int]] = {}
+        self.places = [_Place(0, 0)]
+        """Where the pieces begin, and where the last of them ends."""
+
+    def learn(self, offsets: Sequence[int]) -> None:
+        """Encode the pieces between `offsets` in one call: most of them will be asked for."""
+        pieces = [self._string[first:last] for first, last in itertools.pairwise(offsets)]
+        self._known.update(zip(pieces, encode_strings(self._tokenizer, pieces), strict=True))
+
+    def end_at(self, end: int, *, num_tries: int) -> None:
+        """End a piece at `end`, or none if that would change tokens.
+
+        The fault may be that of the cut before, so the piece is also tried without that one, and so on.
+        """
+        for index in reversed(range(len(self.places))[-num_tries:]):
+            num_tokens = self._num_tokens(self.places[index], end)
+            if num_tokens:
+                self.places[index + 1 :] = [_Place(end, self.places[index].in_ids + num_tokens)]
+                return
+
+    def _num_tokens(self, begin: _Place, end: int) -> int:
+        """The number of tokens from `begin` to `end`, or 0 if the piece there has others than the string."""
+        ids = self._encode(self._string[begin.in_string : end])
+        end_in_ids = begin.in_ids + len(ids)
+        is_same = ids == self._ids[begin.in_ids : end_in_ids]
+        is_whole = end < len(self._string) or end_in_ids == len(self._ids)
+        # A first piece that ends within the start tokens would be given them once more.
+        has_start = begin.in_ids > 0 or _begin(ids, self._start_ids) == _begin(self._ids, self._start_ids)
+        return len(ids) if is_same and is_whole and has_start else 0
+
+    def _encode(self, piece: str) -> list[int]:
+        if piece not in self._known:
+            self._known[piece] = encode_strings(self._tokenizer, [piece])[0]
+        return self._known[piece]
+
+
 class SegmentTokenizer:
     """A tokenizer as prompts see it. Wraps any Hugging Face tokenizer."""
 
@@ -48,16 +99,21 @@ class SegmentTokenizer:
     @property
     def id(self) -> TokenizerId:
         """The tokenizer id of the tokenizer as it is now; serialised again only when it has changed."""
-        signature = _signature(self.tokenizer)
-        if signature != self._signature:
-            self._learn(signature)
+        self._refresh()
         if self._id is None:
             self._id = tokenizer_id(self.tokenizer, self.start_ids)
         return self._id
 
+    def _refresh(self) -> None:
+        """Learn the tokenizer again if it was changed in place."""
+        signature = _signature(self.tokenizer)
+        if signature != self._signature:
+            self._learn(signature)
+
     def encode(self, segments: Iterable[Segment]) -> dict[Segment, list[int]]:
         """Return the token ids of each segment; a segment without parents begins with the start tokens.
 
+        They are not put there twice: a string that writes them itself, as many chat templates do, is left as it is.
         Raises `InvalidText` for a segment that has no tokens.
         """
         segments = list(segments)
@@ -70,7 +126,7 @@ class SegmentTokenizer:
                     f"the piece {segment.string!r} has no tokens under this tokenizer",
                     hint="Join it with the piece before or after it.",
                 )
-            encoded[segment] = ids if segment.parents else [*self.start_ids, *ids]
+            encoded[segment] = ids if segment.parents or _begin(ids, self.start_ids) else [*self.start_ids, *ids]
             self._remember(segment, encoded[segment])
         return {segment: encoded[segment] for segment in segments}
 
@@ -119,16 +175,29 @@ class SegmentTokenizer:
                 if encode_strings(self.tokenizer, [string[cuts[-1] : cut]])[0] == ids[begin:index]:
                     cuts.append(cut)
                     begin = index
-        return self._checked(string, cuts, ids)
+        return self._exact(string, cuts[1:], ids)
 
-    def _checked(self, string: str, cuts: list[int], ids: list[int]) -> list[int]:
-        """Drop cuts from the end until the pieces' tokens are those of the whole string."""
-        pieces = [string[first:last] for first, last in itertools.pairwise([*cuts, len(string)])]
-        encoded = encode_strings(self.tokenizer, pieces)
-        while len(cuts) > 1 and list(itertools.chain.from_iterable(encoded)) != ids:
-            cuts.pop()
-            encoded[-2:] = encode_strings(self.tokenizer, [string[cuts[-1] :]])
-        return cuts[1:]
+    def exact_cuts(self, string: str, cuts: Sequence[int]) -> list[int]:
+        """Return those of the offsets `cuts`, ascending, at which `string` falls into pieces with exactly its tokens.
+
+        Only cuts that change tokens are left out. Whether one stays depends on what precedes it and on the piece after
+        it, so strings with a common beginning share its pieces.
+        """
+        self._refresh()
+        return self._exact(string, cuts, encode_strings(self.tokenizer, [string])[0])
+
+    def writes_start(self, string: str) -> bool:
+        """Return whether a prompt that begins with `string` has its start tokens without their being put there."""
+        self._refresh()
+        return _begin(encode_strings(self.tokenizer, [string])[0], self.start_ids)
+
+    def _exact(self, string: str, cuts: Sequence[int], ids: list[int]) -> list[int]:
+        pieces = _Pieces(self.tokenizer, string, ids, self.start_ids)
+        pieces.learn([0, *cuts, len(string)])
+        for cut in cuts:
+            pieces.end_at(cut, num_tries=2)
+        pieces.end_at(len(string), num_tries=len(pieces.places))
+        return [place.in_string for place in pieces.places[1:] if place.in_string < len(string)]
 
     def _remember(self, segment: Segment, ids: list[int]) -> None:
         if self._num_remembered_tokens > _MAX_REMEMBERED_TOKENS:
@@ -154,6 +223,11 @@ def start_ids(tokenizer: Any) -> list[int]:
     )
 
 
+def _begin(ids: list[int], start_ids: list[int]) -> bool:
+    """Whether `ids` begin with the start tokens."""
+    return ids[: len(start_ids)] == start_ids
+
+
 def encode_strings(tokenizer: Any, strings: Sequence[str]) -> list[list[int]]:
     """Return the ids of each string alone, without special tokens."""
     if not strings:
@@ -175,6 +249,9 @@ def tokenizer_id(tokenizer: Any, start_ids: Iterable[int]) -> TokenizerId:
         facts["tokenizer"] = {**serialised, "padding": None, "truncation": None}
     else:
         facts["tokenizer"] = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _probe(tokenizer)]
+    if facts["start_ids"]:
+        # Before this rule, such a prompt had them twice. The ids of tokenizers without them stay what they were.
+        facts["start_ids_are_put"] = "unless the prompt begins with them"
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     return TokenizerId(hashlib.sha256(_TOKENIZER + text.encode()).digest())
 
