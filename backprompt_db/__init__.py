@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from backprompt_db.database import Database as Database
     from backprompt_db.database import open_database
     from backprompt_db.errors import BackpromptError as BackpromptError
+    from backprompt_db.generated import Generated as Generated
     from backprompt_db.model import LanguageModel as LanguageModel
     from backprompt_db.model import ModelCounters as ModelCounters
     from backprompt_db.representation import ModelRepr as ModelRepr
@@ -36,6 +37,7 @@ _HOMES = {
     "BackpromptError": "errors",
     "Counters": "database",
     "Database": "database",
+    "Generated": "generated",
     "LanguageModel": "model",
     "ModelCounters": "model",
     "ModelRepr": "representation",

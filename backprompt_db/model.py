@@ -18,8 +18,10 @@ from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
-from backprompt_db.database import Database, open_database
+from backprompt_db.database import MEMORY, Database, open_database
 from backprompt_db.errors import ModelMismatch, PromptError
+from backprompt_db.fidelity import Fidelity
+from backprompt_db.generated import Generated
 from backprompt_db.keys import TokenizerId, WeightsId, utf8
 from backprompt_db.representation import Arrays, ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
@@ -44,8 +46,9 @@ class LanguageModel:
 
     `model` and `tokenizer` are any decoder-only Hugging Face pair; `db` is a `Database`, the default one if not given.
     `deterministic` computes each segment in a pass of its own, so that a representation that was evicted is recomputed
-    bit for bit on the same machine and versions; it is slower for many short segments. `progress` shows a bar for what
-    takes longer than a second, in a terminal.
+    bit for bit on the same machine and versions; it is slower for many short segments. `exact` demands exact values: of
+    a database of another fidelity nothing is read, what is computed stays in memory as long as this object. `progress`
+    shows a bar for what takes longer than a second, in a terminal.
 
     The model is used in evaluation mode; its training mode is restored after each call.
     """
@@ -57,9 +60,10 @@ class LanguageModel:
         *,
         db: Database | None = None,
         deterministic: bool = False,
+        exact: bool = False,
         progress: bool = True,
     ) -> None:
-        self._build(GivenModel(model, tokenizer), db, deterministic=deterministic, progress=progress)
+        self._build(GivenModel(model, tokenizer), db, deterministic=deterministic, exact=exact, progress=progress)
 
     @classmethod
     def from_pretrained(
@@ -68,6 +72,7 @@ class LanguageModel:
         *,
         db: Database | None = None,
         deterministic: bool = False,
+        exact: bool = False,
         progress: bool = True,
         **arguments: Any,
     ) -> LanguageModel:
@@ -82,7 +87,7 @@ class LanguageModel:
         source = PretrainedModel(
             str(name_or_path), arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None
         )
-        lm._build(source, database, deterministic=deterministic, progress=progress)
+        lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress)
         if known is None:
             ids = source.ids  # loads the model, and downloads it if need be
             after = source_key(source.name, arguments)
@@ -90,9 +95,12 @@ class LanguageModel:
                 database.note(Source(after, source.name, *ids))
         return lm
 
-    def _build(self, source: ModelSource, db: Database | None, *, deterministic: bool, progress: bool) -> None:
+    def _build(
+        self, source: ModelSource, db: Database | None, *, deterministic: bool, exact: bool, progress: bool
+    ) -> None:
         self._source = source
         self._given_db = db
+        self._exact = exact
         self._options = {"deterministic": deterministic, "progress": progress}
 
     @cached_property
@@ -102,7 +110,13 @@ class LanguageModel:
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(self._source, self.db, **self._options)
+        return Engine(self._source, self._answering_db, **self._options)
+
+    @cached_property
+    def _answering_db(self) -> Database:
+        """Where values come from: not out of a lossy database when exact ones are demanded."""
+        is_lossy = self.db.fidelity is not Fidelity.EXACT
+        return open_database(MEMORY, namespace=self.namespace) if self._exact and is_lossy else self.db
 
     @property
     def namespace(self) -> str:
@@ -159,6 +173,31 @@ class LanguageModel:
             text += piece
         return Text("", self, eager=eager) + text
 
+    def chat(
+        self, messages: Iterable[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_arguments: Any
+    ) -> Text:
+        """Return the text that the tokenizer's chat template makes of `messages`, dicts as transformers takes them.
+
+        It is what `tokenizer.apply_chat_template(messages, tokenize=False, ...)` returns, with the same tokens, in
+        segments that end where messages do, so that each turn of a conversation reuses those before it; what an
+        assistant wrote is a segment of its own. `template_arguments` are those of `apply_chat_template`, such as
+        `tools=`, `documents=` or `chat_template=`. Loads the tokenizer, not the model.
+
+        Where the tokenizer puts start tokens before a prompt that the template does not write, they are put there.
+        Raises `PromptError` without messages or a template, and where the template refuses the messages.
+        """
+        from backprompt_db.compute.chat import chat_pieces
+
+        text = Text("", self)
+        for piece in chat_pieces(
+            self._source.tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            template_arguments=template_arguments,
+        ):
+            text += piece
+        return text
+
     @overload
     def __call__(self, texts: Text | str) -> ModelRepr: ...  # type: ignore[overload-overlap]  # a str is iterable
     @overload
@@ -193,6 +232,58 @@ class LanguageModel:
         if isinstance(prompt, str | Text):
             return self._score([prompt], completions).reshape(len(completions))
         return self._score(list(prompt), completions)
+
+    @overload
+    def generate(self, prompt: Text | str, *, num_return_sequences: None = ..., **arguments: Any) -> Generated: ...
+    @overload
+    def generate(self, prompt: Text | str, *, num_return_sequences: int, **arguments: Any) -> list[Generated]: ...
+    @overload
+    def generate(
+        self, prompt: Iterable[Text | str], *, num_return_sequences: None = ..., **arguments: Any
+    ) -> list[Generated]: ...
+    @overload
+    def generate(
+        self, prompt: Iterable[Text | str], *, num_return_sequences: int, **arguments: Any
+    ) -> list[list[Generated]]: ...
+    def generate(
+        self,
+        prompt: Text | str | Iterable[Text | str],
+        *,
+        max_new_tokens: int = 20,
+        num_return_sequences: int | None = None,
+        streamer: Any = None,
+        store: bool = True,
+        **arguments: Any,
+    ) -> Generated | list[Generated] | list[list[Generated]]:
+        """Return what transformers' `generate` writes after a prompt, or after each of several, generated together.
+
+        The prompt's keys and values come from the database; what is missing is computed and kept. `arguments` are those
+        of `generate` that say which tokens are chosen, such as `do_sample`, `top_p`, `num_beams` or `stop_strings`; the
+        result is what a plain call gives, with the same seed. `num_return_sequences` gives a list for each prompt.
+        `streamer` is one of transformers', for a single prompt. Unless `store` is false, a continuation that is
+        tokenised as it was generated is kept like any text.
+
+        Raises `PromptError` for arguments that cannot be used here and for a prompt that ends in parallel branches,
+        `ContextLengthExceeded` where prompt and `max_new_tokens` need more positions than the model has.
+        """
+        from backprompt_db.compute.arguments import GenerateArguments
+        from backprompt_db.compute.generation import generate
+
+        prompts = [prompt] if isinstance(prompt, Text | str) else prompt
+        is_one = prompts is not prompt
+        told = GenerateArguments(
+            max_new_tokens=max_new_tokens,
+            num_return_sequences=num_return_sequences,
+            streamer=streamer,
+            store=store,
+            others=arguments,
+        )
+        texts = [self._own(text) for text in prompts]
+        results = generate(self._engine, self._source, texts, told, namespace=self.namespace)
+        if num_return_sequences is not None:
+            return results[0] if is_one else results
+        firsts = [several[0] for several in results]
+        return firsts[0] if is_one else firsts
 
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
@@ -249,6 +340,7 @@ class LanguageModel:
             num_cached_tokens=sum(num_tokens.values()) - num_computed,
             num_computed_tokens=num_computed,
             ids=ids,
+            fidelity=self._answering_db.fidelity.value,
         )
 
     def _score(self, prompts: Sequence[Text | str], completions: Sequence[Text | str]) -> npt.NDArray[np.float64]:

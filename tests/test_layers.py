@@ -21,9 +21,9 @@ import backprompt_db
 ROOT = Path(backprompt_db.__file__).parent
 LAYERS = [
     ["errors"],
-    ["text", "keys", "representation"],
-    ["store", "catalog", "codec", "manifest"],
-    ["database", "writer", "maintenance"],
+    ["text", "keys", "representation", "generated"],
+    ["store", "catalog", "codec", "fidelity", "filling", "manifest"],
+    ["tier", "database", "writer", "maintenance"],
     ["compute"],
     ["model"],
     ["cli", "demo", "__init__", "__main__"],
@@ -31,7 +31,10 @@ LAYERS = [
 """From the bottom. A name stands for a module or for a package with all that is in it."""
 
 FORBIDDEN = {"store": {"torch", "sqlalchemy", "sqlite3", "alembic", "text"}, "catalog": {"torch", "lmdb", "store"}}
-MAY_USE_MODELS = {f"compute.{name}" for name in ("forward", "kvcache", "fingerprint", "limits", "selfcheck", "runtime")}
+MAY_USE_MODELS = {
+    f"compute.{name}"
+    for name in ("decoding", "fingerprint", "forward", "head", "kvcache", "limits", "rows", "runtime", "selfcheck")
+}
 MAY_IMPORT_MODELS_LATE = {"compute.source", "compute.pretrained", "compute.tokens", "model"}
 
 
