@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from backprompt_db import errors as errors
     from backprompt_db.database import Counters as Counters
     from backprompt_db.database import Database as Database
-    from backprompt_db.database import open_database
     from backprompt_db.errors import BackpromptError as BackpromptError
     from backprompt_db.generated import Generated as Generated
     from backprompt_db.model import LanguageModel as LanguageModel
     from backprompt_db.model import ModelCounters as ModelCounters
+    from backprompt_db.opening import open_database
     from backprompt_db.representation import ModelRepr as ModelRepr
     from backprompt_db.text import Seam as Seam
     from backprompt_db.text import Text as Text
@@ -43,7 +43,7 @@ _HOMES = {
     "ModelRepr": "representation",
     "Seam": "text",
     "Text": "text",
-    "open": "database",
+    "open": "opening",
     "parallel": "text",
 }
 _NAMES_AT_HOME = {"open": "open_database"}

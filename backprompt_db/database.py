@@ -1,4 +1,4 @@
-"""The database: parts of representations by address, over a store, a catalog and a writer, in one directory."""
+"""The database: parts of representations by address, over a store, a catalog, a writer and a memory tier."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-import filelock
-import platformdirs
-
 from backprompt_db.codec import decode
 from backprompt_db.errors import (
     BlobFormat,
@@ -27,16 +24,12 @@ from backprompt_db.errors import (
     FormatTooNew,
     StoreClosed,
     StoreError,
-    UnsafeLocation,
 )
 from backprompt_db.fidelity import Fidelity, restore_into
 from backprompt_db.filling import Filling, KVSpan
 from backprompt_db.keys import Address
-from backprompt_db.manifest import Manifest, read_manifest, write_manifest
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.store.contract import Key, Store
-from backprompt_db.store.lmdb import LmdbStore
-from backprompt_db.store.memory import MemoryStore
 from backprompt_db.tier import MemoryTier, default_budget_nbytes
 from backprompt_db.writer import NewPart, Writer
 
@@ -50,10 +43,7 @@ _Recalled = TypeVar("_Recalled")
 MEMORY = ":memory:"
 """The location of a database that is kept in memory and leaves nothing behind."""
 
-_STORE = "store"
 _CATALOG = "catalog.sqlite"
-_LOCK = "manifest.lock"
-
 _OVERHEAD_NBYTES = 2048
 """What a part costs in memory beside its bytes, roughly."""
 
@@ -75,7 +65,7 @@ class Counters:
 
 
 class Database:
-    """Representations by address. Use `open` to get one; it is a context manager.
+    """Representations by address. Use `open_database` to get one; it is a context manager.
 
     A failing store never fails a computation: failures count as misses, are logged once and shown in `counters`. With
     `strict`, they raise.
@@ -295,92 +285,6 @@ class Database:
     def _check_open(self) -> None:
         if self._is_closed:
             raise StoreClosed(f"{self!r} was closed", hint="Open it again with backprompt_db.open(...).")
-
-
-def default_location() -> Path:
-    """Return `$BACKPROMPT_DB`, else a directory in the platform's user cache directory."""
-    return Path(os.environ.get("BACKPROMPT_DB") or platformdirs.user_cache_dir("backprompt-db", appauthor=False))
-
-
-def open_database(
-    location: str | os.PathLike[str] | None = None,
-    *,
-    namespace: str = "",
-    strict: bool = False,
-    fidelity: str | None = None,
-    memory_nbytes: int | None = None,
-) -> Database:
-    """Open the database in a directory, making it if there is none, and return it.
-
-    `location` defaults to `$BACKPROMPT_DB`, else a directory in the platform's user cache directory; `":memory:"` keeps
-    everything in memory. `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
-    the errors of the store instead of computing what it could not give. `fidelity` says how closely a new database
-    keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`. What was used last stays in memory, up to
-    `memory_nbytes`; the default is an eighth of the memory that is free.
-
-    A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
-
-    Raises `UnsafeLocation` for a place where no database can be, `FormatTooNew` for one written by a newer version,
-    `FormatError` for one of another fidelity than the one asked for, and `StoreCorrupt` for a damaged one.
-
-    >>> with open_database(":memory:") as db:
-    ...     db
-    <Database :memory:>
-    """
-    asked = None if fidelity is None else _fidelity(fidelity)
-    if location == MEMORY:
-        return Database(
-            MemoryStore(),
-            directory=None,
-            namespace=namespace,
-            strict=strict,
-            fidelity=asked or Fidelity.EXACT,
-            memory_nbytes=memory_nbytes,
-        )
-    directory = Path(location if location is not None else default_location()).expanduser().absolute()
-    manifest = read_manifest(directory) or _create(directory, Manifest(fidelity=asked or Fidelity.EXACT))
-    if asked not in (None, manifest.fidelity):
-        raise FormatError(
-            f"{directory} keeps keys and values {manifest.fidelity}, not {asked}",
-            hint="A database's fidelity is fixed when it is made: open it without fidelity=, or another directory.",
-        )
-    readonly = not os.access(directory, os.W_OK) or not os.access(directory / _STORE / "data.mdb", os.W_OK)
-    if readonly:
-        logger.warning("%s is not writable: reading what is there, keeping nothing new", directory)
-    store = LmdbStore(directory / _STORE, readonly=readonly)
-    return Database(
-        store,
-        directory=directory,
-        readonly=readonly,
-        namespace=namespace,
-        strict=strict,
-        fidelity=manifest.fidelity,
-        memory_nbytes=memory_nbytes,
-    )
-
-
-def _fidelity(name: str) -> Fidelity:
-    try:
-        return Fidelity(name)
-    except ValueError:
-        known = ", ".join(repr(each.value) for each in Fidelity)
-        raise FormatError(f"there is no fidelity {name!r}", hint=f"Give one of {known}.") from None
-
-
-def _create(directory: Path, manifest: Manifest) -> Manifest:
-    """Make an empty database and return its manifest; of several processes one does, the others take what it made."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with filelock.FileLock(directory / _LOCK, mode=0o600):
-            made = read_manifest(directory)
-            if made is None:
-                LmdbStore.create(directory / _STORE).close()
-                write_manifest(directory, manifest)
-            return made or manifest
-    except OSError as error:
-        raise UnsafeLocation(
-            f"no database can be made in {directory} ({error.strerror})", hint="Give a directory that you may write to."
-        ) from error
 
 
 def _restore(arrays: Arrays, span: KVSpan) -> bool:

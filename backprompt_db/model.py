@@ -18,11 +18,12 @@ from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
-from backprompt_db.database import MEMORY, Database, open_database
+from backprompt_db.database import MEMORY, Database
 from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.fidelity import Fidelity
 from backprompt_db.generated import Generated
 from backprompt_db.keys import TokenizerId, WeightsId, utf8
+from backprompt_db.opening import open_database
 from backprompt_db.representation import Arrays, ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
 

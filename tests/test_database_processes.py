@@ -121,7 +121,7 @@ def test_what_flush_acknowledged_survives_a_kill_at_any_moment(tmp_path: Path) -
 
 def test_a_creation_that_was_killed_starts_over(tmp_path: Path) -> None:
     script = (
-        "import backprompt_db.manifest as m, backprompt_db.store.environment as e, backprompt_db.database as d\n"
+        "import backprompt_db.manifest as m, backprompt_db.store.environment as e, backprompt_db.opening as d\n"
         "def die(*_, **__): os._exit(9)\n"
         "where = int(sys.argv[0] == '-c') and {step}\n"
         "if where == 0: e.shared_environment = die\n"
@@ -235,7 +235,7 @@ def test_a_user_who_may_only_read_finds_what_is_there_and_keeps_nothing(public_p
     let_all_read(place)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in place.rglob("*")}
     script = (
-        "import backprompt_db.catalog, backprompt_db.database\n" + IN_OTHER_SHOES + "db = bp.open(place)\n"
+        "import backprompt_db.catalog, backprompt_db.opening\n" + IN_OTHER_SHOES + "db = bp.open(place)\n"
         "for _ in range(3):\n    found = values(db.fetch(wanted('a', 'b')))\n"
         "    db.put([new_part('b')])\n    db.flush()\n"
         "c = db.counters\nprint(found == expected('a'), db.readonly, c.num_hits, c.num_misses, c.num_write_failures)\n"
@@ -255,7 +255,7 @@ def test_a_user_who_may_not_enter_is_told_so(public_place: Path, mode: int, erro
     place.mkdir()
     place.chmod(mode)
     script = (
-        "import backprompt_db.database\n" + IN_OTHER_SHOES + "try:\n    bp.open(place)\n"
+        "import backprompt_db.opening\n" + IN_OTHER_SHOES + "try:\n    bp.open(place)\n"
         "except bp.BackpromptError as error:\n    print(type(error).__name__)"
     )
     assert run(script, place)[0] == [error]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CohereConfig, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from backprompt_db.compute.head import HiddenStates, Question, WholeLogits
+from backprompt_db.compute.head import HiddenStates, Predictions, Question, WholeLogits
 from backprompt_db.compute.selfcheck import proven_head
 
 ROWS = st.lists(st.integers(0, 11), max_size=30)
@@ -30,7 +30,11 @@ def test_each_way_of_reading_agrees_with_a_plain_log_softmax(
     with torch.no_grad():
         logits = head(hidden)
     expected = logits.double().log_softmax(1)[rows, targets]
-    ways = [HiddenStates(hidden, head), HiddenStates(hidden, nn.Sequential(head)), WholeLogits(logits)]
+    ways: list[Predictions] = [
+        HiddenStates(hidden, head),
+        HiddenStates(hidden, nn.Sequential(head)),
+        WholeLogits(logits),
+    ]
     for way in ways:
         logprobs, last = way.read(Question(np.array(rows, np.int64), targets, np.array(ends, np.int64)))
         assert np.allclose(logprobs, expected, atol=1e-5)

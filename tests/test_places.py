@@ -12,7 +12,7 @@ import platformdirs
 import pytest
 
 import backprompt_db as bp
-from backprompt_db import database
+from backprompt_db import opening
 from backprompt_db.database import Database
 from backprompt_db.errors import BackpromptError, FormatError, FormatTooNew, UnsafeLocation
 from backprompt_db.fidelity import Fidelity
@@ -37,9 +37,9 @@ def test_the_default_place_is_the_users_cache(
     if variable is not None:
         monkeypatch.setenv("BACKPROMPT_DB", variable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert database.default_location() == Path(platformdirs.user_cache_dir("backprompt-db", appauthor=False))
+    assert opening.default_location() == Path(platformdirs.user_cache_dir("backprompt-db", appauthor=False))
     with bp.open() as db:
-        assert db.directory == database.default_location()
+        assert db.directory == opening.default_location()
 
 
 @pytest.mark.parametrize("name", ["with space", "quo'te\"", "per%cent?#", b"\xff\xfe".decode(errors="surrogateescape")])

@@ -34,7 +34,7 @@ def path(*, db: DbOption = None) -> None:
 def directory_of(db: Path | None) -> Path:
     """Return the directory to work on, absolute."""
     if db is None:
-        from backprompt_db.database import default_location
+        from backprompt_db.opening import default_location
 
         db = default_location()
     return db.expanduser().absolute()

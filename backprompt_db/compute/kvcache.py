@@ -172,7 +172,7 @@ def assemble(shape: KVShape, parts: Sequence[Arrays], *, capacity: int, device: 
     return buffer
 
 
-@torch.inference_mode(False)  # type: ignore[untyped-decorator]  # else nobody could write to it outside that mode
+@torch.inference_mode(mode=False)  # else nobody could write to it outside that mode
 def _room(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from backprompt_db.database import open_database
 from backprompt_db.errors import PromptError
 from backprompt_db.model import LanguageModel
+from backprompt_db.opening import open_database
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 """Requests that say nothing. What a model answers to them is its bias, which calibration takes away."""

@@ -31,7 +31,7 @@ def manifest_of(directory: Path) -> Manifest:
 
 def open_existing(directory: Path) -> Database:
     """Open the database in `directory`; raises `UnsafeLocation` where there is none."""
-    from backprompt_db.database import open_database
+    from backprompt_db.opening import open_database
 
     manifest_of(directory)
     return open_database(directory)
