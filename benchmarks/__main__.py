@@ -1,45 +1,80 @@
-"""Run every benchmark: `python -m benchmarks`.
+"""Run the benchmarks: `python -m benchmarks`, or some of them: `python -m benchmarks reads trees`.
 
-Each part runs in a process of its own, so that what one leaves in memory does not help the next.
+Each part runs in a process of its own, so that what one leaves in memory does not help the next. The figures of a whole
+run are written to `results/latest.json`, those of some parts to `results/reads-trees.json`.
 """
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TypeVar
 
+from benchmarks.batches import unrelated_prompts
 from benchmarks.exactness import exactness
-from benchmarks.reads import full_hits, store_prefix, stored_prefix
+from benchmarks.fidelity import lossy_databases
+from benchmarks.generation import after_long_prefix, after_stored_prefix
+from benchmarks.growth import lengths_and_depths, many_leaves
+from benchmarks.identity import identity
+from benchmarks.limits import limits
+from benchmarks.reads import fresh_processes, kv_on_disk, one_process, store_prefix
 from benchmarks.report import Measurement, print_table, write_json
+from benchmarks.scores import stored_scores
 from benchmarks.startup import startup
-from benchmarks.trees import completions
-from benchmarks.workload import save_gpt2
+from benchmarks.trees import completions, continued_leaf, three_levels
+from benchmarks.workload import in_fresh_process, save_gpt2
+from benchmarks.writes import cold_runs, throughput
 
-_Result = TypeVar("_Result")
+PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
+    "reads": (fresh_processes, one_process, kv_on_disk),
+    "scores": (stored_scores,),
+    "trees": (completions, three_levels, continued_leaf),
+    "batches": (unrelated_prompts,),
+    "growth": (many_leaves, lengths_and_depths),
+    "identity": (identity,),
+    "writes": (cold_runs, throughput),
+    "fidelity": (lossy_databases,),
+    "generation": (after_stored_prefix, after_long_prefix),
+    "startup": (startup,),
+    "exactness": (exactness,),
+    "limits": (limits,),
+}
+"""Each function gets a directory with `model`, `db`, which holds a prefix, and `scratch`, which is removed after it."""
 
 
 def main() -> int:
     """Print the table, write the JSON; exit code 1 when a target was missed."""
-    measurements: list[Measurement] = []
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run all benchmarks, or some parts.")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"any of: {', '.join(PARTS)}")
+    names = parser.parse_args().parts
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    measurements: dict[str, list[Measurement]] = {}
+    part_seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="backprompt-bench-") as name:
         directory = Path(name)
-        _in_fresh_process(save_gpt2, directory / "model")
-        _in_fresh_process(store_prefix, directory)
-        for benchmark in (stored_prefix, completions, full_hits, startup, exactness):
-            measurements += _in_fresh_process(benchmark, directory)
-    print_table(measurements)
-    print(f"written to {write_json(measurements)}")
-    return 0 if all(measurement.is_met for measurement in measurements) else 1
+        in_fresh_process(save_gpt2, directory / "model")
+        in_fresh_process(store_prefix, directory)
+        for part in names or PARTS:
+            began = time.perf_counter()
+            measurements[part] = [each for run in PARTS[part] for each in _run(run, directory)]
+            part_seconds[part] = time.perf_counter() - began
+            print(f"{part}: {part_seconds[part]:.0f} s", file=sys.stderr, flush=True)
+    every = [each for some in measurements.values() for each in some]
+    print_table(every)
+    print(f"written to {write_json(measurements, part_seconds, name='-'.join(names) or 'latest')}")
+    return 1 if any(each.is_met is False for each in every) else 0
 
 
-def _in_fresh_process(function: Callable[[Path], _Result], directory: Path) -> _Result:
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, directory).result()
+def _run(benchmark: Callable[[Path], list[Measurement]], directory: Path) -> list[Measurement]:
+    try:
+        return in_fresh_process(benchmark, directory)
+    finally:
+        shutil.rmtree(directory / "scratch", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.report import Measurement
-from benchmarks.workload import median_seconds
+from benchmarks.timing import median_seconds
 
 
 def startup(directory: Path) -> list[Measurement]:
