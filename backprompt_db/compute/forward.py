@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from backprompt_db.compute.head import (
 from backprompt_db.compute.kvcache import KVBuffer
 from backprompt_db.compute.masks import Mask, MaskForm, MaskKind, attention_mask, mask_argument
 from backprompt_db.compute.plan import Pack, token_offsets
+from backprompt_db.compute.undo import undone_afterwards
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.representation import Array, Arrays, Part
 from backprompt_db.text import Segment, ancestry
@@ -71,14 +72,15 @@ def compute_pack(
     if len(ids):
         places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
         cache = context.cache()
-        predicted = forward(model, ids, places, attention_mask(pack, fed), cache=cache, form=form, head=head)
-        if len(predicted) != len(ids) or not context.is_extended_by(cache, len(ids)):
-            raise UnsupportedModel(
-                f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
-                hint="Run it with transformers directly; nothing of this pass was stored.",
-            )
-        context.length += len(ids)
-        answers.read(predicted)
+        with evaluation(model):
+            predicted = forward(model, ids, places, attention_mask(pack, fed), cache=cache, form=form, head=head)
+            if len(predicted) != len(ids) or not context.is_extended_by(cache, len(ids)):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
+                    hint="Run it with transformers directly; nothing of this pass was stored.",
+                )
+            context.length += len(ids)
+            answers.read(predicted)
     answers.read_outside(predictions)
     parts: dict[tuple[Segment, Part], Arrays] = {}
     for begin, segment in token_offsets(pack, fed):
@@ -228,15 +230,16 @@ def evaluation(model: Any) -> Iterator[None]:
     """Run a model in evaluation mode, without gradients and autocast, and restore its modules' modes afterwards."""
     with _modes:
         training = [module for module in model.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
+        with undone_afterwards(lambda: _set_training(training, mode=True)):
+            _set_training(training, mode=False)
             # Not inference_mode: users may backpropagate through what follows the cache that this fills.
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 yield
-        finally:
-            for module in training:
-                module.training = True
+
+
+def _set_training(modules: Iterable[nn.Module], *, mode: bool) -> None:
+    for module in modules:
+        module.training = mode
 
 
 def _batch_of_one(numbers: npt.NDArray[Any], model: Any) -> torch.Tensor:

@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from backprompt_db.compute.undo import undone_afterwards
+
 _VOCABULARY_BLOCK = 2048
 """Logits of a few hundred tokens over so many words fit into the processor's cache."""
 
@@ -77,7 +79,10 @@ class WholeLogits:
 
 
 class HiddenStates:
-    """Predictions of a model whose head was kept from running: hidden states [T, hidden_size]."""
+    """Predictions of a model whose head was kept from running: hidden states [T, hidden_size].
+
+    To be read in `evaluation` of the model, like the pass: the head may have adapters with dropout.
+    """
 
     def __init__(self, hidden: torch.Tensor, head: nn.Module) -> None:
         self._hidden = hidden
@@ -117,8 +122,7 @@ def is_all(head: nn.Module, kept: list[torch.Tensor], logits: torch.Tensor) -> b
     """Whether logits [T, vocab_size] of a pass are bit for bit what `head` makes of the hidden states `kept` of it."""
     if len(kept) != 1 or kept[0].shape[:-1] != (1, len(logits)):
         return False
-    with torch.no_grad():
-        again = head(kept[0])[0]
+    again = head(kept[0])[0]
     return again.dtype == logits.dtype and torch.equal(again, logits)
 
 
@@ -135,10 +139,8 @@ def kept_from_running(head: nn.Module, *, skip: bool = True) -> Iterator[list[to
         return (arguments[0][:, :0], *arguments[1:]) if skip else None
 
     handle = head.register_forward_pre_hook(keep)
-    try:
+    with undone_afterwards(handle.remove):
         yield kept
-    finally:
-        handle.remove()
 
 
 def _by_words(
@@ -147,10 +149,11 @@ def _by_words(
     """Apply a linear head to `hidden` [m, hidden_size], one block of the vocabulary after the other."""
     targets = question.targets
     chosen = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    logits = torch.empty((len(question.ends), head.out_features), dtype=hidden.dtype, device=hidden.device)
+    vocab_size = len(head.weight)
+    logits = torch.empty((len(question.ends), vocab_size), dtype=hidden.dtype, device=hidden.device)
     room = torch.empty(len(hidden) * _VOCABULARY_BLOCK, dtype=hidden.dtype, device=hidden.device)
     sums = []
-    for begin in range(0, head.out_features, _VOCABULARY_BLOCK):
+    for begin in range(0, vocab_size, _VOCABULARY_BLOCK):
         weight = head.weight[begin : begin + _VOCABULARY_BLOCK]
         block = torch.mm(hidden, weight.T, out=room[: len(hidden) * len(weight)].view(len(hidden), len(weight)))
         if head.bias is not None:

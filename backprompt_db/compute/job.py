@@ -34,6 +34,8 @@ class Job:
     wanted: Wanted
     keep: Wanted
     """Parts to store of each segment that is computed."""
+    is_deterministic: bool
+    """Whether all parts are computed each time, so that a part has the same bits whatever else is wanted."""
 
     def num_tokens(self, pack: Pack) -> int:
         """Tokens that a pack computes."""
@@ -65,6 +67,8 @@ class Job:
                 found.pop(need, None)
 
     def _produced(self, segment: Segment) -> frozenset[Part]:
+        if self.is_deterministic:
+            return frozenset(Part)
         return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
 
     @cached_property

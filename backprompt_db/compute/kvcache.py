@@ -130,12 +130,13 @@ class KVBuffer:
         del self.contents[num_segments:]
         self.length = sum(num_tokens for _, num_tokens in self.contents)
 
-    def grown(self, capacity: int) -> KVBuffer:
-        """Return a buffer of another capacity that begins with what this one holds."""
+    def beginning(self, num_segments: int, *, capacity: int) -> KVBuffer:
+        """Return a copy of the first segments in a buffer of another capacity."""
         other = KVBuffer(self.shape, capacity=capacity, device=self.device)
-        other.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
-        other.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
-        other.length, other.contents = self.length, list(self.contents)
+        other.contents = self.contents[:num_segments]
+        other.truncate(num_segments)
+        other.keys[:, :, :, : other.length] = self.keys[:, :, :, : other.length]
+        other.values[:, :, :, : other.length] = self.values[:, :, :, : other.length]
         return other
 
     def cache(self) -> Cache:
@@ -155,10 +156,7 @@ class KVBuffer:
 
     def slice(self, begin: int, end: int) -> Arrays:
         """Return a copy of the keys and values of tokens `begin` to `end`, as they are stored."""
-        return {
-            "keys": Array.from_torch(self.keys[:, 0, :, begin:end].contiguous()),
-            "values": Array.from_torch(self.values[:, 0, :, begin:end].contiguous()),
-        }
+        return {"keys": _copy(self.keys[:, 0, :, begin:end]), "values": _copy(self.values[:, 0, :, begin:end])}
 
     def _next(self, whole: torch.Tensor, num_tokens: int) -> torch.Tensor:
         return whole[:, 0, :, self.length : self.length + num_tokens]
@@ -180,6 +178,11 @@ def _room(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> to
     # Measured on 74 MB: 9 ms to fill instead of 55.
     flat = np.empty(max(1, int(np.prod(size)) * dtype.itemsize), dtype=np.uint8)
     return torch.from_numpy(flat)[: int(np.prod(size)) * dtype.itemsize].view(dtype).view(size)
+
+
+def _copy(place: torch.Tensor) -> Array:
+    copied = _room(tuple(place.shape), place.dtype, torch.device("cpu"))
+    return Array.from_torch(copied.copy_(place))
 
 
 def _numpy(place: torch.Tensor) -> Any:

@@ -117,10 +117,11 @@ def proven_head(model: Any) -> nn.Module | None:
     if head is None:
         return None
     tokens = np.random.default_rng(_SEED).integers(model.get_input_embeddings().num_embeddings, size=2).tolist()
-    with evaluation(model), kept_from_running(head, skip=False) as kept:
-        logits, _ = _plain_pass(model, tokens)
-    # The embedding of a padding token is zero, and of logits that are zero anything may be all.
-    return head if is_all(head, kept, logits) and bool(logits.any()) else None
+    with evaluation(model):
+        with kept_from_running(head, skip=False) as kept:
+            logits, _ = _plain_pass(model, tokens)
+        # The embedding of a padding token is zero, and of logits that are zero anything may be all.
+        return head if is_all(head, kept, logits) and bool(logits.any()) else None
 
 
 def _unsupported(reason: str) -> UnsupportedModel:
