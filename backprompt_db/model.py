@@ -313,10 +313,10 @@ class LanguageModel:
         tips = [text.tips(self.namespace) for text in bound]
         wanted = dict.fromkeys([segment for each in segments for segment in each], _SCORES)
         wanted.update({tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1})
-        ids = self._source.ids
-        found, computed = self._engine.represent(wanted, keep={})
+        names = self._engine.names()
+        found, computed = self._engine.represent(wanted, keep={}, names=names)
         return [
-            self._result(text, each, tip, found, computed, ids)
+            self._result(text, each, tip, found, computed, names.ids)
             for text, each, tip in zip(bound, segments, tips, strict=True)
         ]
 

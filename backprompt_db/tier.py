@@ -5,19 +5,26 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 
-_Value = TypeVar("_Value")
-
 _SHARE_OF_FREE_MEMORY = 8
 """The default budget is the free memory divided by this."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),  # version 2
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
+)
+"""Where a container's limit and its usage are. The machine's own numbers know nothing of them."""
 
 
 class _Entry(NamedTuple):
     value: Any
     nbytes: int
+    group: Hashable
 
 
 class MemoryTier:
@@ -27,12 +34,18 @@ class MemoryTier:
         self.budget_nbytes = budget_nbytes
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._groups: dict[Hashable, dict[Hashable, Any]] = {}
         self._nbytes = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that are held."""
         return self._nbytes
+
+    @property
+    def room_nbytes(self) -> int:
+        """Bytes that can be put without anything having to go."""
+        return self.budget_nbytes - self._nbytes
 
     def get(self, key: Hashable) -> Any:
         """Return the value under a key, None where there is none."""
@@ -43,13 +56,18 @@ class MemoryTier:
             self._entries.move_to_end(key)
             return entry.value
 
-    def put(self, key: Hashable, value: object, *, nbytes: int) -> None:
-        """Keep a value; those used longest ago go until all fit. One beyond the whole budget is not kept."""
+    def put(self, key: Hashable, value: object, *, nbytes: int, group: Hashable = None) -> None:
+        """Keep a value; those used longest ago go until all fit. One beyond the whole budget is not kept.
+
+        With a `group`, `take_best` finds it among the others of that group.
+        """
         with self._lock:
             self._remove(key)
-            if nbytes > self.budget_nbytes:
+            if nbytes > self.budget_nbytes or not self.budget_nbytes:  # a closed tier keeps not even what is empty
                 return
-            self._entries[key] = _Entry(value, nbytes)
+            self._entries[key] = _Entry(value, nbytes, group)
+            if group is not None:
+                self._groups.setdefault(group, {})[key] = value
             self._nbytes += nbytes
             while self._nbytes > self.budget_nbytes:
                 self._remove(next(iter(self._entries)))
@@ -59,14 +77,18 @@ class MemoryTier:
         with self._lock:
             self._remove(key)
 
-    def take_best(self, kind: type[_Value], rank: Callable[[_Value], int]) -> _Value | None:
-        """Remove and return the value of a kind that `rank` puts highest, None where all rank 0 or lower."""
+    def take_best(self, group: Hashable, rank: Callable[[Any], tuple[int, ...] | None]) -> Any | None:
+        """Remove and return the value of a group that `rank` puts highest; None where it gives None for all.
+
+        `rank` is called with the tier locked: it must be quick and not use the tier.
+        """
         with self._lock:
-            ranked = [(rank(entry.value), key) for key, entry in self._entries.items() if isinstance(entry.value, kind)]
-            best, key = max(ranked, key=lambda pair: pair[0], default=(0, None))
-            if best <= 0:
+            ranked = [(rank(value), key) for key, value in self._groups.get(group, {}).items()]
+            known = [(best, key) for best, key in ranked if best is not None]
+            if not known:
                 return None
-            value: _Value = self._entries[key].value
+            _, key = max(known, key=lambda pair: pair[0])  # keys need not have an order
+            value = self._entries[key].value
             self._remove(key)
             return value
 
@@ -74,7 +96,13 @@ class MemoryTier:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
+            self._groups.clear()
             self._nbytes = 0
+
+    def close(self) -> None:
+        """Forget everything and keep nothing from now on, not even what a pass that is still running puts."""
+        self.budget_nbytes = 0  # before: what another thread puts in between is cleared
+        self.clear()
 
     def after_fork_in_child(self) -> None:
         """Begin with nothing: another thread of the parent may have held the lock."""
@@ -83,10 +111,32 @@ class MemoryTier:
 
     def _remove(self, key: Hashable) -> None:
         entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._nbytes -= entry.nbytes
+        if entry is None:
+            return
+        self._nbytes -= entry.nbytes
+        if entry.group is not None:
+            members = self._groups[entry.group]
+            del members[key]
+            if not members:
+                del self._groups[entry.group]
 
 
-def default_budget_nbytes() -> int:
-    """Return an eighth of the memory that is free now."""
-    return int(psutil.virtual_memory().available) // _SHARE_OF_FREE_MEMORY
+def default_budget_nbytes(*, cgroups: Path = _CGROUPS) -> int:
+    """Return an eighth of the memory that is free now, in the machine or in the container, whichever has less."""
+    free = [int(psutil.virtual_memory().available)]
+    for limit, usage in _CGROUP_FILES:
+        try:
+            free.append(_number(cgroups / limit) - _number(cgroups / usage) + _cached_nbytes(cgroups / limit))
+        except (OSError, ValueError):  # the other version of cgroups, none at all, or no limit: "max"
+            continue
+    return max(0, min(free)) // _SHARE_OF_FREE_MEMORY
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text())
+
+
+def _cached_nbytes(limit: Path) -> int:
+    """Bytes of files that the kernel keeps in memory and counts as used, but gives up when memory is needed."""
+    numbers = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+    return int(numbers.get("active_file", 0)) + int(numbers.get("inactive_file", 0))

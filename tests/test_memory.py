@@ -68,6 +68,18 @@ def test_prompts_that_take_turns_keep_their_prefixes(lm: bp.LanguageModel, num_r
     assert [num_reads(context) for context in contexts] == [1, 1, 1]
 
 
+def test_documents_after_one_system_prompt_stay_side_by_side(
+    lm: bp.LanguageModel, num_reads: Callable[[bp.Text], int]
+) -> None:
+    system = lm.text("Pick.\n")
+    documents = [system + f"Document {number}: " + "GET /users lists users. " * 3 for number in range(4)]
+    stored(lm, *documents)
+    for number in range(4):
+        for document in documents:
+            assert_right(lm, document + f"request {number}")
+    assert [num_reads(document) for document in documents] == [1, 1, 1, 1]
+
+
 def test_a_growing_chat_reads_nothing_again(lm: bp.LanguageModel, num_reads: Callable[[bp.Text], int]) -> None:
     chat = lm.text("Hello.\n")
     for number in range(8):
@@ -101,6 +113,24 @@ def test_memory_stays_within_its_budget(make_lm: Any, tmp_path: Path) -> None:
         for number in range(30):
             assert_right(lm, lm.text(f"context number {number}\n") + "request")
             assert db.memory.nbytes <= 200_000
+
+
+def test_a_database_that_is_closed_in_the_middle_of_a_pass_keeps_nothing(
+    lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = lm.text("Pick the endpoint.\n")
+    stored(lm, context)
+    scan = lm.db.store.scan
+
+    def scan_and_close(key: Key, *arguments: Any, **options: Any) -> bool:
+        is_there = scan(key, *arguments, **options)
+        lm.db.close()
+        return is_there
+
+    monkeypatch.setattr(lm.db.store, "scan", scan_and_close)
+    with pytest.raises(bp.errors.StoreClosed):
+        (context + "request")()
+    assert lm.db.memory.nbytes == 0
 
 
 def test_changed_weights_never_meet_a_buffer_of_the_old_ones(lm: bp.LanguageModel) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from backprompt_db.catalog import TokenizerRecord
+from backprompt_db.catalog import ModelRecord, TokenizerRecord
 from backprompt_db.compute import plan
 from backprompt_db.compute.job import Job, Need, Wanted
+from backprompt_db.compute.names import Names
 from backprompt_db.errors import ModelMismatch
 from backprompt_db.fidelity import Fidelity, restore
-from backprompt_db.keys import Address, TokenizerId, WeightsId, address
-from backprompt_db.representation import Arrays, Origin, Part
+from backprompt_db.keys import TokenizerId, WeightsId
+from backprompt_db.representation import Arrays, Part
 from backprompt_db.store.contract import Key
 from backprompt_db.text import Seam, Segment, ancestry
 from backprompt_db.writer import NewPart
@@ -42,12 +42,19 @@ class Engine:
         self._progress = progress
         self._logged_seams: set[Seam] = set()
 
-    def represent(self, wanted: Wanted, *, keep: Wanted) -> tuple[dict[Need, Arrays], set[Segment]]:
+    def names(self) -> Names:
+        """Return what everything is called under the model and the tokenizer as they are now."""
+        is_loaded = self._source.is_loaded
+        return Names(*self._source.ids, is_certain=is_loaded)
+
+    def represent(
+        self, wanted: Wanted, *, keep: Wanted, names: Names | None = None
+    ) -> tuple[dict[Need, Arrays], set[Segment]]:
         """Return the wanted parts and which segments were computed for them: the core loop.
 
         `keep` names the parts to store of a computed segment, all three where it says nothing.
         """
-        names = _Names(*self._source.ids)
+        names = names or self.names()
         found = self._fetch(names, [(segment, part) for segment, parts in wanted.items() for part in parts])
         computed: set[Segment] = set()
         lost: set[Need] = set()
@@ -77,7 +84,7 @@ class Engine:
 
     def prove(self) -> Runtime:
         """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
-        return self._proven_runtime(_Names(*self._source.ids))
+        return self._proven_runtime(self.names())
 
     @property
     def keeps(self) -> bool:
@@ -96,13 +103,13 @@ class Engine:
 
     def is_stored(self, segment: Segment, *, ids: tuple[WeightsId, TokenizerId]) -> bool:
         """Whether all three parts of a segment are stored or queued, under the model that has these ids."""
-        names = _Names(*ids)
+        names = Names(*ids)
         return all(self._db.has(names.key(segment, part)) for part in Part)
 
     def discard(self, needs: Iterable[Need], *, ids: tuple[WeightsId, TokenizerId]) -> None:
         """Remove stored parts that turned out not to be of this model's shape."""
         for segment, part in needs:
-            self._db.discard(_Names(*ids).key(segment, part))
+            self._db.discard(Names(*ids).key(segment, part))
 
     def store(
         self,
@@ -113,12 +120,12 @@ class Engine:
         seconds: float,
     ) -> None:
         """Queue all parts of a segment that something else than a pack computed, in `seconds`."""
-        names = _Names(*ids)
+        names = Names(*ids)
         num_tokens = parts[Part.SCORES]["input_ids"].shape[0]
         origin = names.origin(segment, num_tokens, seconds, versions=self._source.runtime.versions)
         self._db.put([NewPart(names.key(segment, part), arrays, origin) for part, arrays in parts.items()])
 
-    def _fetch(self, names: _Names, needs: Iterable[Need]) -> dict[Need, Arrays]:
+    def _fetch(self, names: Names, needs: Iterable[Need]) -> dict[Need, Arrays]:
         """Return those of the needed parts that the database has."""
         parts: dict[Segment, list[Part]] = {}
         for segment, part in needs:
@@ -126,23 +133,27 @@ class Engine:
         addresses = {segment: names.address(segment) for segment in parts}
         fetched = self._db.fetch({addresses[segment]: wanted for segment, wanted in parts.items()})
         keys = {(segment, part): Key(addresses[segment], part) for segment, wanted in parts.items() for part in wanted}
-        return {need: self._restored(need[1], fetched[key]) for need, key in keys.items() if key in fetched}
+        found = {need: fetched[key] for need, key in keys.items() if key in fetched}
+        for need, key in keys.items():
+            if key.part is Part.KV and need in found:
+                found[need] = self._restored(found[need])
+                if self._source.is_loaded and not self._source.runtime.fits(found[need]):
+                    self._db.discard(key)
+                    del found[need]
+        return found
 
-    def _restored(self, part: Part, arrays: Arrays) -> Arrays:
+    def _restored(self, kv: Arrays) -> Arrays:
         """Give keys and values of a lossy database the model's dtype."""
-        is_stored_so = part is not Part.KV or self._db.fidelity is Fidelity.EXACT
-        return arrays if is_stored_so else restore(arrays, self._source.runtime.kv_dtype)
+        return kv if self._db.fidelity is Fidelity.EXACT else restore(kv, self._source.runtime.kv_dtype)
 
-    def _bring(
-        self, names: _Names, job: Job, pack: plan.Pack, found: dict[Need, Arrays]
-    ) -> tuple[KVBuffer, list[Need]]:
+    def _bring(self, names: Names, job: Job, pack: plan.Pack, found: dict[Need, Arrays]) -> tuple[KVBuffer, list[Need]]:
         """Bring a pack's context into one buffer, its predictors' logits into `found`; also return what is not there.
 
         What the buffer does not begin with already is copied once: from an earlier pass, or out of the store's file.
         """
         logits = [(segment, Part.LOGITS) for segment in pack.predictors]
         found.update(self._fetch(names, [need for need in logits if need not in found]))
-        contents = [names.content(job, segment) for segment in pack.context]
+        contents = [names.content(segment, len(job.input_ids[segment])) for segment in pack.context]
         self._db.touch(address for address, _ in contents)
         context = job.runtime.prefix(self._db.memory, contents, room=job.num_tokens(pack))
         for segment, content in list(zip(pack.context, contents, strict=True))[len(context.contents) :]:
@@ -152,7 +163,7 @@ class Engine:
             context.contents.append(content)
         return context, [need for need in logits if need not in found]
 
-    def _load(self, names: _Names, job: Job, segment: Segment, context: KVBuffer, found: dict[Need, Arrays]) -> bool:
+    def _load(self, names: Names, job: Job, segment: Segment, context: KVBuffer, found: dict[Need, Arrays]) -> bool:
         """Append a segment's keys and values to a context; False where there are none that fit."""
         kv = found.get((segment, Part.KV))
         key = names.key(segment, Part.KV)
@@ -169,12 +180,13 @@ class Engine:
         context.append(kv)
         return True
 
-    def _leave(self, names: _Names, job: Job, pack: plan.Pack, context: KVBuffer, *, num_whole: int) -> None:
-        """Leave a pass's buffer in memory, for a pass that goes on from its first `num_whole` segments."""
-        context.contents += [names.content(job, segment) for segment in pack.segments[:num_whole]]
+    def _leave(self, names: Names, job: Job, pack: plan.Pack, context: KVBuffer, *, num_whole: int) -> None:
+        """Leave a pass's buffer in memory, for passes that go on after it; its first segments are whole."""
+        chain = pack.segments[: plan.num_chained(pack, num_whole)]
+        context.contents += [names.content(segment, len(job.input_ids[segment])) for segment in chain]
         job.runtime.leave(self._db.memory, context)
 
-    def _prepare(self, names: _Names, missing: list[Segment], *, wanted: Wanted, keep: Wanted) -> Job:
+    def _prepare(self, names: Names, missing: list[Segment], *, wanted: Wanted, keep: Wanted) -> Job:
         """Tokenise what is needed, check that it can be run, and divide it into packs. Loads the model if need be."""
         segments = ancestry(missing)
         input_ids = self._source.tokenizer.encode(segments)
@@ -193,26 +205,31 @@ class Engine:
             segment: frozenset(part for part in keep.get(segment, Part) if not self._db.has(names.key(segment, part)))
             for segment in missing
         }
-        return Job(runtime, packs, input_ids, starts, wanted, kept)
+        return Job(runtime, packs, input_ids, starts, wanted, kept, is_deterministic=self._deterministic)
 
-    def _proven_runtime(self, names: _Names) -> Runtime:
+    def _proven_runtime(self, names: Names) -> Runtime:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
         runtime = self._source.runtime
-        if self._source.ids != (names.weights_id, names.tokenizer_id):
+        if not names.is_certain and self._source.ids != names.ids:
             raise ModelMismatch(
                 f"{self._source.name} is not the model that was recorded for its files",
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
-        record = runtime.prove(names.weights_id, self._db.recall(lambda catalog: catalog.model(names.weights_id)))
-        if record is not None:
-            self._db.note(record)
-            tokenizer = self._source.tokenizer
-            kind = type(tokenizer.tokenizer).__name__
-            self._db.note(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
+        if not runtime.is_proven(names.weights_id):
+            known = self._db.recall(lambda catalog: catalog.model(names.weights_id))
+            record = runtime.prove(names.weights_id, known)
+            if record is not None:
+                self._note(record)
         runtime.require_supported()
         return runtime
 
-    def _persist(self, names: _Names, job: Job, pack: plan.Pack, result: Computed) -> None:
+    def _note(self, record: ModelRecord) -> None:
+        tokenizer = self._source.tokenizer
+        kind = type(tokenizer.tokenizer).__name__
+        self._db.note(record)
+        self._db.note(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
+
+    def _persist(self, names: Names, job: Job, pack: plan.Pack, result: Computed) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
         seconds_per_token = result.seconds / job.num_tokens(pack)
         new = []
@@ -251,37 +268,6 @@ class Engine:
                 logger.info(
                     "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """Addresses under one model and tokenizer, which must stay the same for the whole of a call."""
-
-    weights_id: WeightsId
-    tokenizer_id: TokenizerId
-
-    def address(self, segment: Segment) -> Address:
-        return address(segment.id, self.weights_id, self.tokenizer_id)
-
-    def key(self, segment: Segment, part: Part) -> Key:
-        return Key(self.address(segment), part)
-
-    def content(self, job: Job, segment: Segment) -> tuple[Address, int]:
-        """What a buffer says of the segment that lies in it: address and number of tokens."""
-        return self.address(segment), len(job.input_ids[segment])
-
-    def origin(self, segment: Segment, num_tokens: int, seconds: float, *, versions: Mapping[str, str]) -> Origin:
-        return Origin(
-            text=segment.string,
-            parents=segment.parent_ids,
-            start=segment.start,
-            weights_id=self.weights_id,
-            tokenizer_id=self.tokenizer_id,
-            num_tokens=num_tokens,
-            compute_seconds=seconds,
-            namespace=segment.namespace,
-            versions=versions,
-        )
 
 
 def _check_vocabulary(input_ids: Iterable[Sequence[int]], vocab_size: int) -> None:

@@ -198,6 +198,23 @@ def _canonical(context: Collection[Segment]) -> list[Segment]:
     return sorted(context, key=lambda segment: (depths[segment], segment.id))
 
 
+def num_chained(pack: Pack, num_whole: int) -> int:
+    """Return how many of a pack's first `num_whole` segments see all that lies before them in the buffer of the pass.
+
+    Only what these begin can be the context of a later pass; what follows are branches.
+    """
+    number = 0
+    for segment in pack.segments[:num_whole]:
+        if number:
+            sees_all = segment.parents == (pack.segments[number - 1],)
+        else:
+            sees_all = len(ancestry([segment])) == len(pack.context) + 1
+        if not sees_all:
+            break
+        number += 1
+    return number
+
+
 def token_offsets(pack: Pack, num_tokens: Mapping[Segment, int]) -> Iterator[tuple[int, Segment]]:
     """Yield where each segment of a pack begins among the pass's new tokens."""
     begin = 0

@@ -35,6 +35,7 @@ class Runtime:
         self.name = name
         self.num_calls = 0
         self._identity = ModelIdentity(model)
+        self._probed: WeightsId | None = None
         self._proven: tuple[WeightsId, str] | None = None
         self._max_positions: int | None = None
         self._verdict = Verdict(None, None, "it was never checked")
@@ -48,17 +49,28 @@ class Runtime:
     @property
     def weights_id(self) -> WeightsId:
         """The weights id of the model as it is now; hashed again only when the model has changed."""
-        return self._identity.weights_id()
+        weights_id = self._identity.weights_id()
+        if weights_id != self._probed:  # what was found out by running it, such as its dtype, may be another by now
+            for name in ("shape", "kv_dtype", "costs", "_proven_head"):
+                vars(self).pop(name, None)
+            self._probed = weights_id
+        return weights_id
 
     @cached_property
     def shape(self) -> KVShape:
         """The shape of the model's keys and values. Raises `UnsupportedModel` where it has none."""
         return probe_shape(self.model)
 
-    @cached_property
+    @property
     def head(self) -> torch.nn.Module | None:
         """The module that alone makes logits of hidden states; None where there is more to it."""
-        return proven_head(self.model)
+        if self._proven_head[0] is not self.model.get_output_embeddings():  # replaced by one with equal weights
+            vars(self).pop("_proven_head")
+        return self._proven_head[1]
+
+    @cached_property
+    def _proven_head(self) -> tuple[Any, torch.nn.Module | None]:
+        return self.model.get_output_embeddings(), proven_head(self.model)
 
     @cached_property
     def kv_dtype(self) -> str:
@@ -72,11 +84,19 @@ class Runtime:
 
     def prefix(self, memory: MemoryTier, contents: Sequence[tuple[Address, int]], *, room: int) -> KVBuffer:
         """Return a buffer that begins with what of `contents` is in memory; see `take_prefix`."""
-        return take_prefix(memory, self.shape, contents, room=room, device=self.device)
+        memory = memory if self.device.type == "cpu" else self._device_memory
+        return take_prefix(memory, self.shape, contents, room=room, longest=self.max_positions, device=self.device)
 
     def leave(self, memory: MemoryTier, context: KVBuffer) -> None:
         """Leave a buffer in memory for passes that begin like it."""
-        put_prefix(memory, context)
+        put_prefix(memory if context.device.type == "cpu" else self._device_memory, context)
+
+    @cached_property
+    def _device_memory(self) -> MemoryTier:
+        """What the memory tier of a database is to the processor, for a device with memory of its own."""
+        is_cuda = self.device.type == "cuda"
+        free_nbytes = torch.cuda.mem_get_info(self.device)[0] if is_cuda else 0
+        return MemoryTier(free_nbytes // 8)
 
     def fits(self, arrays: Arrays) -> bool:
         """Whether stored keys and values have the shape and dtype of this model's."""
@@ -113,19 +133,19 @@ class Runtime:
         """Versions that may change the last bits of a number."""
         return {"torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version()}
 
+    def is_proven(self, weights_id: WeightsId) -> bool:
+        """Whether `prove` has settled how the model is computed, and nothing that matters has changed since."""
+        return self._proven == (weights_id, self._checked_with)
+
     def prove(self, weights_id: WeightsId, known: ModelRecord | None) -> ModelRecord | None:
         """Settle how the model may be computed: by what is `known`, if that still holds, else by a self-check.
 
         Returns the record to keep when a self-check was made, else None.
         """
-        if self._proven == (weights_id, self._checked_with):
-            return None
         verdict = None
         if known is not None and known.checked_with == self._checked_with:
             what = known.verdict, known.mask_form
             verdict = recorded(self.model, *what, max_error=known.max_error, reason=known.reason)
-        for probed in ("shape", "head", "kv_dtype"):  # the model may have another dtype by now
-            vars(self).pop(probed, None)
         self._verdict = verdict or self._examine(weights_id)
         form = self._verdict.form
         self._max_positions = max_positions(self.model, masked=form.window) if form else None
