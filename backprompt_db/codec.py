@@ -96,10 +96,11 @@ class ArrayPlace(NamedTuple):
     end: int
 
 
-def header_nbytes(beginning: bytes) -> int:
+def header_nbytes(beginning: bytes | memoryview) -> int:
     """Return how many bytes of a blob come before its arrays, or 8 when `beginning` has not enough to say.
 
-    Raises `BlobFormat` for a length that no header has.
+    Raises `BlobFormat` for a length that no header has. That includes one that is not padded to 8 bytes, though readers
+    of safetensors take it: no writer makes it, and what follows would not be aligned.
     """
     if len(beginning) < _HEADER_LENGTH.size:
         return _HEADER_LENGTH.size
@@ -138,11 +139,10 @@ def _to_json(fields: Mapping[str, Any]) -> str:
 def _split(blob: memoryview) -> tuple[dict[str, Any], memoryview]:
     if blob.nbytes < _HEADER_LENGTH.size:
         raise _malformed("it is shorter than a header")
-    (header_nbytes,) = _HEADER_LENGTH.unpack_from(blob)
-    begin = _HEADER_LENGTH.size
-    if header_nbytes > min(_MAX_HEADER_NBYTES, blob.nbytes - begin):
-        raise _malformed(f"its header claims {header_nbytes} bytes")
-    raw = bytes(blob[begin : begin + header_nbytes])
+    end = header_nbytes(blob)
+    if end > blob.nbytes:
+        raise _malformed(f"it ends inside its header of {end} bytes")
+    raw = bytes(blob[_HEADER_LENGTH.size : end])
     # Python's objects take 20 times the bytes of `[[],[],...`, so what is parsed is counted first.
     strings = [
         match.end() - match.start() for match in itertools.islice(_STRING.finditer(raw), _MAX_HEADER_STRINGS + 1)
@@ -152,7 +152,7 @@ def _split(blob: memoryview) -> tuple[dict[str, Any], memoryview]:
     header = _parse(raw)
     if not isinstance(header, dict):
         raise _malformed("its header is not a JSON object")
-    return header, blob[begin + header_nbytes :]
+    return header, blob[end:]
 
 
 def _parse(raw: bytes | str) -> Any:

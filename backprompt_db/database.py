@@ -5,13 +5,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
@@ -26,12 +23,13 @@ from backprompt_db.errors import (
     StoreError,
 )
 from backprompt_db.fidelity import Fidelity, restore_into
+from backprompt_db.files import OpenFiles
 from backprompt_db.filling import Filling, KVSpan
 from backprompt_db.keys import Address
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.tier import MemoryTier, default_budget_nbytes
-from backprompt_db.writer import NewPart, Writer
+from backprompt_db.writer import NewPart
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Source, TokenizerRecord
@@ -69,6 +67,8 @@ class Database:
 
     A failing store never fails a computation: failures count as misses, are logged once and shown in `counters`. With
     `strict`, they raise.
+
+    One that nobody holds any more is closed soon, without having to be told to: what was put is written first.
     """
 
     def __init__(
@@ -89,25 +89,19 @@ class Database:
         self.namespace = namespace
         self.strict = strict
         self.store = store
-        self._writer = Writer(store, lambda: self.catalog, fidelity=fidelity)
+        catalog_path = None if directory is None else directory / _CATALOG
+        self._files = OpenFiles(store, catalog_path, readonly=readonly, fidelity=fidelity)
+        self._writer = self._files.writer
         self._is_closed = False
-        self._closing = threading.Lock()
+        self._finalizer = weakref.finalize(self, self._files.close_soon)
+        self._finalizer.atexit = False  # then `_close_all` closes
         self._num_hits = self._num_misses = self._num_read_failures = self._num_malformed = 0
-        self._uses: Counter[Address] = Counter()
         _open_databases.add(self)
 
-    @cached_property
+    @property
     def catalog(self) -> Catalog | None:
         """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
-        if self.directory is None:
-            return None
-        from backprompt_db.catalog import Catalog
-
-        try:
-            return Catalog.open(self.directory / _CATALOG, readonly=self.readonly)
-        except CatalogError as error:
-            logger.warning("working without the catalog: %s", error)
-            return None
+        return self._files.catalog
 
     def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
         """Return what `read` finds in the catalog; None where that is nothing, or the catalog cannot be read."""
@@ -134,7 +128,7 @@ class Database:
             is_hit = None not in arrays.values()
             self._num_hits += is_hit
             self._num_misses += not is_hit
-            self._uses[address] += is_hit
+            self._files.uses[address] += is_hit
         return found
 
     def load(self, key: Key, span: KVSpan, dtype: str) -> bool:
@@ -156,7 +150,7 @@ class Database:
 
     def touch(self, addresses: Iterable[Address]) -> None:
         """Count uses of representations that are in memory already, as `fetch` does."""
-        self._uses.update(addresses)
+        self._files.uses.update(addresses)
 
     def has(self, key: Key) -> bool:
         """Whether a part is stored or queued."""
@@ -189,25 +183,20 @@ class Database:
         """Wait until everything that was put is on disk. Raises the first `StoreError` since the last flush."""
         self._check_open()
         self._writer.flush()
-        self._record_uses()
+        self._files.record_uses()
 
     def close(self) -> None:
         """Write what is queued and release the files. Closing twice is allowed.
 
         With `strict`, raises the first failure to write since the last flush, after everything was released.
         """
-        if not self._closing.acquire(blocking=False):  # never released: of several callers one closes
+        if self._finalizer.detach() is None:  # which succeeds once: of several callers one closes
             return
         self._is_closed = True
         try:
-            self._writer.close()
-            self._record_uses()
+            self._files.close()
         finally:
-            self.memory.clear()
-            catalog = vars(self).get("catalog")  # one that nothing needed is not opened now
-            if catalog is not None:
-                catalog.close()
-            self.store.close()
+            self.memory.close()
         if self.strict:
             self._writer.flush()
 
@@ -262,7 +251,10 @@ class Database:
     def _fill(self, key: Key, span: KVSpan, dtype: str) -> bool:
         if self.fidelity is Fidelity.EXACT:
             filling = Filling(span, dtype)
-            return self.store.scan(key, filling.take) and filling.is_complete
+            if not self.store.scan(key, filling.take):
+                return False
+            filling.finish()
+            return True
         blob = self.store.get(key)
         return blob is not None and _restore(decode(key.part, blob), span)
 
@@ -272,15 +264,6 @@ class Database:
         if not self._num_read_failures:
             logger.warning("the store cannot be read, computing instead: %s", error)
         self._num_read_failures += 1
-
-    def _record_uses(self) -> None:
-        uses, self._uses = +self._uses, Counter()
-        if not uses or self.readonly or self.catalog is None:
-            return
-        try:
-            self.catalog.touch(uses, at=time.time())
-        except CatalogError as error:
-            logger.warning("the catalog missed %d uses: %s", len(uses), error)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -308,7 +291,7 @@ def _close_all() -> None:
 def _after_fork_in_child() -> None:
     # What the parent used is the parent's to record.
     for database in list(_open_databases):
-        database._uses = Counter()
+        database._files.uses = Counter()
         database.memory.after_fork_in_child()
 
 

@@ -41,21 +41,32 @@ class Filling:
         self._position = 0
 
     def take(self, piece: memoryview) -> None:
-        """Put the next piece of the blob into place. Raises `BlobFormat` for a part that does not fit there."""
+        """Put the next piece of the blob into place. Raises `BlobFormat` for a part that does not fit there.
+
+        Every piece but the last has a multiple of 8 bytes.
+        """
         if self._places is None:
             piece = self._read_header(piece)
         for place, rows in self._places or ():
             first = max(self._position, place.begin)
             last = min(self._position + piece.nbytes, place.end)
+            if (last - first) % rows.itemsize and first < last:
+                raise _not_whole("it ends inside a number")
             if first < last:
                 values = np.frombuffer(piece[first - self._position : last - self._position], dtype=rows.dtype)
                 _put(rows, (first - place.begin) // rows.itemsize, values)
         self._position += piece.nbytes
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the pieces were those of a whole part."""
-        return self._places is not None and self._position == max(place.end for place, _ in self._places)
+    def finish(self) -> None:
+        """Check that there is nothing to come. Raises `BlobFormat` when the pieces were not those of a whole part.
+
+        What is missing or too much was stored that way, since the pieces matched their digests: no retry mends it.
+        """
+        if self._places is None:
+            raise _not_whole(f"it ends after {len(self._header)} bytes, inside its header")
+        end = max(place.end for place, _ in self._places)
+        if self._position != end:
+            raise _not_whole(f"it has {self._position} bytes of keys and values, not {end}")
 
     def _read_header(self, piece: memoryview) -> memoryview:
         """Collect the header, which may be longer than a piece; return the bytes of arrays that follow it."""
@@ -82,6 +93,10 @@ class Filling:
         num_layers, num_heads, num_tokens, head_dim = target.shape
         shape = num_layers * num_heads, num_tokens * head_dim
         return np.lib.stride_tricks.as_strided(target, shape, (target.strides[1], target.itemsize))
+
+
+def _not_whole(reason: str) -> BlobFormat:
+    return BlobFormat(f"a stored part is malformed: {reason}", hint="It counts as a miss and will be computed again.")
 
 
 def _put(rows: _Rows, begin: int, values: npt.NDArray[Any]) -> None:

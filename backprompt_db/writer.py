@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import threading
@@ -194,6 +195,13 @@ class Writer:
 
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_all() -> None:
+    """At interpreter exit, after databases were closed, wait for the queues of those that nobody held any more."""
+    for writer in list(_writers):
+        writer.close()
 
 
 def _after_fork_in_child() -> None:

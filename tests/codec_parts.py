@@ -84,6 +84,7 @@ def int8_blob() -> bytes:
 
 def blob_of(header: object, data: bytes = b"") -> memoryview:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
     return view(struct.pack("<Q", len(raw)) + raw + data)
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import backprompt_db as bp
 from backprompt_db import writer
+from backprompt_db.codec import encode, header_nbytes
 from backprompt_db.database import Database
 from backprompt_db.errors import (
     BackpromptError,
@@ -23,10 +24,11 @@ from backprompt_db.errors import (
     StoreError,
     StoreFull,
 )
+from backprompt_db.filling import KVSpan
 from backprompt_db.keys import TokenizerId, WeightsId
 from backprompt_db.representation import Array, Part
 from backprompt_db.store.contract import Blob, Key
-from tests.database_parts import BROKEN, FaultyStore, address, expected, logits, new_part, values, wanted
+from tests.database_parts import BROKEN, FaultyStore, address, expected, logits, new_part, origin, values, wanted
 
 Open = Callable[..., Database]
 
@@ -254,6 +256,49 @@ def test_a_part_that_cannot_be_decoded_is_quarantined(store: FaultyStore) -> Non
         db.put([new_part("a")])
         db.flush()
         assert values(db.fetch(wanted("a"))) == expected("a")
+
+
+def kv_blob() -> bytes:
+    array = Array.from_numpy(np.arange(48, dtype=np.float32).reshape(2, 2, 3, 4))
+    return encode(Part.KV, {"keys": array, "values": array}, origin("a"))
+
+
+def span() -> KVSpan:
+    return KVSpan(*(np.zeros((2, 2, 3, 4), np.float32) for _ in range(2)))
+
+
+def unpadded(blob: bytes) -> bytes:
+    end = header_nbytes(blob)
+    return (end - 8 + 3).to_bytes(8, "little") + blob[8:end] + b"   " + blob[end:]
+
+
+MALFORMED: dict[str, Callable[[bytes], bytes]] = {
+    "8 bytes short": lambda blob: blob[:-8], "1 byte short": lambda blob: blob[:-1], "empty": lambda blob: b"",
+    "a length alone": lambda blob: blob[:8], "less than a length": lambda blob: blob[:5],
+    "half a header": lambda blob: blob[:100], "a header alone": lambda blob: blob[: header_nbytes(blob)],
+    "8 bytes long": lambda blob: blob + bytes(8), "1 byte long": lambda blob: blob + bytes(1), "unpadded": unpadded,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "int8"])
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_keys_and_values_are_quarantined_and_replaced(
+    open_db: Open, tmp_path: Path, kind: str, fidelity: str
+) -> None:
+    key, blob = Key(address("a"), Part.KV), kv_blob()
+    db = open_db(tmp_path / "db", fidelity=fidelity)
+    questions: list[Callable[[], object]] = [
+        lambda: db.load(key, span(), "F32"), lambda: db.fetch({key.address: [Part.KV]})
+    ]  # fmt: skip
+    for ask in questions:
+        before = db.counters.num_quarantined
+        assert db.store.put([Blob(key, [MALFORMED[kind](blob)])]) == [key]
+        assert not ask()
+        assert (db.counters.num_quarantined - before, db.has(key)) == (1, False)
+    assert db.store.put([Blob(key, [blob])]) == [key]
+    there = span()
+    assert db.load(key, there, "F32")
+    assert there.keys[1, 1, 2, 3] == 47
 
 
 def test_a_part_that_can_neither_be_decoded_nor_removed_is_a_miss(store: FaultyStore) -> None:

@@ -52,7 +52,7 @@ def test_a_part_in_pieces_fills_its_place_and_nothing_else(
 ) -> None:
     arrays = kv(shape, dtype)
     span, wholes = place(shape, dtype[1], before=before, after=after)
-    assert fill(span, dtype[0], encode(Part.KV, arrays, ORIGIN), cuts).is_complete
+    fill(span, dtype[0], encode(Part.KV, arrays, ORIGIN), cuts).finish()
     for whole, name in zip(wholes, ("keys", "values"), strict=True):
         expected = np.frombuffer(arrays[name].data, dtype=dtype[1]).reshape(arrays[name].shape)
         inner = whole[:, :, before : whole.shape[2] - after]
@@ -61,13 +61,22 @@ def test_a_part_in_pieces_fills_its_place_and_nothing_else(
         assert (whole[:, :, whole.shape[2] - after :] == 9).all()
 
 
-@given(st.integers(0, 700))
-def test_a_part_that_ends_early_is_not_complete(length: int) -> None:
-    blob = encode(Part.KV, kv((2, 2, 3, 4, 4), ("F32", "<f4")), ORIGIN)
-    length = length // 8 * 8
-    assert length < len(blob)
-    span, _ = place((2, 2, 3, 4, 4), "<f4", before=1, after=1)
-    assert not fill(span, "F32", blob[:length], []).is_complete
+@given(st.data(), DTYPES, st.lists(st.integers(0, 200), max_size=3))
+def test_a_part_that_ends_early_is_malformed(data: st.DataObject, dtype: tuple[str, str], cuts: list[int]) -> None:
+    blob = encode(Part.KV, kv((2, 2, 3, 4, 4), dtype), ORIGIN)
+    length = data.draw(st.integers(0, len(blob) - 1))
+    span, _ = place((2, 2, 3, 4, 4), dtype[1], before=1, after=1)
+    with pytest.raises(BlobFormat):
+        fill(span, dtype[0], blob[:length], cuts).finish()
+
+
+@given(st.integers(1, 50))
+def test_a_part_with_more_than_its_arrays_is_malformed(num_more: int) -> None:
+    blob = encode(Part.KV, kv((2, 2, 3, 4, 4), ("F32", "<f4")), ORIGIN) + bytes(num_more)
+    span, wholes = place((2, 2, 3, 4, 4), "<f4", before=1, after=1)
+    with pytest.raises(BlobFormat):
+        fill(span, "F32", blob, []).finish()
+    assert all((whole[:, :, [0, -1]] == 9).all() for whole in wholes)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 4, 4, 4), (2, 1, 3, 4, 4), (2, 2, 3, 4, 5), (1, 2, 3, 4, 4)])

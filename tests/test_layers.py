@@ -23,7 +23,7 @@ LAYERS = [
     ["errors"],
     ["text", "keys", "representation", "generated"],
     ["store", "catalog", "codec", "fidelity", "filling", "manifest"],
-    ["tier", "database", "opening", "writer", "maintenance"],
+    ["tier", "database", "files", "opening", "writer", "maintenance"],
     ["compute"],
     ["model"],
     ["cli", "demo", "__init__", "__main__"],

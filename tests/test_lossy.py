@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +12,11 @@ import pytest
 import torch
 
 import backprompt_db as bp
+from backprompt_db.database import Database
 from backprompt_db.errors import FormatError
+from backprompt_db.store.memory import MemoryStore
+from backprompt_db.tier import MemoryTier
+from tests.database_parts import new_part
 
 from .conftest import plain_logprobs
 
@@ -63,6 +70,34 @@ def test_exact_requests_to_an_exact_database_are_hits(make_lm: Callable[..., bp.
     db = open_db()
     make_lm(db=db)(CONTEXT)
     assert make_lm(db=db, exact=True)(CONTEXT).num_computed_tokens == 0
+
+
+def test_what_exact_requests_keep_in_memory_goes_with_the_language_model(
+    make_lm: Callable[..., bp.LanguageModel], open_db: Any
+) -> None:
+    db = open_db(fidelity="int8")
+    gc.collect()
+    kinds = Database, MemoryStore, MemoryTier
+    before = [each for each in gc.get_objects() if type(each) in kinds]
+
+    def more() -> list[object]:
+        gc.collect()
+        return [each for each in gc.get_objects() if type(each) in kinds and each not in before]
+
+    def num_writers() -> int:
+        return sum(thread.name.startswith("backprompt-db") for thread in threading.enumerate())
+
+    db.put([new_part("a")])  # its writer stays
+    for _ in range(3):
+        lm = make_lm(db=db, exact=True)
+        lm(CONTEXT)
+        assert len(more()) == 3
+        assert num_writers() == 2
+        del lm
+        deadline = time.monotonic() + 20
+        while num_writers() > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert (more(), num_writers()) == ([], 1)
 
 
 @LOSSY

@@ -1,0 +1,78 @@
+"""What a database has open. It outlives a database that nobody holds any more until all that was put is written."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backprompt_db.errors import CatalogError
+from backprompt_db.fidelity import Fidelity
+from backprompt_db.keys import Address
+from backprompt_db.store.contract import Store
+from backprompt_db.writer import Writer
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog
+
+logger = logging.getLogger(__name__)
+
+
+class OpenFiles:
+    """A store, its writer, and the catalog once something needs it. Knows no `Database`, and so keeps none alive."""
+
+    def __init__(self, store: Store, catalog_path: Path | None, *, readonly: bool, fidelity: Fidelity) -> None:
+        self.store = store
+        self.readonly = readonly
+        self.uses: Counter[Address] = Counter()
+        """Of representations, since they were last recorded."""
+        self.writer = Writer(store, lambda: self.catalog, fidelity=fidelity)
+        self._catalog_path = catalog_path
+
+    @cached_property
+    def catalog(self) -> Catalog | None:
+        """The catalog; None for a database in memory, and where it cannot be used, which is logged."""
+        if self._catalog_path is None:
+            return None
+        from backprompt_db.catalog import Catalog
+
+        try:
+            return Catalog.open(self._catalog_path, readonly=self.readonly)
+        except CatalogError as error:
+            logger.warning("working without the catalog: %s", error)
+            return None
+
+    def record_uses(self) -> None:
+        """Enter the uses in the catalog, best effort."""
+        uses, self.uses = +self.uses, Counter()
+        if not uses or self.readonly or self.catalog is None:
+            return
+        try:
+            self.catalog.touch(uses, at=time.time())
+        except CatalogError as error:
+            logger.warning("the catalog missed %d uses: %s", len(uses), error)
+
+    def close(self) -> None:
+        """Write what is queued, then close everything."""
+        try:
+            self.writer.close()
+            self.record_uses()
+        finally:
+            catalog = vars(self).get("catalog")  # one that nothing needed is not opened now
+            if catalog is not None:
+                catalog.close()
+            self.store.close()
+
+    def close_soon(self) -> None:
+        """Do what `close` does on a thread of its own, for which the interpreter's exit waits.
+
+        For finalisers: they run at any moment in any thread, which may hold the very lock that closing waits for.
+        """
+        try:
+            threading.Thread(target=self.close, name="backprompt-db closing").start()
+        except RuntimeError:  # no more threads: the writer goes on until the interpreter's exit
+            logger.warning("a database that nobody holds any more could not be closed yet: no thread can be started")
