@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,9 @@ MAX_QUEUED_NBYTES = 512 << 20
 
 _GROUP_NBYTES = 128 << 20
 """A store transaction takes queued parts up to this size, and at least one."""
+
+_PRIORITY = 10
+"""The niceness of the thread that writes."""
 
 _OVERHEAD_NBYTES = 4096
 """What a part costs beside its arrays, roughly: millions of tiny ones must not pass for nothing."""
@@ -125,6 +130,7 @@ class Writer:
         return True
 
     def _run(self) -> None:
+        _yield_to_others()
         while self._run_once():
             pass
 
@@ -192,6 +198,17 @@ class Writer:
             logger.warning("parts could not be stored, computation goes on: %s", error)
         self.num_failed += num_parts
         self._failure = self._failure or error
+
+
+def _yield_to_others() -> None:
+    """Let this thread alone run when processors are idle, or a tenth of the time: a model's pass needs them all.
+
+    A pass waits for its slowest thread, so each moment that the writer takes from one of them is lost to all.
+    """
+    if sys.platform != "linux":  # elsewhere priorities belong to processes
+        return
+    with suppress(OSError):  # sandboxes may forbid it
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)
 
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()

@@ -18,6 +18,7 @@ WHAT_A_CATALOG_NEEDS = [
     "lmdb",
     "numpy",
     "platformdirs",
+    "psutil",
     "rich",
     "safetensors",
     "sqlalchemy",

@@ -12,8 +12,8 @@ from backprompt_db.tier import MemoryTier
 
 _MIN_NBYTES = 96 << 20
 _MIN_TOKENS = 2048
-"""Buffers have room for so much at least: the next prompt finds memory that the process has touched before, where fresh
-pages cost as much as reading a prefix of that length."""
+"""Where little is needed, a buffer gets room for so much: the next prompt finds memory that the process has touched
+before, where fresh pages cost as much as reading a prefix of that length."""
 
 
 def take_prefix(
@@ -64,4 +64,5 @@ def _with_headroom(capacity: int, shape: KVShape, longest: int | None, budget_nb
     """A little more than is needed: a growing chat shall not move each time; and not too little to be reused."""
     most_nbytes = min(_MIN_NBYTES, budget_nbytes // 8)
     least = min(_MIN_TOKENS, longest or _MIN_TOKENS, most_nbytes // shape.nbytes_per_token)
-    return max(capacity + capacity // 8 + 64, least)
+    size = capacity + capacity // 8 + 64
+    return size if 4 * size > least else least
