@@ -63,12 +63,7 @@ def open_database(
             memory_nbytes=memory_nbytes,
         )
     directory = Path(location if location is not None else default_location()).expanduser().absolute()
-    manifest = read_manifest(directory) or _create(directory, Manifest(fidelity=asked or Fidelity.EXACT))
-    if asked not in (None, manifest.fidelity):
-        raise FormatError(
-            f"{directory} keeps keys and values {manifest.fidelity}, not {asked}",
-            hint="A database's fidelity is fixed when it is made: open it without fidelity=, or another directory.",
-        )
+    manifest = _manifest(directory, asked)
     readonly = not os.access(directory, os.W_OK) or not os.access(directory / _STORE / "data.mdb", os.W_OK)
     if readonly:
         logger.warning("%s is not writable: reading what is there, keeping nothing new", directory)
@@ -82,6 +77,17 @@ def open_database(
         fidelity=manifest.fidelity,
         memory_nbytes=memory_nbytes,
     )
+
+
+def _manifest(directory: Path, asked: Fidelity | None) -> Manifest:
+    """Return the manifest of a database, made now if there is none. Raises `FormatError` for another fidelity."""
+    manifest = read_manifest(directory) or _create(directory, Manifest(fidelity=asked or Fidelity.EXACT))
+    if asked not in (None, manifest.fidelity):
+        raise FormatError(
+            f"{directory} keeps keys and values {manifest.fidelity}, not {asked}",
+            hint="A database's fidelity is fixed when it is made: open it without fidelity=, or another directory.",
+        )
+    return manifest
 
 
 def _fidelity(name: str) -> Fidelity:

@@ -82,7 +82,6 @@ def test_deterministic_scores_do_not_depend_on_what_else_is_wanted(
     assert torch.equal(again.logits, whole.logits)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_forked_in_the_middle_of_a_pass_has_the_model_as_it_was(lm: bp.LanguageModel) -> None:
     model: Any = lm.model.train()
