@@ -1,0 +1,136 @@
+"""Locks of the kernel between processes: gone with the process that held them, however it died."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from backprompt_db.errors import StoreLocked
+from backprompt_db.store.faults import store_errors
+
+_FIRST_WAIT_SECONDS = 0.001
+_LONGEST_WAIT_SECONDS = 0.05
+
+_FLOCK = struct.Struct("hhqqi4x")
+"""`struct flock`: type, whence, start, length, pid."""
+_BUSY = frozenset({errno.EACCES, errno.EAGAIN})
+
+
+@contextmanager
+def shared_lock(path: Path, *, mode: int = 0o600, timeout_seconds: float | None = None) -> Iterator[None]:
+    """Hold a lock that others may share, but not with one who holds it alone.
+
+    The file is made with the permissions `mode` if there is none; one that may only be read will do. Raises
+    `StoreLocked` when it cannot be had within `timeout_seconds`, without which it is waited for.
+    """
+    with _locked(path, fcntl.LOCK_SH, mode=mode, timeout_seconds=timeout_seconds):
+        yield
+
+
+@contextmanager
+def exclusive_lock(path: Path, *, mode: int = 0o600, timeout_seconds: float | None = None) -> Iterator[None]:
+    """Hold a lock alone; see `shared_lock`."""
+    with _locked(path, fcntl.LOCK_EX, mode=mode, timeout_seconds=timeout_seconds):
+        yield
+
+
+@contextmanager
+def _locked(path: Path, kind: int, *, mode: int, timeout_seconds: float | None) -> Iterator[None]:
+    with store_errors(path):
+        descriptor = open_lock_file(path, mode=mode)
+    try:
+        if timeout_seconds is None:
+            fcntl.flock(descriptor, kind)
+        else:
+            _wait(descriptor, kind, path, timeout_seconds)
+        yield
+    finally:
+        # Unlocked and not only closed: a child that was forked meanwhile has the descriptor too.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _wait(descriptor: int, kind: int, path: Path, timeout_seconds: float) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    pause = _FIRST_WAIT_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise StoreLocked(
+                    f"another process holds {path}", hint="Try again when it is done, or end it if it hangs."
+                ) from None
+        else:
+            return
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
+
+
+def open_lock_file(path: Path, *, mode: int) -> int:
+    """Return a descriptor of a lock file, made with exactly the permissions `mode`; never through a symbolic link."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags, mode)
+    except FileExistsError:
+        return _open_existing(path, flags)
+    except OSError:  # a directory that may not be written to, but perhaps the file is there
+        with contextlib.suppress(FileNotFoundError):
+            return _open_existing(path, flags)
+        raise
+    os.fchmod(descriptor, mode)
+    return descriptor
+
+
+def _open_existing(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, os.O_RDWR | flags)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)
+
+
+class ByteLocks:
+    """Locks on single bytes of a file that need not have any: one for each of 2^63 offsets.
+
+    They belong to this object and not to the process (`F_OFD_SETLK`), so threads exclude each other with one object
+    each. Raises `NotImplementedError` where the system has no such locks, and `StoreError` for a file that cannot be
+    opened for writing.
+    """
+
+    def __init__(self, path: Path, *, mode: int = 0o600) -> None:
+        if not hasattr(fcntl, "F_OFD_SETLK"):
+            raise NotImplementedError("this system has no open file description locks")
+        with store_errors(path):
+            self._descriptor: int | None = open_lock_file(path, mode=mode)
+
+    def try_lock(self, offset: int) -> bool:
+        """Lock a byte if nobody else holds it; whether it is locked now."""
+        try:
+            self._set(fcntl.F_WRLCK, offset, 1)
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            raise
+        return True
+
+    def unlock(self, offset: int) -> None:
+        """Give back a byte."""
+        self._set(fcntl.F_UNLCK, offset, 1)
+
+    def close(self) -> None:
+        """Give back everything, also in children that were forked meanwhile. Closing twice is allowed."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+            os.close(descriptor)
+
+    def _set(self, kind: int, offset: int, length: int) -> None:
+        if self._descriptor is not None:
+            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, length, 0))
