@@ -22,6 +22,8 @@ class Blob(NamedTuple):
     key: Key
     data: bytes | Sequence[bytes | memoryview]
     """The bytes, or pieces of them one after the other: arrays are not copied to stand beside their header."""
+    needs: tuple[Key, ...] = ()
+    """Without these in the store, or earlier in the same put, the blob is of no use to anyone and is left out."""
 
     @property
     def pieces(self) -> Sequence[bytes | memoryview]:
@@ -32,6 +34,15 @@ class Blob(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the part."""
         return sum(memoryview(piece).nbytes for piece in self.pieces)
+
+
+class Usage(NamedTuple):
+    """How much room a store takes."""
+
+    live_nbytes: int
+    """Bytes of what is stored, with everything that storing it takes."""
+    file_nbytes: int
+    """Bytes of its file, of which those that are not live will be used again."""
 
 
 class Store(Protocol):
@@ -60,7 +71,8 @@ class Store(Protocol):
     def put(self, blobs: Sequence[Blob]) -> list[Key]:
         """Store all of `blobs` in one transaction and return the keys that were new.
 
-        The first writer wins: a key that is taken keeps its blob. When this returns, the blobs are on disk.
+        The first writer wins: a key that is taken keeps its blob. A blob is left out when something that it `needs` is
+        not there. When this returns, the blobs are on disk.
         """
 
     def delete(self, keys: Iterable[Key]) -> int:
@@ -68,6 +80,9 @@ class Store(Protocol):
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """Yield every key and its blob's size in bytes, ascending; keys put or deleted meanwhile may be missed."""
+
+    def usage(self) -> Usage:
+        """Return how much room everything takes, in a time that does not grow with it."""
 
     @property
     def num_quarantined(self) -> int:

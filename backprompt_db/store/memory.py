@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from backprompt_db.errors import StoreClosed
-from backprompt_db.store.contract import Blob, Key
+from backprompt_db.store.contract import Blob, Key, Usage
 
 
 class MemoryStore:
@@ -17,6 +17,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._blobs: dict[Key, bytes] | None = {}
         self._lock = threading.Lock()
+        self._nbytes = 0
 
     def get(self, key: Key) -> memoryview | None:
         """Return a writable copy of a blob; None for a miss."""
@@ -40,9 +41,10 @@ class MemoryStore:
             stored = self._open_blobs()
             new: dict[Key, bytes] = {}
             for blob in blobs:
-                if blob.key not in stored:
+                if blob.key not in stored and all(need in stored or need in new for need in blob.needs):
                     new.setdefault(blob.key, b"".join(blob.pieces))
             stored.update(new)
+            self._nbytes += sum(map(len, new.values()))
         return list(new)
 
     def delete(self, keys: Iterable[Key]) -> int:
@@ -50,13 +52,20 @@ class MemoryStore:
         gone = set(keys)  # before the lock: they may come from `keys()`
         with self._lock:
             stored = self._open_blobs()
-            return sum(stored.pop(key, None) is not None for key in gone)
+            sizes = [len(stored.pop(key)) for key in gone if key in stored]
+            self._nbytes -= sum(sizes)
+            return len(sizes)
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """Yield every key and its blob's size in bytes, ascending."""
         with self._lock:
             sizes = [(key, len(blob)) for key, blob in self._open_blobs().items()]
         yield from sorted(sizes, key=lambda size: (size[0].address, size[0].part.value))
+
+    def usage(self) -> Usage:
+        """Return the sum of the blobs' sizes."""
+        nbytes = self._nbytes
+        return Usage(nbytes, nbytes)
 
     def close(self) -> None:
         """Forget everything."""
