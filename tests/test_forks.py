@@ -14,9 +14,9 @@ import pytest
 from backprompt_db.errors import StoreLocked
 from backprompt_db.store import environment
 from backprompt_db.store.contract import Blob
-from backprompt_db.store.environment import release, shared_environment
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.records import CHUNK_NBYTES
+from backprompt_db.store.registry import release, shared_environment
 from tests.store_contract import data, key, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

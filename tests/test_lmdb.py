@@ -26,10 +26,12 @@ from backprompt_db.errors import (
 )
 from backprompt_db.store import environment
 from backprompt_db.store.contract import Blob
-from backprompt_db.store.environment import create_files, release, shared_environment
+from backprompt_db.store.creation import create_files
 from backprompt_db.store.faults import as_store_error, store_errors
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.records import CHUNK_NBYTES
+from backprompt_db.store.registry import release, shared_environment
+from backprompt_db.store.sharing import PRIVATE
 from tests.store_contract import data, key, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -167,7 +169,7 @@ def test_readers_that_died_make_room(directory: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(environment, "MAX_READERS", 2)
     store = LmdbStore(directory)
     store.put([Blob(key(1), b"x")])
-    script = "from backprompt_db.store.environment import shared_environment as shared\n"
+    script = "from backprompt_db.store.registry import shared_environment as shared\n"
     script += "e = shared(directory, readonly=False); a = e.transaction(); a.__enter__(); b = e.transaction()\n"
     script += "b.__enter__(); print('died', flush=True); os._exit(0)"
     assert child(script, directory) == ["died"]
@@ -242,7 +244,7 @@ def test_a_planted_symbolic_link_is_not_followed(tmp_path: Path, name: str) -> N
         (tmp_path / "store").mkdir()
     (tmp_path / "store" / name).symlink_to(victim / name)
     with pytest.raises(UnsafeLocation):
-        create_files(tmp_path / "store")
+        create_files(tmp_path / "store", PRIVATE)
     assert (list(victim.iterdir()), victim.stat().st_mode & 0o777) == ([], 0o755)
 
 

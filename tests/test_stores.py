@@ -14,9 +14,9 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from backprompt_db.store.contract import Blob, Store
-from backprompt_db.store.environment import check_length
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
+from backprompt_db.store.meta import check_length
 from backprompt_db.store.records import CHUNK_NBYTES, record_key
 from tests.store_contract import StoreContract, StoreMachine, data, in_threads, key, read
 

@@ -1,23 +1,19 @@
-"""One LMDB environment per process and file, whoever opens it, across forks and resized maps.
-
-LMDB's locks belong to the process, so its files must never be opened twice in one, nor an environment be used on the
-other side of a fork. `shared_environment` hands the same `Environment` to every opener of the same file, counts them,
-and reopens in a child.
-"""
+"""One LMDB environment: across forks and resized maps, and over to the new file when a compaction has replaced it."""
 
 from __future__ import annotations
 
 import os
-import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lmdb
 
-from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked, UnsafeLocation
+from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
+from backprompt_db.store.contract import Usage
 from backprompt_db.store.faults import store_errors
+from backprompt_db.store.meta import newest_meta
 
 LMDB_GENERATION = 0
 """The LMDB engine whose file format is used: 0.9, which every release of LMDB since 2011 reads."""
@@ -25,14 +21,12 @@ LMDB_GENERATION = 0
 MAX_READERS = 2048
 _MAP_NBYTES = 1 << 40
 _MIN_MAP_NBYTES = 1 << 28
-_FILE_MODE = 0o600
 _FORK_SECONDS = 10
 
-_META = struct.Struct("<16x II 16x I 92x QQ".replace(" ", ""))
-"""Of a meta page: skip the page header; magic, version; skip address and map size; page size; skip two tree roots; last
-page, transaction id."""
-_META_MAGIC = 0xBEEFC0DE
-_MIN_META_NBYTES = 4096
+_NUM_META_PAGES = 2
+
+Identity = tuple[int, int]
+"""Device and inode of a file."""
 
 
 class Environment:
@@ -42,9 +36,10 @@ class Environment:
         self.directory = directory
         self.readonly = readonly
         self.num_users = 0
+        self.data_identity: Identity | None = None
+        self.lock_identity: Identity | None = None
         self._idle = threading.Condition()
         self._num_active = 0
-        self._file = (0, 0)
         self._num_gates = 0
         self._was_forked_in_use = False
         self._env: lmdb.Environment | None = self._open()
@@ -60,6 +55,49 @@ class Environment:
                     yield transaction
             finally:
                 self._leave()
+
+    def usage(self) -> Usage:
+        """Return the bytes of the pages in use, and of the file."""
+        with store_errors(self.directory):
+            env = self._enter(write=False)
+            try:
+                stat = env.stat()
+                nbytes = (self.directory / "data.mdb").stat().st_size
+            finally:
+                self._leave()
+        num_pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + _NUM_META_PAGES
+        return Usage(num_pages * stat["psize"], nbytes)
+
+    def copy_to(self, directory: Path) -> None:
+        """Write a copy without free pages to a directory. Only inside a transaction of the same thread."""
+        assert self._env is not None  # noqa: S101 - a transaction is running
+        self._env.copy(str(directory), compact=True)
+
+    def make_writable(self) -> None:
+        """Open for writing what was open for reading."""
+        with self._idle, store_errors(self.directory):
+            self._wait_until_idle()
+            if self.readonly:
+                self.readonly = False
+                self._reopen()
+
+    def follow(self) -> None:
+        """Go over to the file that a compaction has put in the place of the one that is open, if one has.
+
+        Raises `StoreCorrupt` for any other file, and where there is none.
+        """
+        with self._idle, store_errors(self.directory):
+            if self._is_current():
+                return
+            self._wait_until_idle()
+            if self._is_current():  # by now: another thread did it
+                return
+            if not self._was_compacted():
+                raise StoreCorrupt(
+                    f"the store in {self.directory} was replaced while it was open",
+                    hint="Close every handle of this database in this process, then open it again.",
+                )
+            self._reopen()
 
     def close(self) -> None:
         """Close the environment when no transaction is running."""
@@ -95,7 +133,11 @@ class Environment:
         while True:
             env = self._enter(write=write)
             try:
-                return env.begin(write=write, buffers=True)
+                transaction = env.begin(write=write, buffers=True)
+                if not write or self._is_current():
+                    return transaction
+                transaction.abort()  # the file was compacted while this waited for its turn to write
+                self._leave()
             except lmdb.MapResizedError:
                 self._leave()
                 self._adopt_map_size(env)
@@ -110,6 +152,8 @@ class Environment:
     def _enter(self, *, write: bool) -> lmdb.Environment:
         with self._idle:
             self._idle.wait_for(lambda: not self._num_gates)
+            if self._env is not None and not self._was_forked_in_use and self._pid == os.getpid():
+                self._follow(write=write)
             if self._env is None:
                 raise StoreClosed(f"the store in {self.directory} was closed", hint="Open the database again.")
             if self._was_forked_in_use:
@@ -119,13 +163,16 @@ class Environment:
                 )
             if self._pid != os.getpid():
                 self._env, self._pid = self._open(), os.getpid()
-            if write and self._file != _identity(self.directory, is_new=False):
-                raise StoreCorrupt(
-                    f"the store in {self.directory} was replaced while it was open",
-                    hint="Close every handle of this database in this process, then open it again.",
-                )
             self._num_active += 1
             return self._env
+
+    def _follow(self, *, write: bool) -> None:
+        """Use the newest file. What was read from an older one, or from one that was deleted, is as right as ever."""
+        try:
+            self.follow()
+        except StoreCorrupt:
+            if write:
+                raise
 
     def _leave(self) -> None:
         with self._idle:
@@ -145,10 +192,49 @@ class Environment:
         self._num_gates -= 1
         self._idle.notify_all()
 
+    def _is_current(self) -> bool:
+        """Whether the file that is open is still the one in the directory."""
+        return identity_of(self.directory / "data.mdb") == self.data_identity
+
+    def _was_compacted(self) -> bool:
+        """Whether the file in the directory goes on where the open one has ended: with the same lock file, in step.
+
+        The lock file counts the transactions. A backup that somebody restored is behind, another database has another
+        lock file.
+        """
+        if identity_of(self.directory / "lock.mdb") != self.lock_identity:
+            return False
+        before = self._last_transaction_id()
+        meta = newest_meta(self.directory / "data.mdb")
+        return meta is not None and before <= meta.transaction_id <= self._last_transaction_id() + 1
+
+    def _last_transaction_id(self) -> int:
+        assert self._env is not None  # noqa: S101 - called for an open one
+        transaction = self._env.begin()
+        try:
+            return int(transaction.id())
+        finally:
+            transaction.abort()
+
+    def _reopen(self) -> None:
+        if self._env is not None:
+            self._env.close()
+        self._env = self._open()
+
     def _open(self) -> lmdb.Environment:
         with store_errors(self.directory):
-            env = self._open_largest_map()
-            self._file = _identity(self.directory, is_new=True)
+            while True:
+                data = self.directory / "data.mdb"
+                identity = identity_of(data)
+                if identity is None:
+                    raise missing(self.directory)
+                if not self.readonly:
+                    _make_lock_file(self.directory)
+                env = self._open_largest_map()
+                if identity_of(data) == identity:
+                    break
+                env.close()  # a compaction came in between: which of the two files this is, nobody knows
+            self.data_identity, self.lock_identity = identity, identity_of(self.directory / "lock.mdb")
             if not self.readonly:
                 env.reader_check()
             return env
@@ -171,7 +257,6 @@ class Environment:
             readonly=self.readonly,
             lock=not self.readonly or os.access(self.directory / "lock.mdb", os.W_OK),
             create=not self.readonly,
-            mode=_FILE_MODE,
             writemap=False,
             sync=True,
             metasync=True,
@@ -182,114 +267,29 @@ class Environment:
         )
 
 
-_environments: dict[tuple[int, int], Environment] = {}
-_lock = threading.RLock()
+def _make_lock_file(directory: Path) -> None:
+    """Make a lock file that is missing with permissions like those of the data: LMDB would apply the umask."""
+    is_for_group = (directory / "data.mdb").stat().st_mode & 0o040
+    mode = 0o660 if is_for_group else 0o600
+    with suppress(FileExistsError):
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(directory / "lock.mdb", flags, mode)
+        os.fchmod(descriptor, mode)
+        os.close(descriptor)
 
 
-def create_files(directory: Path) -> None:
-    """Make the directory and an empty environment in it, private to the user whatever the umask."""
-    with store_errors(directory):
-        directory.mkdir(mode=0o700, exist_ok=True)
-        if directory.is_symlink():
-            raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
-        directory.chmod(0o700)
-        for name in ("data.mdb", "lock.mdb"):
-            descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, _FILE_MODE)
-            os.fchmod(descriptor, _FILE_MODE)
-            os.close(descriptor)
-    release(shared_environment(directory, readonly=False, is_new=True))
-
-
-def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False) -> Environment:
-    """Return this process's one environment for the files in `directory`; `release` it when done.
-
-    Raises `StoreCorrupt` for files that are missing, empty or shorter than they claim (unless `is_new`): LMDB would
-    map them all the same, and the first read of a missing page would kill the process.
-    """
-    directory = directory.absolute()
-    with _lock:
-        with store_errors(directory):
-            identity = _identity(directory, is_new=is_new)
-        if identity not in _environments:
-            if not is_new:
-                check_length(directory / "data.mdb")
-            _environments[identity] = Environment(directory, readonly=readonly)
-        environment = _environments[identity]
-        if environment.readonly and not readonly:
-            raise StoreLocked(
-                f"this process has {directory} open for reading only",
-                hint="Close that handle, then open it for writing.",
-            )
-        environment.num_users += 1
-        return environment
-
-
-def release(environment: Environment) -> None:
-    """Give back an environment; the last user closes it."""
-    with _lock:
-        environment.num_users -= 1
-        if not environment.num_users:
-            environment.close()
-            for identity in [identity for identity, other in _environments.items() if other is environment]:
-                del _environments[identity]
-
-
-def check_length(data: Path) -> None:
-    """Raise `StoreCorrupt` unless the file holds all pages that its newest meta page counts."""
-    with store_errors(data), data.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        first = file.read(_MIN_META_NBYTES)
-        page_nbytes = _meta(first)[0] if len(first) == _MIN_META_NBYTES else 0
-        file.seek(page_nbytes)
-        metas = [_meta(page) for page in (first, file.read(_MIN_META_NBYTES)) if len(page) == _MIN_META_NBYTES]
-    _, last_page, _ = max(metas, key=lambda meta: meta[2], default=(0, -1, 0))
-    if not page_nbytes or (last_page + 1) * page_nbytes > size:
-        raise StoreCorrupt(
-            f"{data} is not a whole LMDB file: {size} bytes of {max(0, (last_page + 1) * page_nbytes)}",
-            hint="Restore it from a backup, or delete the database directory: it will be computed again.",
-        )
-
-
-def _meta(page: bytes) -> tuple[int, int, int]:
-    """Return page size, last page and transaction id of a meta page; zeros when it is none of ours."""
-    magic, version, page_nbytes, last_page, transaction = _META.unpack_from(page)
-    is_ours = magic == _META_MAGIC and version == 1 and 512 <= page_nbytes <= 65536
-    return (page_nbytes, last_page, transaction) if is_ours else (0, -1, -1)
-
-
-def _identity(directory: Path, *, is_new: bool) -> tuple[int, int]:
+def identity_of(path: Path) -> Identity | None:
+    """Return device and inode of a file; None where it cannot be looked at."""
     try:
-        status = (directory / "data.mdb").stat()
-    except FileNotFoundError:
-        raise _missing(directory) from None
-    if not status.st_size and not is_new:
-        raise _missing(directory)
+        status = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, before each transaction
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 
-def _missing(directory: Path) -> StoreCorrupt:
+def missing(directory: Path) -> StoreCorrupt:
+    """Return the error for a store without its file."""
     return StoreCorrupt(
         f"{directory / 'data.mdb'} is missing or empty although the database was created",
         hint="Restore it from a backup, or delete the database directory: it will be computed again.",
     )
-
-
-def _before_fork() -> None:
-    _lock.acquire()
-    for environment in _environments.values():
-        environment.before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    for environment in _environments.values():
-        environment.after_fork_in_parent()
-    _lock.release()
-
-
-def _after_fork_in_child() -> None:
-    for environment in _environments.values():
-        environment.after_fork_in_child()
-    _lock.release()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

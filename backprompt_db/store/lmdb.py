@@ -12,9 +12,15 @@ import lmdb
 import numpy as np
 
 from backprompt_db.errors import StoreClosed, StoreError, StoreReadOnly
-from backprompt_db.store.contract import Blob, Key
-from backprompt_db.store.environment import Environment, create_files, release, shared_environment
-from backprompt_db.store.records import CHUNK_NBYTES, blob_key, blob_nbytes, digest, read_head, record_key, records
+from backprompt_db.failpoints import reach
+from backprompt_db.store.compaction import compact
+from backprompt_db.store.contract import Blob, Key, Usage
+from backprompt_db.store.creation import create_files
+from backprompt_db.store.digests import Digest, xxh3_128
+from backprompt_db.store.environment import Environment
+from backprompt_db.store.records import CHUNK_NBYTES, blob_key, blob_nbytes, read_head, record_key, records
+from backprompt_db.store.registry import release, shared_environment
+from backprompt_db.store.sharing import PRIVATE, Modes
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +35,25 @@ def _ignore(_: object) -> None:
 class LmdbStore:
     """A `Store` in a directory, shared by any number of threads and processes.
 
+    `digest` is what its chunks were digested with; a blob with another digest counts as damaged.
+
     Raises the `StoreError` that fits at construction: `StoreCorrupt` for files that are missing or truncated.
     """
 
-    def __init__(self, directory: Path, *, readonly: bool = False) -> None:
+    def __init__(self, directory: Path, *, readonly: bool = False, digest: Digest = xxh3_128) -> None:
         self.directory = directory
+        self._digest = digest
         self.readonly = readonly
         self.num_quarantined = 0
         self._closing = threading.Lock()
         self._environment: Environment | None = shared_environment(directory, readonly=readonly)
 
     @classmethod
-    def create(cls, directory: Path) -> LmdbStore:
-        """Make an empty store in `directory`, private to the user, and open it."""
-        create_files(directory)
-        return cls(directory)
+    def create(cls, directory: Path, *, digest: Digest = xxh3_128, modes: Modes = PRIVATE) -> LmdbStore:
+        """Make an empty store in `directory` with the permissions `modes`, whatever the umask, and open it."""
+        create_files(directory, modes)
+        release(shared_environment(directory, readonly=False, is_new=True))
+        return cls(directory, digest=digest)
 
     def get(self, key: Key) -> memoryview | None:
         """Return a verified, writable copy of a blob; None for a miss or a damaged blob, which is removed."""
@@ -59,7 +69,7 @@ class LmdbStore:
             value = transaction.get(record_key(key))
             if value is None:
                 return False
-            is_whole = _scan(transaction, key, value, begin, take)
+            is_whole = _scan(transaction, key, value, self._digest, begin, take)
         if not is_whole:
             self._quarantine(key)
         return is_whole
@@ -72,14 +82,12 @@ class LmdbStore:
     def put(self, blobs: Sequence[Blob]) -> list[Key]:
         """Store all of `blobs` in one synced transaction and return the keys that were new."""
         # Digests are computed before the transaction, which holds the lock of all writers.
-        prepared = [(blob.key, records(blob.key, blob.pieces)) for blob in blobs]
-        new = []
+        prepared = [(blob, records(blob.key, blob.pieces, self._digest)) for blob in blobs]
+        reach("store.put.before")
         with self._writable().transaction(write=True) as transaction:
-            for key, (head, *chunks) in prepared:
-                if transaction.put(*head, overwrite=False):
-                    new.append(key)
-                    for chunk in chunks:
-                        transaction.put(*chunk)
+            new = [blob.key for blob, entries in prepared if _put(transaction, blob, entries)]
+            reach("store.put.before-commit")
+        reach("store.put.after")
         return new
 
     def delete(self, keys: Iterable[Key]) -> int:
@@ -87,6 +95,19 @@ class LmdbStore:
         gone = list(keys)  # before the transaction: they may come from `keys()`
         with self._writable().transaction(write=True) as transaction:
             return sum(_delete(transaction, key) for key in gone)
+
+    def usage(self) -> Usage:
+        """Return the bytes of the pages in use, and of the file."""
+        return self._open_environment().usage()
+
+    def compact(self) -> None:
+        """Rewrite the file without its free pages, while others read; those who write wait until it is done.
+
+        Gives back the space of deleted blobs, and leaves nothing of them in the file. Other processes go over to the
+        new file when they use it next; until then the old one takes up its space. Raises `StoreFull` without room for
+        a second copy of what is stored.
+        """
+        compact(self._writable())
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """Yield every key and its blob's size, ascending, in short transactions."""
@@ -129,7 +150,7 @@ class LmdbStore:
         try:
             with self._writable().transaction(write=True) as transaction:
                 value = transaction.get(record_key(key))
-                if value is not None and not _scan(transaction, key, value, _ignore, _ignore):
+                if value is not None and not _scan(transaction, key, value, self._digest, _ignore, _ignore):
                     _delete(transaction, key)
         except StoreError as error:
             logger.warning("could not remove it: %s", error)
@@ -155,11 +176,12 @@ def _scan(
     transaction: lmdb.Transaction[memoryview],
     key: Key,
     value: memoryview,
+    digest: Digest,
     begin: Callable[[int], None],
     take: Callable[[memoryview], None],
 ) -> bool:
     """Verify a blob chunk by chunk and give away each while it is in the processor's cache; False when damaged."""
-    head = read_head(record_key(key), value)
+    head = read_head(record_key(key), value, digest)
     if head is None:
         return False
     begin(head.nbytes)
@@ -176,12 +198,28 @@ def _scan(
     return True
 
 
+def _put(
+    transaction: lmdb.Transaction[memoryview], blob: Blob, entries: Sequence[tuple[bytes, bytes | memoryview]]
+) -> bool:
+    """Write the records of a blob; False where its key is taken, or something that it needs is not there."""
+    if any(transaction.get(record_key(need)) is None for need in blob.needs):
+        return False
+    head, *chunks = entries
+    if not transaction.put(*head, overwrite=False):
+        return False
+    reach("store.put.inside")
+    for chunk in chunks:
+        transaction.put(*chunk)
+    return True
+
+
 def _delete(transaction: lmdb.Transaction[memoryview], key: Key) -> bool:
     """Remove the head and every chunk of a blob, however damaged; whether there was a head."""
     had_head = transaction.delete(record_key(key))
     cursor = transaction.cursor()
     while cursor.set_range(record_key(key)) and blob_key(bytes(cursor.key())) == key:
         cursor.delete()
+    reach("store.delete.inside")
     return had_head
 
 

@@ -1,13 +1,13 @@
 """How a blob lies in LMDB, format 1: one head record, and chunk records when it does not fit into one.
 
     record key   = address (32 bytes) | part (1 byte) | u32be chunk number, 0 for the head
-    head record  = u32be number of chunks | u64be blob length | XXH3-128 of each chunk (16 bytes each)
-                   | the blob itself, when the number of chunks is 0 | XXH3-128 of (record key | all before)
+    head record  = u32be number of chunks | u64be blob length | digest of each chunk (16 bytes each)
+                   | the blob itself, when the number of chunks is 0 | digest of (record key | all before)
     chunk record = up to CHUNK_NBYTES bytes of the blob
 
-The head's own digest covers its key, so a record moved to another address is damage. Chunks are digested one by one: a
-reader verifies each while it is in the processor's cache. Large values in one piece would fragment the file under
-eviction, which reuses only runs of free pages long enough for a whole value.
+Digests are those of `digests`. The head's own covers its key, so a record moved to another address is damage. Chunks
+are digested one by one: a reader verifies each while it is in the processor's cache. Large values in one piece would
+fragment the file under eviction, which reuses only runs of free pages long enough for a whole value.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import xxhash
-
 from backprompt_db.keys import ID_NBYTES, Address
 from backprompt_db.representation import Part
 from backprompt_db.store.contract import Key
+from backprompt_db.store.digests import DIGEST_NBYTES, Digest
 
 CHUNK_NBYTES = (1 << 20) - 16
 """A chunk and its 16-byte LMDB page header fill 256 pages of 4 KiB."""
-
-DIGEST_NBYTES = 16
 
 _FIELDS = struct.Struct(">IQ")
 _RECORD_KEY = struct.Struct(f">{ID_NBYTES}scI")
@@ -57,14 +54,14 @@ def blob_key(record: bytes) -> Key | None:
     return Key(Address(address), _PARTS[code]) if code in _PARTS else None
 
 
-def records(key: Key, pieces: Sequence[bytes | memoryview]) -> list[tuple[bytes, bytes | memoryview]]:
+def records(key: Key, pieces: Sequence[bytes | memoryview], digest: Digest) -> list[tuple[bytes, bytes | memoryview]]:
     """Return the records of a blob that is given in pieces, its head first. Only what crosses a seam is copied."""
     views = [memoryview(piece).cast("B") for piece in pieces]
     nbytes = sum(view.nbytes for view in views)
     if nbytes <= CHUNK_NBYTES:
-        return [(record_key(key), _head(record_key(key), nbytes, [], inline=b"".join(views)))]
+        return [(record_key(key), _head(record_key(key), nbytes, [], b"".join(views), digest))]
     chunks = list(_chunks(views))
-    head = _head(record_key(key), nbytes, [digest(chunk) for chunk in chunks], inline=b"")
+    head = _head(record_key(key), nbytes, [digest(chunk) for chunk in chunks], b"", digest)
     numbered = ((record_key(key, number), chunk) for number, chunk in enumerate(chunks, start=1))
     return [(record_key(key), head), *numbered]
 
@@ -88,7 +85,7 @@ def _chunks(views: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
         yield bytes(begun)
 
 
-def read_head(record: bytes, value: memoryview) -> Head | None:
+def read_head(record: bytes, value: memoryview, digest: Digest) -> Head | None:
     """Return a head record's content, or None when it is damaged or lies under another key than it was written for."""
     body, own_digest = value[:-DIGEST_NBYTES], value[-DIGEST_NBYTES:]
     if len(body) < _FIELDS.size or digest(record, body) != own_digest:
@@ -108,16 +105,6 @@ def blob_nbytes(value: memoryview) -> int | None:
     return int(_FIELDS.unpack_from(value)[1]) if len(value) >= _FIELDS.size else None
 
 
-def digest(*pieces: bytes | memoryview) -> bytes:
-    """Return the XXH3-128 of the concatenated pieces, big-endian."""
-    if len(pieces) == 1:
-        return xxhash.xxh3_128_digest(pieces[0])
-    state = xxhash.xxh3_128()
-    for piece in pieces:
-        state.update(piece)
-    return state.digest()
-
-
-def _head(record: bytes, nbytes: int, chunk_digests: list[bytes], *, inline: bytes) -> bytes:
+def _head(record: bytes, nbytes: int, chunk_digests: list[bytes], inline: bytes, digest: Digest) -> bytes:
     body = _FIELDS.pack(len(chunk_digests), nbytes) + (b"".join(chunk_digests) or inline)
     return body + digest(record, body)

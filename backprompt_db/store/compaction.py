@@ -1,0 +1,80 @@
+"""Compaction: a copy of the file without free pages takes its place, beside readers and writers.
+
+The copy gets the transaction id that the file has, so that `lock.mdb`, with the readers' slots, the last transaction id
+and the writers' mutex, goes on for the new file as it is. One rename changes files, and there is no state in between: a
+new lock file would need a second rename, and a process killed between the two would leave a file beside a lock that
+belongs to another. The mutex is held from before the copy until after the rename; whoever waited for it looks again
+which file is there (`Environment`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from backprompt_db.errors import StoreFull
+from backprompt_db.failpoints import reach
+from backprompt_db.replacement import sync_directory
+from backprompt_db.store.environment import Environment
+from backprompt_db.store.faults import store_errors
+from backprompt_db.store.meta import check_length, number_transactions
+
+_PREFIX = ".compact-"
+
+
+def compact(environment: Environment) -> None:
+    """Replace the file by one that holds the same without free pages. Raises `StoreFull` without room for the copy."""
+    directory = environment.directory
+    nbytes = environment.usage().live_nbytes
+    with environment.transaction(write=True) as transaction, store_errors(directory):
+        remove_leftovers(directory)
+        last_transaction_id = transaction.id() - 1
+        if not last_transaction_id:  # nothing was ever written
+            return
+        _check_room(directory, nbytes)
+        scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+        try:
+            environment.copy_to(scratch)
+            copy = scratch / "data.mdb"
+            number_transactions(copy, last_transaction_id)
+            check_length(copy)
+            _dress(copy, like=directory / "data.mdb")
+            reach("store.compact.copied")
+            copy.replace(directory / "data.mdb")
+            sync_directory(directory)
+            reach("store.compact.renamed")
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed compaction has left. For those who hold the writers' mutex: no other compaction runs."""
+    for path in directory.glob(f"{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_room(directory: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise StoreFull(
+            f"compacting {directory} needs room for a copy of {nbytes:,} bytes, and {free:,} are free",
+            hint="Free some space, or evict something first: `backprompt-db evict --to SIZE`.",
+        )
+
+
+def _dress(copy: Path, *, like: Path) -> None:
+    """Give a file the owner and the permissions of another; not every user may give files away."""
+    status = like.stat()
+    descriptor = os.open(copy, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for uid, gid in ((status.st_uid, -1), (-1, status.st_gid)):
+            try:
+                os.fchown(descriptor, uid, gid)
+            except PermissionError:
+                continue
+        os.fchmod(descriptor, status.st_mode & 0o7777)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

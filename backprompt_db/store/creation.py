@@ -1,0 +1,35 @@
+"""Making the files of a store, with explicit permissions and never through a symbolic link."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from backprompt_db.errors import UnsafeLocation
+from backprompt_db.store.faults import store_errors
+from backprompt_db.store.sharing import Modes
+
+
+def create_files(directory: Path, modes: Modes) -> None:
+    """Make the directory and two empty files in it, with the permissions `modes` whatever the umask.
+
+    What an interrupted creation left is taken over. Raises `UnsafeLocation` for symbolic links.
+    """
+    with store_errors(directory):
+        directory.mkdir(mode=0o700, exist_ok=True)
+        set_directory_mode(directory, modes.directory)
+        for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock)):
+            descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+            os.fchmod(descriptor, mode)
+            os.close(descriptor)
+
+
+def set_directory_mode(directory: Path, mode: int) -> None:
+    """Give a directory exactly these permissions. Raises `UnsafeLocation` for a symbolic link."""
+    if directory.is_symlink():
+        raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)

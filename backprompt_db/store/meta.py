@@ -1,0 +1,82 @@
+"""LMDB's two meta pages, as they lie in the file: what must be known before LMDB maps it, and when a copy replaces it.
+
+    page header (16 bytes) | u32 magic, version | u64 address, map size | two trees of 48 bytes, of which the first
+    begins with the u32 page size | u64 last page | u64 transaction id
+
+In the machine's byte order. The page whose transaction id is larger counts; transaction T writes page T & 1.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+from backprompt_db.errors import StoreCorrupt
+from backprompt_db.store.faults import store_errors
+
+_META = struct.Struct("=16x II 16x I 92x QQ".replace(" ", ""))
+_BODY_BEGIN = 16
+_TRANSACTION_BEGIN = _META.size - 8
+_MAGIC = 0xBEEFC0DE
+_VERSION = 1
+_SMALLEST_PAGE_NBYTES = 4096
+"""A meta page is looked for in this many bytes."""
+
+
+class Meta(NamedTuple):
+    """What a meta page says."""
+
+    page_nbytes: int
+    last_page: int
+    transaction_id: int
+
+
+def newest_meta(data: Path) -> Meta | None:
+    """Return the meta page that counts; None when the file has none of LMDB's."""
+    with store_errors(data), data.open("rb") as file:
+        first = _parse(file.read(_SMALLEST_PAGE_NBYTES))
+        if first is None:
+            return None
+        file.seek(first.page_nbytes)
+        second = _parse(file.read(_SMALLEST_PAGE_NBYTES))
+    return max((meta for meta in (first, second) if meta), key=lambda meta: meta.transaction_id)
+
+
+def check_length(data: Path) -> None:
+    """Raise `StoreCorrupt` unless the file holds all pages that its newest meta page counts."""
+    meta = newest_meta(data)
+    with store_errors(data):
+        nbytes = data.stat().st_size
+    expected = 0 if meta is None else (meta.last_page + 1) * meta.page_nbytes
+    if meta is None or expected > nbytes:
+        raise StoreCorrupt(
+            f"{data} is not a whole LMDB file: {nbytes} bytes of {expected}",
+            hint="Restore it from a backup, or delete the database directory: it will be computed again.",
+        )
+
+
+def number_transactions(data: Path, transaction_id: int) -> None:
+    """Make the newest state of a file that nobody has open yet that of a given transaction, and the only one."""
+    meta = newest_meta(data)
+    if meta is None:
+        raise StoreCorrupt(f"{data} is not an LMDB file", hint="Try again.")
+    descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        newest = (meta.transaction_id & 1) * meta.page_nbytes
+        body = os.pread(descriptor, _TRANSACTION_BEGIN - _BODY_BEGIN, newest + _BODY_BEGIN)
+        for number in (transaction_id, transaction_id - 1):
+            page = (number & 1) * meta.page_nbytes
+            os.pwrite(descriptor, body + struct.pack("=Q", number), page + _BODY_BEGIN)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _parse(page: bytes) -> Meta | None:
+    if len(page) < _SMALLEST_PAGE_NBYTES:
+        return None
+    magic, version, page_nbytes, last_page, transaction_id = _META.unpack_from(page)
+    is_ours = magic == _MAGIC and version == _VERSION and 512 <= page_nbytes <= 65536
+    return Meta(page_nbytes, last_page, transaction_id) if is_ours else None
