@@ -3,85 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import shutil
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Row, Source, StoredPart, TokenizerRecord, Totals
+from backprompt_db.catalog import Catalog, CutsRecord, Row, Source, TokenizerRecord, Totals
 from backprompt_db.errors import CatalogError, PromptError
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, namespace_id
-from backprompt_db.representation import Origin, Part
+from backprompt_db.representation import Part
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-WEIGHTS = WeightsId(b"w" * 32)
-OTHER_WEIGHTS = WeightsId(b"W" * 32)
-TOKENIZER = TokenizerId(b"t" * 32)
-MODEL = ModelRecord(
-    weights_id=WEIGHTS,
-    name="gpt2",
-    architecture="GPT2LMHeadModel",
-    dtype="float32",
-    num_layers=12,
-    num_kv_heads=12,
-    head_dim=64,
-    vocab_size=50257,
-    max_positions=1024,
-    verdict="packs",
-    mask_form="4d",
-    max_error=1e-6,
-    reason=None,
-    checked_with="torch 2.9, transformers 5.20, sdpa",
-)
-
-
-def origin_of(
-    text: str, *parents: Origin, weights_id: WeightsId = WEIGHTS, compute_seconds: float = 0.5, namespace: str = ""
-) -> Origin:
-    synthetic = namespace_id(namespace)
-    ids = tuple(sorted(parent.segment_id for parent in parents)) or (() if synthetic is None else (synthetic,))
-    return Origin(
-        text=text,
-        parents=ids,
-        start=None,
-        weights_id=weights_id,
-        tokenizer_id=TOKENIZER,
-        num_tokens=len(text.split()),
-        compute_seconds=compute_seconds,
-        namespace=namespace,
-    )
-
-
-def stored(origin: Origin, part: Part = Part.KV, nbytes: int = 100) -> StoredPart:
-    return StoredPart(origin.address, part, nbytes, origin)
-
-
-def texts(rows: Sequence[Row]) -> list[str]:
-    return [row.text for row in rows]
-
-
-@pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("catalog") / "catalog.sqlite"
-    Catalog.open(path).close()
-    return path
+from .catalog_parts import HOSTILE, MODEL, OTHER_WEIGHTS, TOKENIZER, WEIGHTS, new_catalog, origin_of, stored, texts
 
 
 @pytest.fixture
-def path(empty: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copy(empty, tmp_path / "catalog.sqlite"))
-
-
-@pytest.fixture
-def catalog(path: Path) -> Iterator[Catalog]:
-    with Catalog.open(path) as opened:
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    with new_catalog(tmp_path / "catalog.sqlite") as opened:
         yield opened
 
 
@@ -131,6 +69,27 @@ def test_recording_again_changes_nothing_but_sizes(catalog: Catalog) -> None:
     assert catalog.rows() == before
     catalog.record([stored(origin, nbytes=7)], at=9.0)
     assert catalog.rows() == [dataclasses.replace(before[0], nbytes={Part.KV: 7})]
+
+
+@pytest.mark.parametrize("seconds", [math.inf, -math.inf, math.nan, -1.0, 1e308])
+def test_what_a_part_claims_spoils_no_sums(catalog: Catalog, seconds: float) -> None:
+    liar = dataclasses.replace(origin_of("liar", compute_seconds=seconds), num_tokens=2**63 - 1)
+    honest = origin_of("honest")
+    catalog.record([stored(dataclasses.replace(liar, text=str(number))) for number in range(3)], at=1.0)
+    catalog.touch({row.address: 2**40 for row in catalog.rows()}, at=2.0)
+    catalog.record([stored(honest)], at=3.0)
+    assert catalog.totals().num_representations == 4
+    catalog.forget([(row.address, Part.KV) for row in catalog.rows() if row.address != honest.address])
+    assert catalog.totals() == Totals(1, 1, 1, 1, {**dict.fromkeys(Part, 0), Part.KV: 100}, 0, 0.0)
+
+
+def test_a_part_belongs_to_the_namespace_of_its_segment(catalog: Catalog) -> None:
+    child = origin_of("child", origin_of("context"))
+    elsewhere = dataclasses.replace(child, weights_id=OTHER_WEIGHTS, namespace="tenant")
+    catalog.record([stored(child)], at=1.0)
+    catalog.record([stored(elsewhere)], at=2.0)
+    assert [row.namespace for row in catalog.rows()] == ["", ""]
+    assert catalog.totals(namespace="").num_segments == catalog.totals().num_segments == 1
 
 
 def test_pins_and_labels_can_be_taken_back(catalog: Catalog) -> None:
@@ -284,7 +243,7 @@ def test_a_prefix_that_is_not_hex_is_a_prompt_error(catalog: Catalog, prefix: st
         catalog.find(prefix)
 
 
-@pytest.mark.parametrize("hostile", ["'; DROP TABLE segments; --", '"', "%_\\", "a\0b", ":at ?1 $x", "naïve 🦜\n\t"])
+@pytest.mark.parametrize("hostile", HOSTILE)
 def test_text_of_any_kind_comes_back_unchanged(catalog: Catalog, hostile: str) -> None:
     origin = origin_of(hostile, namespace=hostile)
     catalog.record([stored(origin)], at=1.0)
@@ -315,81 +274,3 @@ def test_a_record_that_fails_leaves_nothing_behind(catalog: Catalog) -> None:
         catalog.record([stored(origin_of("good")), stored(origin_of("bad"), nbytes=2**70)], at=1.0)
     assert catalog.rows() == []
     assert catalog.models() == []
-
-
-ORIGINS = [origin_of("a", compute_seconds=0.25)]
-ORIGINS += [origin_of("b c", ORIGINS[0], compute_seconds=2.0), origin_of("d", ORIGINS[0], weights_id=OTHER_WEIGHTS)]
-ORIGINS += [origin_of("e f g", *ORIGINS[1:]), origin_of("a", weights_id=OTHER_WEIGHTS)]
-KEYS = st.tuples(st.sampled_from(ORIGINS), st.sampled_from(Part))
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """A catalog beside what it should know, in plain dictionaries."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.catalog = Catalog.open(path)
-        self.sizes: dict[tuple[Address, Part], int] = {}
-        self.hits: dict[Address, int] = {}
-        self.segments: set[SegmentId] = set()
-
-    @rule(
-        sizes=st.dictionaries(st.tuples(st.integers(0, len(ORIGINS) - 1), st.sampled_from(Part)), st.integers(0, 2**40))
-    )
-    def record(self, sizes: dict[tuple[int, Part], int]) -> None:
-        parts = [stored(ORIGINS[number], part, size) for (number, part), size in sizes.items()]
-        self.catalog.record(parts, at=1.0)
-        for part in parts:
-            self.sizes[part.address, part.part] = part.nbytes
-            self.hits.setdefault(part.address, 0)
-            self.segments.add(part.origin.segment_id)
-
-    @rule(more=st.dictionaries(st.sampled_from([origin.address for origin in ORIGINS]), st.integers(1, 9)))
-    def touch(self, more: dict[Address, int]) -> None:
-        self.catalog.touch(more, at=2.0)
-        self.hits.update({address: hits + more.get(address, 0) for address, hits in self.hits.items()})
-
-    @rule(keys=st.lists(KEYS, max_size=8))
-    def forget(self, keys: list[tuple[Origin, Part]]) -> None:
-        self.catalog.forget([(origin.address, part) for origin, part in keys])
-        for origin, part in keys:
-            self.sizes.pop((origin.address, part), None)
-        left = {address for address, _ in self.sizes}
-        self.hits = {address: hits for address, hits in self.hits.items() if address in left}
-        for origin in reversed(ORIGINS):
-            if not self._is_needed(origin.segment_id):
-                self.segments.discard(origin.segment_id)
-
-    def _is_needed(self, segment_id: SegmentId) -> bool:
-        has_child = any(segment_id in o.parents and o.segment_id in self.segments for o in ORIGINS)
-        return has_child or any(o.segment_id == segment_id and o.address in self.hits for o in ORIGINS)
-
-    @invariant()
-    def totals_agree(self) -> None:
-        present = [origin for origin in ORIGINS if origin.address in self.hits]
-        assert self.catalog.totals() == Totals(
-            num_representations=len(present),
-            num_segments=len({origin.segment_id for origin in present}),
-            num_models=len({origin.weights_id for origin in present}),
-            num_tokens=sum(origin.num_tokens for origin in present),
-            nbytes={part: sum(size for (_, kind), size in self.sizes.items() if kind is part) for part in Part},
-            num_hits=sum(self.hits.values()),
-            saved_seconds=sum(self.hits[origin.address] * origin.compute_seconds for origin in present),
-        )
-
-    @invariant()
-    def parts_and_segments_agree(self) -> None:
-        assert set(self.catalog.keys()) == set(self.sizes)
-        for origin in ORIGINS:
-            expected = origin.parents if origin.segment_id in self.segments else ()
-            assert self.catalog.parents(origin.segment_id) == expected
-
-
-def test_in_any_order_it_agrees_with_plain_dictionaries(empty: Path, tmp_path: Path) -> None:
-    numbers = itertools.count()
-
-    class OnCopy(AnyOrder):
-        def __init__(self) -> None:
-            super().__init__(Path(shutil.copy(empty, tmp_path / f"{next(numbers)}.sqlite")))
-
-    run_state_machine_as_test(OnCopy, settings=settings(max_examples=25, stateful_step_count=12, deadline=None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import sqlite3
@@ -23,31 +22,18 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import NullPool, create_engine, exc
 
 import backprompt_db
-from backprompt_db.catalog import Catalog, StoredPart, connection
+from backprompt_db.catalog import Catalog, connection
 from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.tables import Base
 from backprompt_db.errors import CatalogError, CatalogTooNew
-from backprompt_db.keys import Address, TokenizerId, WeightsId
-from backprompt_db.representation import Origin, Part
+from backprompt_db.keys import Address
+
+from .catalog_parts import origin_of, stored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
-ORIGIN = Origin(
-    text="text",
-    parents=(),
-    start=None,
-    weights_id=WeightsId(b"w" * 32),
-    tokenizer_id=TokenizerId(b"t" * 32),
-    num_tokens=1,
-    compute_seconds=1.0,
-)
-
-
-def stored(text: str) -> StoredPart:
-    origin = dataclasses.replace(ORIGIN, text=text)
-    return StoredPart(origin.address, Part.KV, 100, origin)
 
 
 @pytest.fixture
@@ -113,31 +99,11 @@ def test_an_empty_file_becomes_a_catalog(path: Path) -> None:
         assert catalog.rows() == []
 
 
-def test_six_processes_may_create_it_at_once(path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from backprompt_db.catalog import Catalog; print(flush=True); input()\n"
-        f"with Catalog.open(Path({str(path)!r})) as catalog: assert catalog.rows() == []"
-    )
-    children = [
-        subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(6)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        child.stdout.readline()
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-    for child in children:
-        child.communicate()
-    assert [child.returncode for child in children] == [0] * 6
-
-
 def test_threads_may_create_different_catalogs_at_once(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number % 3}.sqlite" for number in range(6)]
     threads = [
-        threading.Thread(target=lambda path=path: Catalog.open(path).record([stored("text")], at=1.0)) for path in paths
+        threading.Thread(target=lambda path=path: Catalog.open(path).record([stored(origin_of("text"))], at=1.0))
+        for path in paths
     ]
     for thread in threads:
         thread.start()
@@ -203,7 +169,7 @@ def test_any_file_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     directory.mkdir()
     monkeypatch.chdir(directory)
     with Catalog.open(Path(name)) as catalog:
-        catalog.record([stored("text")], at=1.0)
+        catalog.record([stored(origin_of("text"))], at=1.0)
     with Catalog.open(directory / name, readonly=True) as catalog:
         assert len(catalog.rows()) == 1
     assert {path.name for path in directory.iterdir()} == {name, f"{name}-journal", f"{name}.lock"}
@@ -211,14 +177,14 @@ def test_any_file_name_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_reading_only_never_writes(path: Path) -> None:
     with Catalog.open(path) as catalog:
-        catalog.record([stored("text")], at=1.0)
+        catalog.record([stored(origin_of("text"))], at=1.0)
     before = path.read_bytes()
     for beside in set(path.parent.iterdir()) - {path}:
         beside.unlink()
     with Catalog.open(path, readonly=True) as catalog:
         assert len(catalog.rows()) == 1
         with pytest.raises(CatalogError, match="readonly"):
-            catalog.touch({ORIGIN.address: 1}, at=2.0)
+            catalog.touch({Address(b"a" * 32): 1}, at=2.0)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -272,7 +238,7 @@ def test_an_installed_package_finds_its_migrations(path: Path, tmp_path: Path) -
 def test_one_thread_records_while_another_reads(catalog: Catalog) -> None:
     def write() -> None:
         for number in range(40):
-            catalog.record([stored(f"{number} {index}") for index in range(5)], at=float(number))
+            catalog.record([stored(origin_of(f"{number} {index}")) for index in range(5)], at=float(number))
 
     writer = threading.Thread(target=write)
     writer.start()
@@ -308,7 +274,7 @@ def _fork_and_record(catalog: Catalog, text: str) -> int:
     if child == 0:
         failed = 1
         try:
-            catalog.record([stored(text)], at=1.0)
+            catalog.record([stored(origin_of(text))], at=1.0)
             failed = int(text not in {row.text for row in catalog.rows()})
         finally:
             os._exit(failed)
@@ -335,7 +301,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_free(path: Path) -> None:
     with closing(sqlite3.connect(path)) as small:
         small.execute("PRAGMA max_page_count = 1")
         with pytest.raises(CatalogError, match="disk is full") as caught, connection.catalog_errors(path):
-            small.execute("INSERT INTO cuts VALUES (?, ?)", (b"k", "[" + "0," * 100_000 + "0]"))
+            small.execute("INSERT INTO cuts (key, offsets) VALUES (?, ?)", (b"k", "[" + "0," * 100_000 + "0]"))
     assert "Free disk space" in caught.value.hint
 
 

@@ -7,11 +7,26 @@ from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import select
 
-from backprompt_db.catalog import changes, migration, queries
+from backprompt_db.catalog import changes, graph, journal, migration, queries
 from backprompt_db.catalog.connection import Connections, catalog_errors
-from backprompt_db.catalog.records import CutsRecord, ModelRecord, Row, Source, StoredPart, TokenizerRecord, Totals
-from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Tokenizer
+from backprompt_db.catalog.records import (
+    CutsRecord,
+    Event,
+    GroupTotals,
+    ModelRecord,
+    Row,
+    Selection,
+    Source,
+    StoredPart,
+    TokenizerRecord,
+    Totals,
+    Victim,
+)
+from backprompt_db.catalog.selection import conditions, conditions_but_prefix, segments_of_prefix
+from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Sums, Tokenizer
+from backprompt_db.catalog.victims import Choice, choose_victims
 from backprompt_db.errors import CatalogError
+from backprompt_db.failpoints import reach
 from backprompt_db.keys import Address, SegmentId, WeightsId
 from backprompt_db.representation import Part
 
@@ -20,7 +35,10 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from sqlalchemy import ColumnElement
+
 _KEYS_PER_PAGE = 5_000
+_ROWS_PER_PAGE = 1_000
 
 
 class Catalog:
@@ -88,6 +106,119 @@ class Catalog:
             with self._connections.writing() as connection:
                 changes.forget(connection, gone)
 
+    def evict(self, keys: Iterable[tuple[Address, Part]], *, at: float) -> None:
+        """Enter that parts were evicted from the store: what `forget` does, and when it was."""
+        if gone := list(keys):
+            with self._connections.writing() as connection:
+                changes.forget(connection, gone)
+                reach("catalog.evict.inside")
+                journal.remember_evictions(connection, {address for address, _ in gone}, at=at)
+
+    def erase(self, keys: Iterable[tuple[Address, Part]]) -> None:
+        """Forget parts that have left the store, and that there was anything under their addresses."""
+        if gone := list(keys):
+            with self._connections.writing() as connection:
+                changes.forget(connection, gone)
+                journal.forget_evictions(connection, {address for address, _ in gone})
+
+    def evicted_at(self, address: Address) -> float | None:
+        """Return when something of a representation was evicted the last time, `None` if that is not known."""
+        with self._connections.reading() as connection:
+            return journal.evicted_at(connection, address)
+
+    def victims(
+        self,
+        nbytes: int,
+        *,
+        at: float,
+        grace_seconds: float,
+        ttl_seconds: float | None = None,
+        selection: Selection | None = None,
+        limit: int = 10_000,
+    ) -> list[Victim]:
+        """Return what may go: all that is expired, then the least valuable parts until their sizes sum to `nbytes`.
+
+        With `nbytes=0` only what is expired: what was not used for longer than `ttl_seconds`. A part's value is the
+        seconds that computing it took, per byte, and falls with the time since it was used. Parts that were used within
+        `grace_seconds` come last, pinned ones never, and keys and values only when no following segment has any: those
+        before them become victims of a later call. `selection` restricts the choice; it raises what `select` raises.
+        """
+        choice = Choice(at=at, grace_seconds=grace_seconds, ttl_seconds=ttl_seconds, limit=limit)
+        with self._connections.reading() as connection:
+            return choose_victims(connection, nbytes, choice, among=conditions(connection, selection or Selection()))
+
+    def select(self, selection: Selection) -> Iterator[Row]:
+        """Iterate over the selected representations, a page at a time, without a lock between two pages.
+
+        Memory does not grow with their number, but for the ids of segments that a text's prefix selects. They come by
+        address, or with a text's prefix by segment; those that are recorded or forgotten meanwhile may appear or not.
+
+        Raises `PromptError` for hex digits that are none and for a model that the catalog does not know, and
+        `InvalidText` for strings that have no UTF-8.
+        """
+        with self._connections.reading() as connection:
+            among = conditions_but_prefix(connection, selection)
+            if not selection.text_prefix:
+                return self._select(among)
+            ids = segments_of_prefix(connection, selection.text_prefix, selection.namespace)
+        return self._select_segments(ids, among)
+
+    def _select(self, among: list[ColumnElement[bool]]) -> Iterator[Row]:
+        last = Address(b"")
+        while True:
+            with self._connections.reading() as connection:
+                page = queries.page_of_rows(connection, among, after=last, num_rows=_ROWS_PER_PAGE)
+            yield from page
+            if len(page) < _ROWS_PER_PAGE:
+                return
+            last = page[-1].address
+
+    def _select_segments(self, ids: Iterable[SegmentId], among: list[ColumnElement[bool]]) -> Iterator[Row]:
+        for some in graph.chunks(sorted(ids)):
+            with self._connections.reading() as connection:
+                page = queries.rows_of_segments(connection, some, among)
+            yield from page
+
+    def ancestors(self, ids: Iterable[SegmentId]) -> set[SegmentId]:
+        """Return the segments that the given ones follow, at any distance, as far as known, without the given ones."""
+        with self._connections.reading() as connection:
+            return graph.ancestors(connection, ids)
+
+    def descendants(self, ids: Iterable[SegmentId]) -> set[SegmentId]:
+        """Return the segments that follow the given ones, at any distance, without the given ones."""
+        with self._connections.reading() as connection:
+            return graph.descendants(connection, ids)
+
+    def of_segments(self, ids: Iterable[SegmentId]) -> Iterator[Row]:
+        """Iterate over all representations of segments, as `select` does."""
+        return self._select_segments(set(ids), [])
+
+    def count(self, increments: Mapping[str, float]) -> None:
+        """Add to counts that all processes share; one that is not there begins at 0."""
+        if increments:
+            with self._connections.writing() as connection:
+                journal.count(connection, increments)
+
+    def counts(self) -> dict[str, float]:
+        """Return all counts, by name."""
+        with self._connections.reading() as connection:
+            return journal.counts(connection)
+
+    def log(self, events: Sequence[Event]) -> None:
+        """Enter events; the newest thousand are kept."""
+        if events:
+            with self._connections.writing() as connection:
+                journal.log(connection, events)
+
+    def events(self, *, limit: int = 20) -> list[Event]:
+        """Return the newest events, the last one first."""
+        with self._connections.reading() as connection:
+            return journal.events(connection, limit=limit)
+
+    def vacuum(self) -> None:
+        """Rewrite the file without free space; nothing of what was deleted remains in it."""
+        self._connections.vacuum()
+
     def pin(self, addresses: Iterable[Address], *, is_pinned: bool = True) -> None:
         """Set whether representations are pinned; unknown addresses are ignored."""
         with self._connections.writing() as connection:
@@ -137,15 +268,31 @@ class Catalog:
             found = connection.execute(select(Cuts.offsets).where(Cuts.key == key)).scalar_one_or_none()
         return None if found is None else tuple(found)
 
-    def totals(self) -> Totals:
-        """Return the sums over all representations."""
+    def totals(self, *, namespace: str | None = None) -> Totals:
+        """Return the sums over all representations, or over those of a namespace."""
         with self._connections.reading() as connection:
-            return queries.totals(connection)
+            return queries.totals(connection, namespace=namespace)
 
-    def rows(self, *, limit: int | None = None, newest_first: bool = True) -> list[Row]:
-        """Return representations in the order in which they were recorded, the last one first unless told otherwise."""
+    def totals_by_model(self) -> dict[WeightsId, GroupTotals]:
+        """Return the sums of each model that has representations."""
         with self._connections.reading() as connection:
-            return queries.rows(connection, limit=limit, newest_first=newest_first)
+            return queries.totals_by(connection, Sums.weights_id)
+
+    def totals_by_namespace(self) -> dict[str, GroupTotals]:
+        """Return the sums of each namespace that has representations."""
+        with self._connections.reading() as connection:
+            return queries.totals_by(connection, Sums.namespace)
+
+    def rows(
+        self, *, limit: int | None = None, newest_first: bool = True, selection: Selection | None = None
+    ) -> list[Row]:
+        """Return representations in the order in which they were recorded, the last one first unless told otherwise.
+
+        `selection` restricts them; it raises what `select` raises.
+        """
+        with self._connections.reading() as connection:
+            among = conditions(connection, selection or Selection())
+            return queries.rows(connection, limit=limit, newest_first=newest_first, among=among)
 
     def find(self, prefix: str) -> list[Row]:
         """Return the newest 50 representations whose address or segment id begins with the hex digits `prefix`.

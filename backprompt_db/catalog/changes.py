@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Select, Update, and_, bindparam, delete, exists, func, select, update
+from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam, delete, exists, func, select, update
 from sqlalchemy.dialects.sqlite import Insert, insert
 
+from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.tables import NBYTES, Base, Model, Parent, Representation, Segment, Tokenizer
+from backprompt_db.failpoints import reach
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
+from backprompt_db.representation import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from backprompt_db.catalog.records import StoredPart
-    from backprompt_db.representation import Part
-
-_MAX_VARIABLES = 900
-"""SQLite builds may allow no more than 999 variables in a statement."""
+    from backprompt_db.representation import Origin
 
 _NO_MODEL: dict[str, object] = {
     "name": "",
@@ -33,12 +32,17 @@ _NO_MODEL: dict[str, object] = {
 }
 _NO_TOKENIZER: dict[str, object] = {"name": "", "kind": "", "vocab_size": 0}
 
+_MAX_TOKENS = 2**40
+_MAX_SECONDS = 1e9
+"""Whatever a part claims must not make sums overflow, which would keep all others out of the catalog too."""
+
 
 def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) -> None:
     """Write the rows of `parts` and of everything that they refer to; what is there already is completed."""
     origins = {part.address: part.origin for part in parts}
     ids = {address: origin.segment_id for address, origin in origins.items()}
     _add(connection, Model, [_model(weights_id) for weights_id in {o.weights_id for o in origins.values()}])
+    reach("catalog.record.inside")
     _add(connection, Tokenizer, [_tokenizer(key) for key in {o.tokenizer_id for o in origins.values()}])
     _add(
         connection,
@@ -58,6 +62,29 @@ def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) ->
         ],
     )
     connection.execute(_UPSERT, [_representation(part, ids[part.address], at=at) for part in parts])
+    _touch_parents(connection, [part.origin for part in parts if part.part is Part.KV], at=at)
+
+
+def _touch_parents(connection: Connection, origins: Iterable[Origin], *, at: float) -> None:
+    """Computing keys and values has used those of the parents."""
+    used = {(parent, origin.weights_id, origin.tokenizer_id) for origin in origins for parent in origin.parents}
+    if used:
+        rows = [{"parent": parent, "weights": weights, "tokenizer": tokenizer} for parent, weights, tokenizer in used]
+        connection.execute(_TOUCH_PARENT, [{**row, "at": at} for row in rows])
+
+
+_USED_AT = func.coalesce(Representation.last_used_at, Representation.created_at)
+"""A clock that was set back must not make what is new look old."""
+
+_TOUCH_PARENT = (
+    update(Representation)
+    .where(
+        Representation.segment_id == bindparam("parent"),
+        Representation.weights_id == bindparam("weights"),
+        Representation.tokenizer_id == bindparam("tokenizer"),
+    )
+    .values(last_used_at=func.max(_USED_AT, bindparam("at")))
+)
 
 
 def _model(weights_id: WeightsId) -> dict[str, object]:
@@ -72,11 +99,11 @@ def _representation(part: StoredPart, segment_id: SegmentId, *, at: float) -> di
     sizes = {column.key: part.nbytes if part.part is kind else None for kind, column in NBYTES.items()}
     return {
         "address": part.address,
-        "segment_id": segment_id,
+        "of_segment": segment_id,
         "weights_id": part.origin.weights_id,
         "tokenizer_id": part.origin.tokenizer_id,
-        "num_tokens": part.origin.num_tokens,
-        "compute_seconds": part.origin.compute_seconds,
+        "num_tokens": min(part.origin.num_tokens, _MAX_TOKENS),
+        "compute_seconds": max(0.0, min(part.origin.compute_seconds, _MAX_SECONDS)),
         "created_at": at,
         "num_hits": 0,
         "is_pinned": False,
@@ -90,7 +117,10 @@ def _add(connection: Connection, table: type[Base], rows: Sequence[Mapping[str, 
 
 
 def _upsert() -> Insert:
-    new = insert(Representation)
+    # The namespace is the segment's, whatever a part claims: what is counted by namespace must agree.
+    segment = bindparam("of_segment", type_=LargeBinary())
+    namespace = select(Segment.namespace).where(Segment.id == segment).scalar_subquery()
+    new = insert(Representation).values(segment_id=segment, namespace=namespace)
     sizes = {column.key: func.coalesce(new.excluded[column.key], column) for column in NBYTES.values()}
     slower = func.max(new.excluded.compute_seconds, Representation.compute_seconds)
     return new.on_conflict_do_update(index_elements=["address"], set_={**sizes, "compute_seconds": slower})
@@ -110,7 +140,7 @@ def replace(connection: Connection, table: type[Base], values: Mapping[str, obje
 
 def touch(connection: Connection, hits: Mapping[Address, int], *, at: float) -> None:
     """Add to the number of hits of representations, and set when they were last used unless they were used later."""
-    used = func.max(func.coalesce(Representation.last_used_at, at), at)
+    used = func.max(_USED_AT, at)
     statement = _one().values(num_hits=Representation.num_hits + bindparam("more"), last_used_at=used)
     connection.execute(statement, [{"which": address, "more": more} for address, more in hits.items()])
 
@@ -133,7 +163,7 @@ def forget(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> None
         gone[part].append(address)
     for part, addresses in gone.items():
         annotate(connection, addresses, **{NBYTES[part].key: None})
-    for some in _chunks({address for addresses in gone.values() for address in addresses}):
+    for some in chunks({address for addresses in gone.values() for address in addresses}):
         _delete_empty(connection, some)
 
 
@@ -179,9 +209,3 @@ def _suspects_and_children() -> Select[SegmentId, SegmentId | None]:
 
 
 _SUSPECTS_AND_CHILDREN = _suspects_and_children()
-
-
-def _chunks(addresses: Iterable[Address]) -> Iterator[list[Address]]:
-    remaining = iter(addresses)
-    while chunk := list(islice(remaining, _MAX_VARIABLES)):
-        yield chunk

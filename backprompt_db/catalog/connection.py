@@ -11,7 +11,7 @@ import json
 import os
 import sqlite3
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, NullPool, create_engine, event
@@ -50,7 +50,8 @@ _SQLITE_HINTS = {
     sqlite3.SQLITE_PERM: _DENIED,
     sqlite3.SQLITE_CANTOPEN: _MISSING,
 }
-_PRAGMAS = ("PRAGMA journal_mode = TRUNCATE", "PRAGMA foreign_keys = ON")
+_PRAGMAS = ("PRAGMA journal_mode = TRUNCATE", "PRAGMA foreign_keys = ON", "PRAGMA secure_delete = ON")
+"""What is deleted is overwritten with zeros: texts that were purged must not stay in free pages."""
 
 
 @contextmanager
@@ -100,6 +101,11 @@ class Connections:
         """Yield a connection in one write, of which everything is committed or, after an error, nothing."""
         with self._operation(), self._engine.execution_options(begin="BEGIN IMMEDIATE").begin() as connection:
             yield connection
+
+    def vacuum(self) -> None:
+        """Rewrite the file without free pages."""
+        with self._operation(), closing(self._connect()) as connection:
+            connection.execute("VACUUM")
 
     def close(self) -> None:
         """Refuse all further operations."""

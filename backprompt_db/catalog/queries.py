@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -17,14 +17,19 @@ from sqlalchemy import (
     or_,
     select,
 )
+from sqlalchemy.orm import InstrumentedAttribute
 
-from backprompt_db.catalog.records import Row, Totals
-from backprompt_db.catalog.tables import NBYTES, Model, Parent, Representation, Segment
+from backprompt_db.catalog.records import GroupTotals, Row, Totals
+from backprompt_db.catalog.tables import NBYTES, Model, Namespace, Parent, Representation, Segment, Sums
 from backprompt_db.errors import PromptError
 from backprompt_db.keys import ID_NBYTES, Address, SegmentId
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from backprompt_db.representation import Part
+
+_Group = TypeVar("_Group")
 
 MAX_FOUND = 50
 """How many rows a search by prefix returns at most."""
@@ -33,30 +38,59 @@ MAX_FOUND = 50
 _AGE: tuple[SQLColumnExpression[float], ...] = (Representation.created_at, literal_column("representations.rowid"))
 
 
-def totals(connection: Connection) -> Totals:
-    """Sum over all representations."""
-    sums = select(
-        func.count().label("num_representations"),
-        func.count(distinct(Representation.segment_id)).label("num_segments"),
-        func.count(distinct(Representation.weights_id)).label("num_models"),
-        _sum(Representation.num_tokens).label("num_tokens"),
-        _sum(Representation.num_hits).label("num_hits"),
-        func.total(Representation.num_hits * Representation.compute_seconds).label("saved_seconds"),
-        *(_sum(column).label(column.key) for column in NBYTES.values()),
-    ).select_from(Representation)
+def totals(connection: Connection, *, namespace: str | None = None) -> Totals:
+    """Sum over all representations, or over those of a namespace."""
+    sums, segments = _TOTALS, select(_sum(Namespace.num_segments))
+    if namespace is not None:
+        sums = sums.where(Sums.namespace == namespace)
+        segments = segments.where(Namespace.name == namespace)
     values = dict(connection.execute(sums).mappings().one())
     nbytes = {part: values.pop(column.key) for part, column in NBYTES.items()}
-    return Totals(**values, nbytes=nbytes)
+    return Totals(**values, num_segments=connection.execute(segments).scalar_one(), nbytes=nbytes)
 
 
-def _sum(column: SQLColumnExpression[int] | SQLColumnExpression[int | None]) -> ColumnElement[int]:
-    return func.coalesce(func.sum(column), 0)
+def totals_by(connection: Connection, column: InstrumentedAttribute[_Group]) -> dict[_Group, GroupTotals]:
+    """Sum over the representations of each model, or of each namespace: one of the columns that sums are kept by."""
+    sums = select(column, *(_sum(each) for each in (Sums.num_representations, *_NBYTES))).group_by(column)
+    return {
+        group: GroupTotals(count, dict(zip(NBYTES, nbytes, strict=True)))
+        for group, count, *nbytes in connection.execute(sums)
+    }
 
 
-def rows(connection: Connection, *, limit: int | None, newest_first: bool) -> list[Row]:
+def _sum(column: InstrumentedAttribute[int]) -> ColumnElement[int]:
+    return func.coalesce(func.sum(column), 0).label(column.key)
+
+
+_NBYTES = (Sums.scores_nbytes, Sums.logits_nbytes, Sums.kv_nbytes)
+_TOTALS = select(
+    *(_sum(column) for column in (Sums.num_representations, Sums.num_tokens, *_NBYTES, Sums.num_hits)),
+    func.total(Sums.saved_seconds).label("saved_seconds"),
+    func.count(distinct(Sums.weights_id)).label("num_models"),
+)
+
+
+def rows(
+    connection: Connection, *, limit: int | None, newest_first: bool, among: Iterable[ColumnElement[bool]] = ()
+) -> list[Row]:
     """Return representations in the order in which they were recorded, or the reverse."""
     order = [column.desc() if newest_first else column.asc() for column in _AGE]
-    return _rows(connection, _ROWS.order_by(*order).limit(limit))
+    return _rows(connection, _ROWS.where(*among).order_by(*order).limit(limit))
+
+
+def page_of_rows(
+    connection: Connection, among: Iterable[ColumnElement[bool]], *, after: Address, num_rows: int
+) -> list[Row]:
+    """Return the next representations after an address of which all is true, by address."""
+    page = _ROWS.where(Representation.address > after, *among).order_by(Representation.address).limit(num_rows)
+    return _rows(connection, page)
+
+
+def rows_of_segments(
+    connection: Connection, ids: Iterable[SegmentId], among: Iterable[ColumnElement[bool]]
+) -> list[Row]:
+    """Return the representations of segments of which all is true."""
+    return _rows(connection, _ROWS.where(Representation.segment_id.in_(ids), *among))
 
 
 def find(connection: Connection, low: bytes, high: bytes) -> list[Row]:
@@ -81,8 +115,8 @@ def id_range(prefix: str) -> tuple[bytes, bytes]:
 
 
 _ROWS = (
-    select(*Representation.__table__.columns)
-    .add_columns(Segment.text, Segment.start, Segment.namespace)
+    select(*(column for column in Representation.__table__.columns if column.key != "num_kv_children"))
+    .add_columns(Segment.text, Segment.start)
     .add_columns(func.nullif(Model.name, "").label("model_name"))
     .select_from(Representation)
     .join(Segment, Segment.id == Representation.segment_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
@@ -41,6 +41,8 @@ class ModelRecord:
     reason: str | None
     checked_with: str | None
     """The library versions and the attention implementation that the check ran with."""
+    signature: bytes | None = None
+    """In a database with a secret, a keyed digest of all the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class CutsRecord:
     key: bytes
     offsets: tuple[int, ...]
     """Character offsets, ascending."""
+    signature: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Source:
     name: str
     weights_id: WeightsId
     tokenizer_id: TokenizerId
+    signature: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,64 @@ class Row:
     num_hits: int
     is_pinned: bool
     label: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which representations are meant: those for which all that is given is true."""
+
+    text_prefix: str | None = None
+    """What prompts, joined from their first segment, begin with: the segment in which it ends, and all that follow.
+
+    A segment after one of which the catalog does not know the text is not meant.
+    """
+    label: str | None = None
+    model: str | None = None
+    """A model's name, or the first hex digits of a weights id, at least 8."""
+    namespace: str | None = None
+    """`""` is the default one, None means any."""
+    used_before: float | None = None
+    """Last used, or made if it never was, before this time."""
+    used_after: float | None = None
+    address_prefix: str | None = None
+    """The first hex digits of an address."""
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether nothing is given."""
+        return self == Selection()
+
+
+class Victim(NamedTuple):
+    """A part that may be evicted."""
+
+    address: Address
+    part: Part
+    nbytes: int
+    seconds: float
+    """What computing its representation took."""
+    used_at: float
+    """When it was last used, or made if it never was."""
+    reason: str
+    """`"expired"`: not used for longer than the time to live; `"value"`: the least seconds per byte, and old."""
+
+
+class Event(NamedTuple):
+    """Something that somebody may want to know of: a failure, a quarantine."""
+
+    at: float
+    kind: str
+    address: Address | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTotals:
+    """Sums over the representations of one model, or of one namespace."""
+
+    num_representations: int
+    nbytes: dict[Part, int]
+    """Stored bytes of every part, 0 where there are none."""
 
 
 @dataclass(frozen=True, slots=True)

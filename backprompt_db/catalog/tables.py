@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sqlalchemy import JSON, CheckConstraint, Float, ForeignKey, LargeBinary, MetaData
+from sqlalchemy import JSON, CheckConstraint, Float, ForeignKey, LargeBinary, MetaData, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
@@ -46,6 +46,7 @@ class Model(Base):
     max_error: Mapped[float | None]
     reason: Mapped[str | None]
     checked_with: Mapped[str | None]
+    signature: Mapped[bytes | None]
 
 
 class Tokenizer(Base):
@@ -103,6 +104,9 @@ class Representation(Base):
     num_hits: Mapped[int]
     is_pinned: Mapped[bool]
     label: Mapped[str | None]
+    namespace: Mapped[str] = mapped_column(server_default=text("''"))
+    num_kv_children: Mapped[int] = mapped_column(server_default=text("0"))
+    """Representations of following segments, under the same model and tokenizer, that have kv. Kept by a trigger."""
 
 
 class SourceFiles(Base):
@@ -114,6 +118,7 @@ class SourceFiles(Base):
     name: Mapped[str]
     weights_id: Mapped[WeightsId]
     tokenizer_id: Mapped[TokenizerId]
+    signature: Mapped[bytes | None]
 
 
 class Cuts(Base):
@@ -123,6 +128,65 @@ class Cuts(Base):
 
     key: Mapped[bytes] = mapped_column(primary_key=True)
     offsets: Mapped[list[int]]
+    signature: Mapped[bytes | None]
+
+
+class Count(Base):
+    """Something that happened, counted over all processes since the catalog was made."""
+
+    __tablename__ = "counts"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[float]
+
+
+class EventRow(Base):
+    """Something that somebody may want to know of."""
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[float]
+    kind: Mapped[str]
+    address: Mapped[Address | None]
+    detail: Mapped[str]
+
+
+class Eviction(Base):
+    """When a representation, or a part of it, was evicted the last time."""
+
+    __tablename__ = "evictions"
+
+    address: Mapped[Address] = mapped_column(primary_key=True)
+    at: Mapped[float] = mapped_column(index=True)
+
+
+class Namespace(Base):
+    """A namespace with representations, and how many segments they are of. Kept by triggers."""
+
+    __tablename__ = "namespaces"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    num_segments: Mapped[int]
+
+
+class Sums(Base):
+    """Sums over the representations of one model in one namespace, where there are any. Kept by triggers.
+
+    A row goes with its last representation, and with it whatever rounding has added to `saved_seconds`.
+    """
+
+    __tablename__ = "sums"
+
+    weights_id: Mapped[WeightsId] = mapped_column(primary_key=True)
+    namespace: Mapped[str] = mapped_column(primary_key=True)
+    num_representations: Mapped[int]
+    num_tokens: Mapped[int]
+    scores_nbytes: Mapped[int]
+    logits_nbytes: Mapped[int]
+    kv_nbytes: Mapped[int]
+    num_hits: Mapped[int]
+    saved_seconds: Mapped[float]
 
 
 NBYTES = {

@@ -1,0 +1,150 @@
+"""Which representations a selection means: plain functions on an open read transaction."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Select,
+    bindparam,
+    cast,
+    column,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    table,
+)
+
+from backprompt_db.catalog.graph import children, chunks, descendants
+from backprompt_db.catalog.queries import id_range
+from backprompt_db.catalog.tables import Model, Namespace, Parent, Representation, Segment
+from backprompt_db.errors import PromptError
+from backprompt_db.keys import SegmentId, namespace_id, utf8
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog.records import Selection
+
+_MIN_WEIGHTS_DIGITS = 8
+
+USED_AT: ColumnElement[float] = func.coalesce(Representation.last_used_at, Representation.created_at)
+"""When a representation was last used, or made if it never was."""
+
+
+def conditions(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
+    """Return what is true of the selected representations and of no others, for use in the same transaction.
+
+    Raises `PromptError` for hex digits that are none and for a model that the catalog does not know, and `InvalidText`
+    for strings that have no UTF-8.
+    """
+    found = conditions_but_prefix(connection, selection)
+    if selection.text_prefix:
+        ids = segments_of_prefix(connection, selection.text_prefix, selection.namespace)
+        found.append(Representation.segment_id.in_(_reach(connection, ids)))
+    return found
+
+
+def _reach(connection: Connection, ids: Iterable[SegmentId]) -> Select[bytes]:
+    """Put segments into a temporary table, which takes more than a statement's variables, and select them from it."""
+    connection.exec_driver_sql("CREATE TEMPORARY TABLE reached (id BLOB PRIMARY KEY) WITHOUT ROWID")
+    for some in chunks(ids):
+        connection.execute(insert(_REACHED), [{"id": each} for each in some])
+    return select(_REACHED.c.id)
+
+
+_REACHED = table("reached", column("id", LargeBinary()))
+
+
+def conditions_but_prefix(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
+    """Return what is true of the selected representations but for the text's prefix, for use in any transaction.
+
+    Raises the same errors as `conditions`.
+    """
+    found: list[ColumnElement[bool]] = []
+    if selection.label is not None:
+        found.append(Representation.label == _storable(selection.label))
+    if selection.model is not None:
+        found.append(Representation.weights_id.in_(_weights_ids(connection, selection.model)))
+    if selection.namespace is not None:
+        found.append(Representation.namespace == _storable(selection.namespace))
+    if selection.used_before is not None:
+        found.append(selection.used_before > USED_AT)
+    if selection.used_after is not None:
+        found.append(selection.used_after < USED_AT)
+    if selection.address_prefix is not None:
+        found.append(Representation.address.between(*id_range(selection.address_prefix)))
+    return found
+
+
+def _storable(string: str) -> str:
+    utf8(string)
+    return string
+
+
+def _weights_ids(connection: Connection, model: str) -> list[bytes]:
+    named = Model.name == _storable(model)
+    if re.fullmatch(rf"[0-9a-fA-F]{{{_MIN_WEIGHTS_DIGITS},64}}", model):
+        named = or_(named, Model.weights_id.between(*id_range(model)))
+    ids = connection.execute(select(Model.weights_id).where(named)).scalars().all()
+    if not ids:
+        raise PromptError(
+            f"the catalog knows no model {model!r}",
+            hint="Give a name that `backprompt-db ls --models` lists, or the first 8 digits of a weights id.",
+        )
+    return list(ids)
+
+
+def segments_of_prefix(connection: Connection, prefix: str, namespace: str | None) -> set[SegmentId]:
+    """Return the segments of prompts that begin with `prefix`, from where it ends on.
+
+    A segment is meant when the text that is joined from a prompt's first segment up to it begins with the prefix, and
+    with it all that follow.
+    """
+    wanted = utf8(prefix)
+    reached = set[SegmentId]()
+    fronts = {(first, wanted) for first in _first_segments(connection, wanted, namespace)}
+    while fronts:
+        rests: dict[SegmentId, set[bytes]] = {}
+        for segment_id, rest in fronts:
+            rests.setdefault(segment_id, set()).add(rest)
+        fronts = set()
+        for segment_id, text in _texts(connection, rests):
+            if any(text.startswith(rest) for rest in rests[segment_id]):
+                reached.add(segment_id)
+            elif further := {rest[len(text) :] for rest in rests[segment_id] if rest.startswith(text)}:
+                fronts |= {(child, rest) for child in children(connection, [segment_id]) for rest in further}
+    return reached | descendants(connection, reached)
+
+
+def _first_segments(connection: Connection, prefix: bytes, namespace: str | None) -> Iterator[SegmentId]:
+    """Yield the segments that begin prompts which may begin with the prefix."""
+    text, wanted = cast(Segment.text, LargeBinary), literal(prefix, LargeBinary)
+    agrees = or_(func.substr(text, 1, len(prefix)) == wanted, func.substr(wanted, 1, func.length(text)) == text)
+    names = [namespace] if namespace is not None else connection.execute(select(Namespace.name)).scalars().all()
+    for name in names:
+        is_first = _IS_FIRST if (root := namespace_id(name)) is None else _follows_only(root)
+        yield from connection.execute(select(Segment.id).where(is_first, agrees)).scalars()
+
+
+_IS_FIRST = ~exists().where(Parent.segment_id == Segment.id)
+
+
+def _follows_only(parent: SegmentId) -> ColumnElement[bool]:
+    others = exists().where(Parent.segment_id == Segment.id, Parent.parent_id != parent)
+    return Segment.id.in_(select(Parent.segment_id).where(Parent.parent_id == parent)) & ~others
+
+
+_TEXTS = select(Segment.id, Segment.text).where(Segment.id.in_(bindparam("ids", expanding=True)))
+
+
+def _texts(connection: Connection, ids: Iterable[SegmentId]) -> Iterator[tuple[SegmentId, bytes]]:
+    for some in chunks(ids):
+        for segment_id, text in connection.execute(_TEXTS, {"ids": some}):
+            yield segment_id, utf8(text)
