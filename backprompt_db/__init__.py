@@ -16,7 +16,7 @@ from backprompt_db.text import Runner, register_pair_runner
 
 if TYPE_CHECKING:
     from backprompt_db import errors as errors
-    from backprompt_db.database import Counters as Counters
+    from backprompt_db.counting import Counters as Counters
     from backprompt_db.database import Database as Database
     from backprompt_db.errors import BackpromptError as BackpromptError
     from backprompt_db.generated import Generated as Generated
@@ -35,7 +35,7 @@ __version__ = version("backprompt-db")
 # Public names load when they are first used: the command line and a run of full hits need neither torch nor SQLAlchemy.
 _HOMES = {
     "BackpromptError": "errors",
-    "Counters": "database",
+    "Counters": "counting",
     "Database": "database",
     "Generated": "generated",
     "LanguageModel": "model",

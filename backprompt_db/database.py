@@ -8,12 +8,12 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from backprompt_db.codec import decode
+from backprompt_db.counting import Counters
 from backprompt_db.errors import (
     BlobFormat,
     CatalogError,
@@ -25,6 +25,7 @@ from backprompt_db.errors import (
 from backprompt_db.fidelity import Fidelity, restore_into
 from backprompt_db.files import OpenFiles
 from backprompt_db.filling import Filling, KVSpan
+from backprompt_db.flights import Flights
 from backprompt_db.keys import Address
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.store.contract import Key, Store
@@ -46,22 +47,6 @@ _OVERHEAD_NBYTES = 2048
 """What a part costs in memory beside its bytes, roughly."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
-    """What one database handle did since it was opened."""
-
-    num_hits: int
-    """Representations of which every part that was asked for was found."""
-    num_misses: int
-    num_stored: int
-    """Parts written."""
-    num_stored_nbytes: int
-    num_read_failures: int
-    num_write_failures: int
-    num_quarantined: int
-    """Damaged parts met, which count as misses."""
-
-
 class Database:
     """Representations by address. Use `open_database` to get one; it is a context manager.
 
@@ -81,8 +66,10 @@ class Database:
         strict: bool = False,
         fidelity: Fidelity = Fidelity.EXACT,
         memory_nbytes: int | None = None,
+        flights: Flights | None = None,
     ) -> None:
         self.directory = directory
+        self.flights = flights or Flights(None)
         self.fidelity = fidelity
         self.memory = MemoryTier(default_budget_nbytes() if memory_nbytes is None else memory_nbytes)
         self.readonly = readonly
@@ -92,10 +79,12 @@ class Database:
         catalog_path = None if directory is None else directory / _CATALOG
         self._files = OpenFiles(store, catalog_path, readonly=readonly, fidelity=fidelity)
         self._writer = self._files.writer
+        self.tally = self._files.tally
         self._is_closed = False
         self._finalizer = weakref.finalize(self, self._files.close_soon)
         self._finalizer.atexit = False  # then `_close_all` closes
-        self._num_hits = self._num_misses = self._num_read_failures = self._num_malformed = 0
+        self._has_failed_to_read = False
+        self._num_damaged = store.num_quarantined
         _open_databases.add(self)
 
     @property
@@ -119,6 +108,11 @@ class Database:
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)
 
+    @property
+    def counters(self) -> Counters:
+        """What this handle did since it was opened."""
+        return self.tally.counters
+
     def fetch(self, wanted: Mapping[Address, Iterable[Part]]) -> dict[Key, Arrays]:
         """Return the wanted parts that are there. Arrays are not to be written to; a miss is absent."""
         found = {}
@@ -126,8 +120,7 @@ class Database:
             arrays = {Key(address, part): self._get(Key(address, part)) for part in parts}
             found.update({key: value for key, value in arrays.items() if value is not None})
             is_hit = None not in arrays.values()
-            self._num_hits += is_hit
-            self._num_misses += not is_hit
+            self.tally.add("num_hits" if is_hit else "num_misses")
             self._files.uses[address] += is_hit
         return found
 
@@ -138,15 +131,10 @@ class Database:
         """
         self._check_open()
         queued = self._writer.get(key)
-        try:
-            return self._fill(key, span, dtype) if queued is None else _restore(queued, span)
-        except BlobFormat:
-            self.discard(key)
-        except FormatError:  # newer than this version
-            return False
-        except StoreError as error:
-            self._read_failed(error)
-        return False
+        is_found = self._copy(key, queued, span, dtype)
+        tier = "num_disk_hits" if queued is None else "num_memory_hits"
+        self.tally.add(tier if is_found else "num_part_misses")
+        return is_found
 
     def touch(self, addresses: Iterable[Address]) -> None:
         """Count uses of representations that are in memory already, as `fetch` does."""
@@ -164,14 +152,22 @@ class Database:
     def put(self, parts: Sequence[NewPart]) -> None:
         """Queue parts for writing; a database opened read-only drops them. Raises `StoreClosed` after `close`."""
         self._check_open()
+        origins = {part.key.address: part.origin for part in parts}
+        self.tally.add("num_computed_tokens", sum(origin.num_tokens for origin in origins.values()))
+        self.tally.add("computed_seconds", sum(origin.compute_seconds for origin in origins.values()))
         if not self.readonly:
             self._writer.put(parts)
 
+    def when_written(self, then: Callable[[], None]) -> None:
+        """Call `then`, which must not raise, as soon as all that was put by now is stored, or given up."""
+        self._writer.when_done(then)
+
     def discard(self, key: Key) -> None:
         """Remove a stored part that turned out to be unusable, and count it as quarantined."""
-        self._num_malformed += 1
+        self.tally.add("num_quarantined")
         self.memory.discard(key)
         logger.warning("quarantined the %s part of %s", key.part.name.lower(), key.address.hex())
+        self._report_quarantine(key, "cannot be used")
         if self.readonly:
             return
         try:
@@ -179,11 +175,19 @@ class Database:
         except StoreError as error:
             self._read_failed(error)
 
+    def report_if_damaged(self, key: Key) -> None:
+        """Put a part on the list of what went wrong, if the store has just found it damaged, and counted it."""
+        if self.store.num_quarantined > self._num_damaged:
+            self._num_damaged = self.store.num_quarantined
+            self._report_quarantine(key, "does not match its digest")
+
     def flush(self) -> None:
         """Wait until everything that was put is on disk. Raises the first `StoreError` since the last flush."""
         self._check_open()
-        self._writer.flush()
-        self._files.record_uses()
+        try:
+            self._writer.flush()
+        finally:
+            self._files.record_uses()
 
     def close(self) -> None:
         """Write what is queued and release the files. Closing twice is allowed.
@@ -200,19 +204,6 @@ class Database:
         if self.strict:
             self._writer.flush()
 
-    @property
-    def counters(self) -> Counters:
-        """What this handle did since it was opened."""
-        return Counters(
-            num_hits=self._num_hits,
-            num_misses=self._num_misses,
-            num_stored=self._writer.num_stored,
-            num_stored_nbytes=self._writer.num_stored_nbytes,
-            num_read_failures=self._num_read_failures,
-            num_write_failures=self._writer.num_failed,
-            num_quarantined=self._num_malformed + self.store.num_quarantined,
-        )
-
     def __enter__(self) -> Database:
         return self
 
@@ -228,9 +219,15 @@ class Database:
         self._check_open()
         known: Arrays | None = self._writer.get(key) or self.memory.get(key)
         if known is not None:
+            self.tally.add("num_memory_hits")
             return known
+        read = self._read(key)
+        self.tally.add("num_part_misses" if read is None else "num_disk_hits")
+        return read
+
+    def _read(self, key: Key) -> Arrays | None:
         try:
-            return self._read(key)
+            return self._decode(key)
         except FormatTooNew:
             return None
         except BlobFormat:
@@ -239,31 +236,49 @@ class Database:
             self._read_failed(error)
         return None
 
-    def _read(self, key: Key) -> Arrays | None:
+    def _decode(self, key: Key) -> Arrays | None:
         blob = self.store.get(key)
         if blob is None:
+            self.report_if_damaged(key)
             return None
         arrays = decode(key.part, blob)
         if key.part is not Part.KV:  # of which the memory tier holds whole prefixes, ready for use
             self.memory.put(key, arrays, nbytes=blob.nbytes + _OVERHEAD_NBYTES)
         return arrays
 
+    def _copy(self, key: Key, queued: Arrays | None, span: KVSpan, dtype: str) -> bool:
+        try:
+            return self._fill(key, span, dtype) if queued is None else _restore(queued, span)
+        except BlobFormat:
+            self.discard(key)
+        except FormatError:  # newer than this version
+            return False
+        except StoreError as error:
+            self._read_failed(error)
+        return False
+
     def _fill(self, key: Key, span: KVSpan, dtype: str) -> bool:
         if self.fidelity is Fidelity.EXACT:
             filling = Filling(span, dtype)
-            if not self.store.scan(key, filling.take):
-                return False
-            filling.finish()
-            return True
-        blob = self.store.get(key)
-        return blob is not None and _restore(decode(key.part, blob), span)
+            if self.store.scan(key, filling.take):
+                filling.finish()
+                return True
+        elif (blob := self.store.get(key)) is not None:
+            return _restore(decode(key.part, blob), span)
+        self.report_if_damaged(key)
+        return False
 
     def _read_failed(self, error: StoreError) -> None:
         if self.strict or isinstance(error, StoreClosed):
             raise error
-        if not self._num_read_failures:
+        if not self._has_failed_to_read:
             logger.warning("the store cannot be read, computing instead: %s", error)
-        self._num_read_failures += 1
+        self._has_failed_to_read = True
+        self.tally.add("num_read_failures")
+        self.tally.report("read-failure", str(error))
+
+    def _report_quarantine(self, key: Key, why: str) -> None:
+        self.tally.report("quarantine", f"the {key.part.name.lower()} part {why}", address=key.address)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backprompt_db.counting import Tally
 from backprompt_db.errors import CatalogError
 from backprompt_db.fidelity import Fidelity
 from backprompt_db.keys import Address
@@ -30,7 +31,8 @@ class OpenFiles:
         self.readonly = readonly
         self.uses: Counter[Address] = Counter()
         """Of representations, since they were last recorded."""
-        self.writer = Writer(store, lambda: self.catalog, fidelity=fidelity)
+        self.tally = Tally(store)
+        self.writer = Writer(store, lambda: self.catalog, fidelity=fidelity, tally=self.tally)
         self._catalog_path = catalog_path
 
     @cached_property
@@ -47,10 +49,11 @@ class OpenFiles:
             return None
 
     def record_uses(self) -> None:
-        """Enter the uses in the catalog, best effort."""
+        """Enter the uses, and what was counted, in the catalog, best effort."""
         uses, self.uses = +self.uses, Counter()
-        if not uses or self.readonly or self.catalog is None:
+        if self.readonly or not (uses or self.tally.has_news()) or self.catalog is None:
             return
+        self.tally.record(self.catalog)
         try:
             self.catalog.touch(uses, at=time.time())
         except CatalogError as error:

@@ -12,6 +12,7 @@ import platformdirs
 from backprompt_db.database import MEMORY, Database
 from backprompt_db.errors import FormatError, UnsafeLocation
 from backprompt_db.fidelity import Fidelity
+from backprompt_db.flights import Flights
 from backprompt_db.manifest import Manifest, read_manifest, write_manifest
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _STORE = "store"
 _LOCK = "manifest.lock"
+_FLIGHTS = "flights.lock"
 
 
 def default_location() -> Path:
@@ -34,6 +36,7 @@ def open_database(
     strict: bool = False,
     fidelity: str | None = None,
     memory_nbytes: int | None = None,
+    single_flight: bool = True,
 ) -> Database:
     """Open the database in a directory, making it if there is none, and return it.
 
@@ -41,7 +44,9 @@ def open_database(
     everything in memory. `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
     the errors of the store instead of computing what it could not give. `fidelity` says how closely a new database
     keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`. What was used last stays in memory, up to
-    `memory_nbytes`; the default is an eighth of the memory that is free.
+    `memory_nbytes`; the default is an eighth of the memory that is free. With `single_flight`, what another process is
+    computing already is waited for; `$BACKPROMPT_DB_SINGLE_FLIGHT` turns it off when it is 0, and
+    `$BACKPROMPT_DB_FLIGHT_SECONDS` says how long to wait without progress, 60 if not set.
 
     A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
 
@@ -76,6 +81,7 @@ def open_database(
         strict=strict,
         fidelity=manifest.fidelity,
         memory_nbytes=memory_nbytes,
+        flights=Flights(directory / _FLIGHTS if single_flight and not readonly else None),
     )
 
 

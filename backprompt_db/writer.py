@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backprompt_db.codec import encode_pieces
+from backprompt_db.counting import Tally
 from backprompt_db.errors import BackpromptError, StoreClosed
 from backprompt_db.fidelity import Fidelity, reduce
 from backprompt_db.representation import Arrays, Origin
@@ -58,13 +60,14 @@ class Writer:
     What is queued can be read with `get`, so a caller finds at once what it just put.
     """
 
-    def __init__(self, store: Store, catalog: Callable[[], Catalog | None], *, fidelity: Fidelity) -> None:
+    def __init__(
+        self, store: Store, catalog: Callable[[], Catalog | None], *, fidelity: Fidelity, tally: Tally
+    ) -> None:
         self._store = store
         self._fidelity = fidelity
         self._catalog = catalog
-        self.num_stored = 0
-        self.num_stored_nbytes = 0
-        self.num_failed = 0
+        self._tally = tally
+        self._has_failed = False
         self._reset()
         _writers.add(self)
 
@@ -75,6 +78,8 @@ class Writer:
         self._queued_nbytes = 0
         self._num_queued = 0
         self._num_done = 0
+        self._awaited: deque[tuple[int, Callable[[], None]]] = deque()
+        """Whom to tell when so many are done."""
         self._failure: BackpromptError | None = None
         self._thread: threading.Thread | None = None
         self._is_closing = False
@@ -112,6 +117,12 @@ class Writer:
         if failure is not None:
             raise failure
 
+    def when_done(self, then: Callable[[], None]) -> None:
+        """Call `then`, which must not raise, as soon as everything queued by now is stored or given up."""
+        with self._changed:
+            self._awaited.append((self._num_queued, then))
+        self._tell()
+
     def close(self) -> None:
         """Store what is queued and end the thread."""
         with self._changed:
@@ -147,7 +158,16 @@ class Writer:
                         self._queued_nbytes -= part.nbytes
                         self._num_done += 1
                 self._changed.notify_all()
+            self._tell()
         return bool(group)
+
+    def _tell(self) -> None:
+        with self._changed:
+            due = []
+            while self._awaited and self._awaited[0][0] <= self._num_done:
+                due.append(self._awaited.popleft()[1])
+        for then in due:
+            then()
 
     def _next_group(self) -> list[NewPart]:
         with self._changed:
@@ -167,9 +187,9 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - a failing cache never fails the computation
             self._fail(error, len(blobs))
             return
-        self.num_stored += len(new)
         sizes = {blob.key: blob.nbytes for blob in blobs if blob.key in new}
-        self.num_stored_nbytes += sum(sizes.values())
+        self._tally.add("num_stored", len(new))
+        self._tally.add("num_stored_nbytes", sum(sizes.values()))
         self._record(group, sizes)
 
     def _encode(self, part: NewPart) -> Blob | None:
@@ -188,15 +208,18 @@ class Writer:
 
                 stored = [StoredPart(*part.key, sizes[part.key], part.origin) for part in parts]
                 catalog.record(stored, at=time.time())
+                self._tally.record(catalog)
         except Exception as error:  # noqa: BLE001 - no hit needs the catalog, and the thread must live on
             logger.warning("the catalog missed %d parts (`backprompt-db reindex` adds them): %s", len(parts), error)
 
     def _fail(self, error: Exception, num_parts: int) -> None:
         if not isinstance(error, BackpromptError):
             error = BackpromptError(f"writing failed: {error!r}", hint="The results are right but were not stored.")
-        if not self.num_failed:
+        if not self._has_failed:
             logger.warning("parts could not be stored, computation goes on: %s", error)
-        self.num_failed += num_parts
+        self._has_failed = True
+        self._tally.add("num_write_failures", num_parts)
+        self._tally.report("write-failure", str(error))
         self._failure = self._failure or error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks.batches import unrelated_prompts
 from benchmarks.exactness import exactness
 from benchmarks.fidelity import lossy_databases
+from benchmarks.flights import single_flight
 from benchmarks.generation import after_long_prefix, after_stored_prefix
 from benchmarks.growth import lengths_and_depths, many_leaves
 from benchmarks.identity import identity
@@ -39,6 +40,7 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "writes": (cold_runs, throughput),
     "fidelity": (lossy_databases,),
     "generation": (after_stored_prefix, after_long_prefix),
+    "flights": (single_flight,),
     "startup": (startup,),
     "exactness": (exactness,),
     "limits": (limits,),

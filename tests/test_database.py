@@ -62,7 +62,7 @@ def test_what_was_put_is_found_at_once_and_after_reopening(open_db: Open, tmp_pa
         assert (db.counters.num_hits, db.counters.num_misses) == (2, 1)
     with open_db(tmp_path / "db") as db:
         assert values(db.fetch(wanted("a", "b"))) == expected("a", "b")
-        assert db.counters == bp.Counters(2, 0, 0, 0, 0, 0, 0)
+        assert db.counters == bp.Counters(num_hits=2, num_disk_hits=2)
 
 
 def test_leaving_the_block_writes_and_closes(open_db: Open, tmp_path: Path) -> None:

@@ -3,60 +3,38 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import backprompt_db as bp
 from backprompt_db.database import Database
-from backprompt_db.store.lmdb import LmdbStore
 from tests.database_parts import expected, new_part, values, wanted
+from tests.fault_parts import (
+    IN_OTHER_SHOES,
+    TIMEOUT_SECONDS,
+    assert_reads_back,
+    check,
+    new_parts,
+    prompt,
+    public_directory,
+    put_prompts,
+    run,
+    start,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-
-PREAMBLE = """
-import logging, os, sys, threading
-import backprompt_db as bp
-from tests.database_parts import *
-place = sys.argv[1]
-"""
-
-ROOT = Path(__file__).parents[1]
-
-
-def start(script: str, place: Path, *, preexec: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-c", PREAMBLE + script, str(place)]
-    pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=preexec)  # noqa: PLW1509
-
-
-def run(script: str, place: Path, *, preexec: Callable[[], None] | None = None) -> tuple[list[str], str]:
-    """Run a script in a process of its own; return the words that it prints and what it logs."""
-    with start(script, place, preexec=preexec) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out.split(), err
-
-
-def check(place: Path) -> set[bytes]:
-    """Everything that is stored can be read; return the addresses."""
-    store = LmdbStore(place / "store")
-    keys = [key for key, _ in store.keys()]
-    assert all(store.get(key) is not None for key in keys)
-    assert store.num_quarantined == 0
-    store.close()
-    return {key.address for key in keys}
 
 
 @pytest.fixture
@@ -204,28 +182,67 @@ def test_forks_while_the_writer_is_busy_do_not_hang(db: Database) -> None:
     assert db.counters.num_quarantined == db.counters.num_write_failures == 0
 
 
+def put_and_leave(place: Path, number: int, db: Database | None = None) -> None:
+    """Compute something and end without a word, in a process of multiprocessing."""
+    db = db or bp.open(place)
+    assert_reads_back(db, [0])
+    db.put(new_parts(prompt(number)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_of_multiprocessing_share_the_database_and_lose_nothing(tmp_path: Path, method: str) -> None:
+    with bp.open(tmp_path / "db") as db:
+        put_prompts(db, [0])
+        context: Any = multiprocessing.get_context(method)
+        handle = db if method == "fork" else None
+        workers = [context.Process(target=put_and_leave, args=(db.directory, number, handle)) for number in (1, 2)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(TIMEOUT_SECONDS)
+        assert [worker.exitcode for worker in workers] == [0, 0]
+        put_prompts(db, [3])
+        assert_reads_back(db, [0, 1, 2, 3])
+
+
+class Requests(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """What a model makes of requests, for the workers of a data loader."""
+
+    def __init__(self, lm: bp.LanguageModel, requests: list[str]) -> None:
+        self.lm = lm
+        self.requests = requests
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        result = (self.lm.text("Pick the endpoint.\n") + self.requests[number])()
+        return result.logits, result.num_computed_tokens
+
+
+def test_workers_of_a_data_loader_read_what_is_stored_and_store_what_they_compute(lm: bp.LanguageModel) -> None:
+    requests = Requests(lm, [f"Request: show me order {number}" for number in range(8)])
+    before = [requests[number][0] for number in range(4)]
+    lm.db.flush()
+    loader = torch.utils.data.DataLoader(requests, batch_size=None, num_workers=2, multiprocessing_context="fork")
+    logits, nums_computed = zip(*loader, strict=True)
+    assert [num == 0 for num in nums_computed] == [True] * 4 + [False] * 4
+    assert all(torch.equal(*pair) for pair in zip(logits, before, strict=False))
+    again = [requests[number] for number in range(8)]
+    assert [num for _, num in again] == [0] * 8
+    assert all(torch.equal(now, then) for (now, _), then in zip(again, logits, strict=True))
+    assert lm.db.counters.num_quarantined == lm.db.counters.num_read_failures == 0
+
+
 @pytest.fixture
 def public_place() -> Iterator[Path]:
-    """A directory that any user can reach."""
-    place = Path(tempfile.mkdtemp(dir="/tmp"))
-    place.chmod(0o755)
-    yield place
-    for directory in [place, *(path for path in place.rglob("*") if path.is_dir())]:
-        directory.chmod(0o755)
-    shutil.rmtree(place)
+    with public_directory() as directory:
+        yield directory
 
 
 def let_all_read(place: Path) -> None:
     for path in [*place.rglob("*"), place]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-
-
-IN_OTHER_SHOES = """
-if os.geteuid() == 0:
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
-logging.basicConfig(format="LOG %(message)s")
-"""
-"""Root becomes nobody; another user has no right to write either. After imports, which nobody may have no right to."""
 
 
 def test_a_user_who_may_only_read_finds_what_is_there_and_keeps_nothing(public_place: Path) -> None:

@@ -20,7 +20,7 @@ from backprompt_db.database import Database
 from backprompt_db.errors import StoreClosed
 from backprompt_db.store.lmdb import LmdbStore
 from tests.database_parts import BROKEN, FaultyStore, address, expected, new_part, values, wanted
-from tests.test_database_processes import check, run
+from tests.fault_parts import check, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

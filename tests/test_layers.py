@@ -23,7 +23,7 @@ LAYERS = [
     ["errors", "failpoints"],
     ["text", "keys", "representation", "generated"],
     ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement"],
-    ["tier", "database", "files", "flights", "collector", "opening", "writer", "maintenance"],
+    ["tier", "counting", "database", "files", "flights", "collector", "opening", "writer", "maintenance"],
     ["compute"],
     ["model"],
     ["cli", "demo", "__init__", "__main__"],

@@ -78,7 +78,7 @@ def test_what_is_missing_can_be_computed_from_what_is_stored(text: Text, stored:
     segments = text.segments()
     have = {(segment, part) for number, segment in enumerate(segments) for part in Part if (number, part) in stored}
     wanted = dict.fromkeys(segments[-2:], frozenset({Part.SCORES}))
-    missing = plan.missing_segments(wanted, is_stored=lambda segment, part: (segment, part) in have)
+    missing = plan.missing_parts(wanted, is_stored=lambda segment, part: (segment, part) in have)
     assert all(((segment, Part.SCORES) in have) or segment in missing for segment in wanted)
     for segment in missing:
         assert all((other, Part.KV) in have or other in missing for other in visible(segment))
@@ -89,7 +89,7 @@ def test_what_is_missing_can_be_computed_from_what_is_stored(text: Text, stored:
 def test_a_stored_leaf_needs_nothing_of_its_ancestors() -> None:
     leaf = (Text("a") + "b" + "c").segments()[-1]
     wanted = {leaf: frozenset({Part.SCORES})}
-    assert plan.missing_segments(wanted, is_stored=lambda segment, part: segment == leaf) == []
+    assert plan.missing_parts(wanted, is_stored=lambda segment, part: segment == leaf) == {}
 
 
 def test_unrelated_prompts_are_not_packed_without_bound() -> None:

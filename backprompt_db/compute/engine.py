@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -12,6 +12,7 @@ from backprompt_db.catalog import ModelRecord, TokenizerRecord
 from backprompt_db.compute import plan
 from backprompt_db.compute.job import Job, Need, Wanted
 from backprompt_db.compute.names import Names
+from backprompt_db.compute.turns import Turns
 from backprompt_db.errors import ModelMismatch
 from backprompt_db.fidelity import Fidelity, restore
 from backprompt_db.keys import TokenizerId, WeightsId
@@ -63,22 +64,24 @@ class Engine:
             was_fetched = part in wanted.get(segment, ()) or (segment, part) in lost
             return (segment, part) in found or (not was_fetched and self._db.has(names.key(segment, part)))
 
-        while missing := plan.missing_segments(wanted, is_stored=is_stored):
-            job = self._prepare(names, missing, wanted=wanted, keep=keep)
-            for pack in self._with_progress(job):
-                context, unusable = self._bring(names, job, pack, found)
-                if unusable:  # evicted or damaged since it was looked up: plan again without it
-                    lost.update(unusable)
-                    break
-                result = job.compute(pack, context, found)
-                self._leave(names, job, pack, context, num_whole=result.num_whole)
-                self._persist(names, job, pack, result)
-                found.update(
-                    {need: part for need, part in result.parts.items() if job.is_used(need) and need not in found}
-                )
-                job.release(pack, found)
-                computed.update(pack.segments)
-                self.num_computed_tokens += job.num_tokens(pack)
+        with Turns(self._db, names) as turns:
+            while missing := plan.missing_parts(wanted, is_stored=is_stored):
+                job = self._prepare(names, missing, turns.available(missing), wanted=wanted, keep=keep)
+                for pack in self._with_progress(job):
+                    if not self._take(turns, names, job, pack, lost):  # others compute it, or have: plan again after
+                        continue
+                    context, unusable = self._bring(names, job, pack, found)
+                    if unusable:  # evicted or damaged since it was looked up: plan again without it
+                        lost.update(unusable)
+                        break
+                    result = job.compute(pack, context, found)
+                    self._leave(names, job, pack, context, num_whole=result.num_whole)
+                    self._persist(names, job, pack, result)
+                    turns.hand_over()
+                    job.retain(pack, result, found)
+                    computed.update(pack.segments)
+                    self.num_computed_tokens += job.num_tokens(pack)
+                self._catch_up(names, turns.left, wanted, found, lost)
         self._count(found, wanted, computed)
         return found, computed
 
@@ -142,9 +145,36 @@ class Engine:
                     del found[need]
         return found
 
+    def _catch_up(
+        self, names: Names, left: Iterable[Segment], wanted: Wanted, found: dict[Need, Arrays], lost: set[Need]
+    ) -> None:
+        """Fetch what others have stored of the segments that were left to them."""
+        needs = [(segment, part) for segment in left for part in wanted.get(segment, ())]
+        absent = [need for need in needs if need not in found and need not in lost]
+        stored = [need for need in absent if self._db.has(names.key(*need))]
+        found.update(self._fetch(names, stored))
+        lost.update(need for need in stored if need not in found)
+
     def _restored(self, kv: Arrays) -> Arrays:
         """Give keys and values of a lossy database the model's dtype."""
         return kv if self._db.fidelity is Fidelity.EXACT else restore(kv, self._source.runtime.kv_dtype)
+
+    def _take(self, turns: Turns, names: Names, job: Job, pack: plan.Pack, lost: set[Need]) -> bool:
+        """Whether to compute a pack now: no other call is at it, nor has any of it been stored since it was planned."""
+        if not turns.take(pack):
+            return False
+        # Looked up only now: who had claimed a segment before may have stored it meanwhile.
+        are_stored = [self._is_stored_by_now(names, job, segment, lost) for segment in pack.segments]
+        if any(are_stored):
+            turns.leave(pack)
+        return not any(are_stored)
+
+    def _is_stored_by_now(self, names: Names, job: Job, segment: Segment, lost: set[Need]) -> bool:
+        """Whether all is stored that was missing of a segment; what is stored will not be kept once more."""
+        parts = job.missing[segment] | job.keep[segment]
+        stored = frozenset(part for part in parts if self._db.has(names.key(segment, part)))
+        job.keep[segment] -= stored
+        return job.missing[segment] <= {part for part in stored if (segment, part) not in lost}
 
     def _bring(self, names: Names, job: Job, pack: plan.Pack, found: dict[Need, Arrays]) -> tuple[KVBuffer, list[Need]]:
         """Bring a pack's context into one buffer, its predictors' logits into `found`; also return what is not there.
@@ -186,8 +216,13 @@ class Engine:
         context.contents += [names.content(segment, len(job.input_ids[segment])) for segment in chain]
         job.runtime.leave(self._db.memory, context)
 
-    def _prepare(self, names: Names, missing: list[Segment], *, wanted: Wanted, keep: Wanted) -> Job:
-        """Tokenise what is needed, check that it can be run, and divide it into packs. Loads the model if need be."""
+    def _prepare(
+        self, names: Names, missing: Wanted, available: Sequence[Segment], *, wanted: Wanted, keep: Wanted
+    ) -> Job:
+        """Tokenise what is missing, check that it can be run, and divide what is available of it into packs.
+
+        Loads the model if need be.
+        """
         segments = ancestry(missing)
         input_ids = self._source.tokenizer.encode(segments)
         num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
@@ -198,14 +233,11 @@ class Engine:
         self._log_seams(missing)
         max_segments = 1 if self._deterministic or not runtime.takes_packs else None
         packs = plan.packs(
-            missing, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
+            available, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
         )
         runtime.require_runnable(packs, input_ids, starts)
-        kept = {
-            segment: frozenset(part for part in keep.get(segment, Part) if not self._db.has(names.key(segment, part)))
-            for segment in missing
-        }
-        return Job(runtime, packs, input_ids, starts, wanted, kept, is_deterministic=self._deterministic)
+        kept = {segment: frozenset(keep.get(segment, Part)) for segment in available}
+        return Job(runtime, packs, input_ids, starts, wanted, missing, kept, is_deterministic=self._deterministic)
 
     def _proven_runtime(self, names: Names) -> Runtime:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
@@ -261,7 +293,7 @@ class Engine:
             if (segment, Part.SCORES) in found and segment not in computed:
                 self.num_cached_tokens += found[segment, Part.SCORES]["input_ids"].shape[0]
 
-    def _log_seams(self, missing: list[Segment]) -> None:
+    def _log_seams(self, missing: Collection[Segment]) -> None:
         for seam in self._source.tokenizer.seams(missing):
             if seam not in self._logged_seams:
                 self._logged_seams.add(seam)

@@ -32,8 +32,10 @@ class Job:
     input_ids: Mapping[Segment, Sequence[int]]
     starts: Mapping[Segment, int]
     wanted: Wanted
-    keep: Wanted
-    """Parts to store of each segment that is computed."""
+    missing: Wanted
+    """Parts that something needs and that nobody had stored when the packs were planned."""
+    keep: MutableMapping[Segment, frozenset[Part]]
+    """Parts to store of each segment that is computed; without those that were, when its pack's turn has come."""
     is_deterministic: bool
     """Whether all parts are computed each time, so that a part has the same bits whatever else is wanted."""
 
@@ -60,8 +62,12 @@ class Job:
         """Whether a part was asked for, or another pack needs it."""
         return need in self._last_use or need[1] in self.wanted.get(need[0], ())
 
-    def release(self, pack: Pack, found: MutableMapping[Need, Arrays]) -> None:
-        """Drop from `found` what no later pack needs and nobody asked for: memory holds no more than it must."""
+    def retain(self, pack: Pack, computed: Computed, found: MutableMapping[Need, Arrays]) -> None:
+        """Add to `found` what a pack has computed, but for what nobody asked for and no other pack needs.
+
+        What no later pack needs is dropped: memory holds no more than it must.
+        """
+        found.update({need: part for need, part in computed.parts.items() if self.is_used(need) and need not in found})
         for need in pack.needs:
             if self._last_use[need] is pack and need[1] not in self.wanted.get(need[0], ()):
                 found.pop(need, None)

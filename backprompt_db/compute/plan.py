@@ -58,27 +58,28 @@ class Pack:
         return tuple(dict.fromkeys(parent for parent in single if parent not in inside))
 
 
-def missing_segments(
+def missing_parts(
     wanted: Mapping[Segment, Collection[Part]], *, is_stored: Callable[[Segment, Part], bool]
-) -> list[Segment]:
+) -> dict[Segment, frozenset[Part]]:
     """Return the segments to compute so that every wanted part is there, parents before children.
 
-    Computing a segment needs the keys and values of everything visible to it and, for the log-probability of its first
-    token, its parent's logits; what of that is not stored is computed too.
+    Each comes with the parts that are needed of it and not stored. Computing a segment needs the keys and values of
+    everything visible to it and, for the log-probability of its first token, its parent's logits; what of that is not
+    stored is computed too.
     """
     needed = {segment: set(wanted.get(segment, ())) for segment in ancestry(wanted)}
-    missing, context = [], set[Segment]()
+    missing, context = dict[Segment, frozenset[Part]](), set[Segment]()
     for segment in reversed(list(needed)):
-        is_missing = any(not is_stored(segment, part) for part in needed[segment])
-        if is_missing:
-            missing.append(segment)
+        unstored = frozenset(part for part in needed[segment] if not is_stored(segment, part))
+        if unstored:
+            missing[segment] = unstored
             if len(segment.parents) == 1:
                 needed[segment.parents[0]].add(Part.LOGITS)
-        if is_missing or segment in context:
+        if unstored or segment in context:
             context.update(segment.parents)
             for parent in segment.parents:
                 needed[parent].add(Part.KV)
-    return missing[::-1]
+    return dict(reversed(missing.items()))
 
 
 def positions(segments: Iterable[Segment], num_tokens: Mapping[Segment, int]) -> dict[Segment, int]:

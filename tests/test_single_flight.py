@@ -1,0 +1,501 @@
+"""Several processes, or threads, that miss the same segments at once: each segment is computed by one of them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+import backprompt_db as bp
+from backprompt_db.compute.forward import Computed
+from backprompt_db.compute.plan import Pack
+from backprompt_db.compute.runtime import Runtime
+from backprompt_db.database import Database
+from backprompt_db.errors import StoreError
+from backprompt_db.flights import PATIENCE, SWITCH, Claims, Flights
+from backprompt_db.keys import Address, address
+from backprompt_db.representation import Part
+from backprompt_db.store.contract import Key
+from tests.conftest import plain_logprobs, tiny_gpt2
+from tests.database_parts import BROKEN, FaultyStore
+from tests.maintenance_parts import back_door
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+LONG = 30.0
+LOCK = "flights.lock"
+CONTEXT = "0123456789" * 20
+"""200 tokens: the tokenizer never saw a digit beside another."""
+ENDINGS = ["show me everyone", "create an order", "the lazy dog", "the quick brown fox", "x", "yy", "zzz", "GET /users"]
+FORK: Any = multiprocessing.get_context("fork")
+
+
+Logprobs = npt.NDArray[np.float32]
+"""Arrays, because tensors are not sent through a pipe but shared."""
+
+
+class Answer(NamedTuple):
+    """What a process has to tell of its prompts."""
+
+    logprobs: list[Logprobs]
+    num_computed_tokens: int
+    num_waits: int
+
+
+class Child:
+    """A process that does one thing and tells what came of it."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=lambda: theirs.send(work()))
+        self.process.start()
+        theirs.close()
+
+    def result(self) -> Any:
+        assert self._pipe.poll(LONG), "the child hangs"
+        answer = self._pipe.recv()
+        self.process.join(LONG)
+        return answer
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[Callable[[], object]], Child]]:
+    """Start children that end with the test."""
+    children: list[Child] = []
+
+    def one(work: Callable[[], object]) -> Child:
+        children.append(Child(work))
+        return children[-1]
+
+    yield one
+    for child in children:
+        child.process.kill()
+        child.process.join()
+
+
+@pytest.fixture
+def place(tmp_path: Path, gpt2: Any, tokenizer: Any) -> Path:
+    """A database in which the model is proven, and nothing of the prompts is stored."""
+    with bp.open(tmp_path / "db") as db:
+        bp.LanguageModel(gpt2, tokenizer, db=db)("Something else.")
+    return tmp_path / "db"
+
+
+@pytest.fixture
+def run(place: Path, gpt2: Any, tokenizer: Any) -> Callable[..., Answer]:
+    """Run prompts, one after the other, as one process does that opens the database and closes it."""
+
+    def answer(prompts: Sequence[Any], **options: Any) -> Answer:
+        with bp.open(place, **options) as db:
+            lm = bp.LanguageModel(gpt2, tokenizer, db=db, progress=False)
+            logprobs = [lm(prompt).token_logprobs.numpy() for prompt in prompts]
+            return Answer(logprobs, lm.counters.num_computed_tokens, db.counters.num_waits)
+
+    return answer
+
+
+def prompts_of(endings: Sequence[str]) -> list[bp.Text]:
+    return [bp.Text(CONTEXT) + ending for ending in endings]
+
+
+def addresses_of(lm: bp.LanguageModel, text: bp.Text) -> list[Address]:
+    return [address(segment.id, lm.weights_id, lm.tokenizer_id) for segment in text.segments()]
+
+
+def take(path: Path, addresses: Sequence[Address]) -> Claims:
+    """Claim something as another process would."""
+    claims = Flights(path).claims()
+    assert all(claims.take(each) for each in addresses)
+    return claims
+
+
+def is_free(path: Path, one: Address) -> bool:
+    with closing(Flights(path).claims()) as claims:
+        is_taken = claims.take(one)
+        claims.give_back([one])
+    return is_taken
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def hold(place: Path, text: bp.Text, begin: Any, gpt2: Any, tokenizer: Any) -> None:
+    """Let a process begin and wait until it has claimed a text's segments."""
+    begin.set()
+    here = addresses_of(bp.LanguageModel(gpt2, tokenizer), text)
+    until(lambda: not any(is_free(place / LOCK, each) for each in here))
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    return thread, results
+
+
+def assert_right(gpt2: Any, tokenizer: Any, text: bp.Text, logprobs: Logprobs) -> None:
+    ids = [token for segment in text.segments() for token in tokenizer(segment.string)["input_ids"]]
+    assert np.allclose(logprobs[1:], plain_logprobs(gpt2, torch.tensor(ids))[0][1:], atol=1e-3)
+
+
+def num_descriptors() -> int:
+    """How many this process has of lock files."""
+    return sum(link.is_symlink() and str(link.readlink()).endswith(LOCK) for link in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.parametrize("pace", ["at once", "while nobody can commit"])
+def test_eight_processes_compute_a_shared_prefix_once(
+    place: Path, run: Any, start: Any, gpt2: Any, tokenizer: Any, pace: str
+) -> None:
+    is_slow = pace == "while nobody can commit"
+    barrier = FORK.Barrier(9)
+    children = [start(lambda text=text: (barrier.wait(LONG), run([text]))[1]) for text in prompts_of(ENDINGS)]
+    if is_slow:
+        with back_door(place):  # holds the lock of all who write
+            barrier.wait(LONG)
+            time.sleep(0.5)
+    else:
+        barrier.wait(LONG)
+    answers = [child.result() for child in children]
+    shutil.rmtree(place)
+    alone = run(prompts_of(ENDINGS))
+    total = sum(answer.num_computed_tokens for answer in answers)
+    assert alone.num_computed_tokens > 200 + len(ENDINGS)
+    assert total <= 1.1 * alone.num_computed_tokens
+    if is_slow:
+        assert sorted(answer.num_waits for answer in answers)[:2] == [0, 1]
+        assert total == alone.num_computed_tokens
+    for answer, text in zip(answers, prompts_of(ENDINGS), strict=True):
+        assert_right(gpt2, tokenizer, text, answer.logprobs[0])
+
+
+def test_the_results_are_the_same_without_single_flight(
+    place: Path, run: Any, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run(prompts_of(ENDINGS[:3]))
+    for option in ("argument", "environment"):
+        shutil.rmtree(place)
+        if option == "environment":
+            monkeypatch.setenv(SWITCH, "0")
+        others = run(prompts_of(ENDINGS[:3]), single_flight=option == "environment")
+        assert all(np.array_equal(a[1:], b[1:]) for a, b in zip(here.logprobs, others.logprobs, strict=True))
+        assert (others.num_computed_tokens, others.num_waits) == (here.num_computed_tokens, 0)
+        assert not (place / LOCK).exists()
+
+
+def test_a_hit_does_not_touch_the_lock_file(place: Path, run: Any) -> None:
+    run(prompts_of(ENDINGS[:2]))
+    (place / LOCK).unlink()
+    assert run(prompts_of(ENDINGS[:2])).num_computed_tokens == 0
+    assert not (place / LOCK).exists()
+
+
+def test_who_waits_for_a_killed_process_goes_on_at_once(
+    place: Path, run: Any, start: Any, gpt2: Any, tokenizer: Any
+) -> None:
+    text = bp.Text(CONTEXT) + "x"
+    holds, waits = FORK.Event(), FORK.Event()
+    holder = start(lambda: (holds.wait(LONG), run([text])))
+    waiter = start(lambda: (waits.wait(LONG), run([text]))[1])
+    with back_door(place):  # the holder's writer cannot commit
+        hold(place, text, holds, gpt2, tokenizer)
+        waits.set()
+        time.sleep(0.3)
+        holder.signal(signal.SIGKILL)
+    answer = waiter.result()
+    assert (answer.num_computed_tokens, answer.num_waits) == (201, 1)
+    assert run([text]).num_computed_tokens == 0
+
+
+def test_who_waits_for_a_stopped_process_computes_after_a_while(
+    place: Path, run: Any, start: Any, gpt2: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PATIENCE, "0.2")
+    text = bp.Text(CONTEXT) + "x"
+    holds, waits = FORK.Event(), FORK.Event()
+    holder = start(lambda: (holds.wait(LONG), run([text]))[1])
+    waiter = start(lambda: (waits.wait(LONG), run([text]))[1])
+    with back_door(place):
+        hold(place, text, holds, gpt2, tokenizer)
+        holder.signal(signal.SIGSTOP)
+    waits.set()
+    answer = waiter.result()
+    assert (answer.num_computed_tokens, answer.num_waits) == (201, 1)
+    holder.signal(signal.SIGCONT)
+    assert np.array_equal(holder.result().logprobs[0][1:], answer.logprobs[0][1:])
+
+
+def test_waiting_in_vain_is_said(
+    place: Path, run: Any, gpt2: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = bp.Text(CONTEXT) + "x"
+    holder = take(place / LOCK, addresses_of(bp.LanguageModel(gpt2, tokenizer), text))
+    monkeypatch.setenv(PATIENCE, "0.05")
+    assert run([text])[1:] == (201, 1)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "computing 2 segments for more than 0.05 s" in caplog.text
+    holder.close()
+
+
+def test_a_computation_that_fails_is_nobody_elses_problem(
+    lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = bp.Text(CONTEXT) + "x"
+    lm("Something else.")
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "compute", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lm(text)
+    assert lm.db.directory is not None
+    assert all(is_free(lm.db.directory / LOCK, each) for each in addresses_of(lm, text))
+    until(lambda: num_descriptors() == 0)
+    assert lm(text).num_computed_tokens == 201
+
+
+def test_what_a_failed_call_had_not_computed_is_free_before_the_rest_is_written(
+    tmp_path: Path, make_lm: Callable[..., bp.LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FaultyStore()
+    db = Database(store, directory=None, flights=Flights(tmp_path / LOCK))
+    lm = make_lm(db=db, deterministic=True)  # a pass for each segment
+    store.may_write.clear()
+    text = bp.Text("a") + "b"
+    compute = Runtime.compute
+
+    def fail_at_second(runtime: Runtime, pack: Pack, **arguments: Any) -> Computed:
+        if pack.segments[0].string == "b":
+            raise KeyboardInterrupt
+        return compute(runtime, pack, **arguments)
+
+    monkeypatch.setattr(Runtime, "compute", fail_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        lm(text)
+    assert [is_free(tmp_path / LOCK, each) for each in addresses_of(lm, text)] == [False, True]
+    store.may_write.set()
+    db.close()
+    assert is_free(tmp_path / LOCK, addresses_of(lm, text)[0])
+
+
+@pytest.mark.parametrize("error", [None, BROKEN], ids=["written", "given up"])
+def test_what_is_computed_is_claimed_until_it_is_written_or_given_up(
+    tmp_path: Path, make_lm: Callable[..., bp.LanguageModel], error: StoreError | None
+) -> None:
+    store = FaultyStore()
+    db = Database(store, directory=None, flights=Flights(tmp_path / LOCK))
+    lm = make_lm(db=db)
+    store.may_write.clear()
+    lm(bp.Text("a") + "b")
+    here = addresses_of(lm, bp.Text("a") + "b")
+    assert not any(is_free(tmp_path / LOCK, each) for each in here)
+    store.error = error
+    store.may_write.set()
+    with pytest.raises(StoreError) if error else nullcontext():
+        db.flush()
+    until(lambda: all(is_free(tmp_path / LOCK, each) for each in here))
+    store.error = None
+    db.close()
+
+
+def test_a_child_that_is_forked_meanwhile_changes_nothing(
+    tmp_path: Path, make_lm: Callable[..., bp.LanguageModel], start: Any
+) -> None:
+    store = FaultyStore()
+    db = Database(store, directory=None, flights=Flights(tmp_path / LOCK))
+    lm = make_lm(db=db)
+    store.may_write.clear()
+    text = bp.Text("a") + "b"
+    here = lm(text)
+
+    def work() -> tuple[Logprobs, int]:
+        db.flights.patience_seconds = 0.1
+        return lm(text).token_logprobs.numpy(), db.counters.num_waits
+
+    logprobs, num_waits = start(work).result()
+    assert np.array_equal(logprobs[1:], here.token_logprobs.numpy()[1:])
+    assert num_waits == 1
+    assert not any(is_free(tmp_path / LOCK, each) for each in addresses_of(lm, text))
+    store.may_write.set()
+    db.flush()
+    until(lambda: all(is_free(tmp_path / LOCK, each) for each in addresses_of(lm, text)))
+    db.close()
+
+
+def test_threads_with_one_database_compute_what_they_share_once(
+    gpt2: Any, make_lm: Callable[..., bp.LanguageModel], db: Database
+) -> None:
+    make_lm(db=db)("Something else.")
+    before = db.counters.num_computed_tokens
+    barrier = threading.Barrier(4)
+    models = [make_lm(db=db) for _ in range(4)]
+    texts = prompts_of(["x", "x", "y", "z"])
+
+    def work(lm: bp.LanguageModel, text: bp.Text) -> Logprobs:
+        barrier.wait(LONG)
+        return lm(text).token_logprobs.numpy()
+
+    threads = [in_thread(partial(work, lm, text)) for lm, text in zip(models, texts, strict=True)]
+    for (thread, results), text in zip(threads, texts, strict=True):
+        thread.join(LONG)
+        assert_right(gpt2, models[0].tokenizer, text, results[0])
+    assert db.counters.num_computed_tokens - before == 203
+
+
+def test_what_nobody_else_computes_is_not_held_up(lm: bp.LanguageModel) -> None:
+    assert lm.db.directory is not None
+    lm("Something else.")
+    context = bp.Text("Pick one.\n")
+    busy, free = context + "The quick brown fox", context + "jumps over"
+    (busy_address,) = addresses_of(lm, busy)[1:]
+    holder = take(lm.db.directory / LOCK, [busy_address])
+    thread, results = in_thread(lambda: lm([busy + " and more", free]))
+    until(lambda: all(lm.db.has(Key(each, Part.KV)) for each in addresses_of(lm, free)))
+    until(lambda: lm.db.counters.num_waits == 1)
+    assert not lm.db.has(Key(busy_address, Part.KV))
+    assert is_free(lm.db.directory / LOCK, addresses_of(lm, busy + " and more")[-1])  # who waits holds nothing
+    holder.close()
+    thread.join(LONG)
+    assert lm.db.counters.num_waits == 1
+    for text, result in zip([busy + " and more", free], results[0], strict=True):
+        assert_right(lm.model, lm.tokenizer, text, result.token_logprobs.numpy())
+
+
+def test_parts_that_the_other_has_not_kept_are_computed(
+    place: Path, run: Any, gpt2: Any, tokenizer: Any, make_lm: Callable[..., bp.LanguageModel]
+) -> None:
+    text = bp.Text("Pick one.\n") + "jumps over"
+    run(["Pick one.\n"])
+    with bp.open(place, single_flight=False) as other, bp.open(place) as db:
+        lm = make_lm(db=db)
+        holder = take(place / LOCK, addresses_of(lm, text)[1:])
+        thread, results = in_thread(lambda: lm(text))
+        until(lambda: db.counters.num_waits == 1)
+        make_lm(db=other).score("Pick one.\n", ["jumps over"])  # keeps scores alone
+        other.flush()
+        holder.close()
+        thread.join(LONG)
+        num_tokens = len(tokenizer("jumps over")["input_ids"])
+        assert (lm.counters.num_computed_tokens, lm.counters.num_cached_tokens) == (
+            num_tokens,
+            len(tokenizer("Pick one.\n")["input_ids"]),
+        )
+        assert results[0].past_key_values.get_seq_length() == results[0].input_ids.numel()
+
+
+class LateFlights(Flights):
+    """Flights of a call in which others finish between its first look at the database and its claims."""
+
+    def __init__(self, path: Path, meanwhile: Callable[[], object]) -> None:
+        super().__init__(path)
+        self._meanwhile = meanwhile
+
+    def claims(self) -> Claims:
+        self._meanwhile()
+        return super().claims()
+
+
+def test_what_was_stored_between_planning_and_claiming_is_found(
+    place: Path, run: Any, make_lm: Callable[..., bp.LanguageModel]
+) -> None:
+    text = bp.Text(CONTEXT) + "x" + "y"
+    with bp.open(place) as db:
+        db.flights = LateFlights(place / LOCK, lambda: run([bp.Text(CONTEXT) + "x"], single_flight=False))
+        lm = make_lm(db=db)
+        lm(text)
+        assert lm.counters.num_computed_tokens == 1
+        assert db.counters.num_waits == 0
+
+
+def test_models_of_different_weights_do_not_wait_for_each_other(place: Path, run: Any, tokenizer: Any) -> None:
+    text = bp.Text(CONTEXT) + "x"
+    holder = take(place / LOCK, addresses_of(bp.LanguageModel(tiny_gpt2(seed=1), tokenizer), text))
+    assert run([text])[1:] == (201, 0)
+    holder.close()
+
+
+def test_no_descriptors_are_left(place: Path, gpt2: Any, tokenizer: Any) -> None:
+    with bp.open(place) as db:
+        lm = bp.LanguageModel(gpt2, tokenizer, db=db)
+        for number in range(20):
+            lm(bp.Text("Pick one.\n") + str(number))
+        db.flush()
+        until(lambda: num_descriptors() == 0)
+
+
+def test_who_may_only_read_waits_for_nobody(gpt2: Any, tokenizer: Any, start: Any) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become another user")
+    place = Path(tempfile.mkdtemp(dir="/tmp"))
+    with bp.open(place / "db") as db:
+        lm = bp.LanguageModel(gpt2, tokenizer, db=db)
+        lm("Something else.")
+        text = bp.Text(CONTEXT) + "x"
+        here = addresses_of(lm, text)
+    for path in [place, *place.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    holder = take(place / "db" / LOCK, here)
+
+    def work() -> tuple[bool, int, int]:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        with bp.open(place / "db") as db:
+            lm = bp.LanguageModel(gpt2, tokenizer, db=db)
+            lm(text)
+            return db.readonly, lm.counters.num_computed_tokens, db.counters.num_waits
+
+    assert start(work).result() == (True, 201, 0)
+    holder.close()
+    shutil.rmtree(place)
+
+
+def test_processes_with_overlapping_prompts_neither_block_each_other_nor_compute_twice(
+    place: Path, run: Any, start: Any, gpt2: Any, tokenizer: Any
+) -> None:
+    """Branches, batches and chains of a few strings, in any order: what could wait in a circle would."""
+    pieces = ["The quick ", "brown fox ", "jumps over ", "the lazy dog "]
+
+    def prompts(seed: int) -> list[bp.Text]:
+        dice = random.Random(seed)
+        texts = [bp.Text(dice.choice(pieces)) + dice.choice(pieces) + dice.choice(pieces) for _ in range(6)]
+        some = dice.sample(pieces, 2)
+        return [*texts, bp.Text(dice.choice(pieces)) + bp.parallel(*some) + dice.choice(pieces)]
+
+    def work(seed: int) -> tuple[int, list[Logprobs]]:
+        with bp.open(place) as db:
+            lm = bp.LanguageModel(gpt2, tokenizer, db=db, deterministic=seed % 2 == 0, progress=False)
+            barrier.wait(LONG)
+            texts = prompts(seed)
+            results = [*lm(texts[:3]), *map(lm, texts[3:5]), *lm(texts[5:])]
+            return lm.counters.num_computed_tokens, [result.token_logprobs.numpy() for result in results]
+
+    barrier = FORK.Barrier(6)
+    children = [start(lambda seed=seed: work(seed)) for seed in range(6)]
+    answers = [child.result() for child in children]
+    segments = {segment for seed in range(6) for text in prompts(seed) for segment in text.segments()}
+    assert sum(num for num, _ in answers) == sum(len(tokenizer(each.string)["input_ids"]) for each in segments)
+    for seed, (_, results) in enumerate(answers):
+        for text, logprobs in zip(prompts(seed)[:6], results, strict=False):  # the last has branches
+            assert_right(gpt2, tokenizer, text, logprobs)
