@@ -27,14 +27,14 @@ def run_process(*arguments: str | Path, **options: Any) -> subprocess.CompletedP
 
 
 class TestFailure:
-    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex"])
+    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex", "doctor"])
     def test_a_directory_that_is_not_there_is_one_line_and_a_hint(self, tmp_path: Path, command: str) -> None:
         done = run_process(*command.split(), "--db", tmp_path / "nothing")
         assert (done.returncode, done.stdout) == (2, "")
         assert re.fullmatch(r"error: there is no database in .*\nhint: .*\n", done.stderr)
         assert not (tmp_path / "nothing").exists()
 
-    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex"])
+    @pytest.mark.parametrize("command", ["stats", "ls", "show 00", "verify", "reindex", "doctor"])
     def test_a_directory_of_something_else_is_left_alone(self, tmp_path: Path, command: str) -> None:
         (tmp_path / "thesis.tex").touch()
         result = run(*command.split(), "--db", tmp_path)
@@ -85,14 +85,28 @@ class TestFailure:
         assert "\\u2026" in done.stdout
 
     def test_output_that_is_no_terminal_has_no_colour(self, directory: Path) -> None:
-        for command in (["stats"], ["ls"], ["ls", "--models"], ["verify"], ["reindex"], ["--help"]):
+        for command in (["stats"], ["ls"], ["ls", "--models"], ["verify"], ["reindex"], ["doctor"], ["--help"]):
             options = [] if command == ["--help"] else ["--db", str(directory)]
             assert "\x1b" not in run_process(*command, *options).stdout
 
 
 class TestImports:
     @pytest.mark.parametrize(
-        "command", ["--help", "--version", "path", "stats", "ls", "ls --models", "show 0", "verify", "reindex"]
+        "command",
+        [
+            "--help",
+            "--version",
+            "path",
+            "stats",
+            "stats --openmetrics",
+            "ls",
+            "ls --models",
+            "show 0",
+            "verify",
+            "verify --structure",
+            "reindex",
+            "doctor",
+        ],
     )
     def test_no_command_but_the_demo_imports_torch(self, directory: Path, command: str) -> None:
         arguments = command if command.startswith("--") else f"{command} --db {directory}"
@@ -100,5 +114,5 @@ class TestImports:
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
         assert "backprompt_db.cli.app" in imported
         assert not imported & {"torch", "transformers", "tokenizers"}
-        if command in {"--help", "--version", "path", "stats"}:
+        if command in {"--help", "--version", "path", "stats", "stats --openmetrics"}:
             assert "sqlalchemy" not in imported

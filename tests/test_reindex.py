@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -13,17 +16,22 @@ import pytest
 import backprompt_db as bp
 from backprompt_db.catalog import Catalog
 from backprompt_db.catalog import connection as catalog_connection
+from backprompt_db.codec import encode
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
 from backprompt_db.keys import TokenizerId, WeightsId
+from backprompt_db.maintenance import reindex as reindexing
 from backprompt_db.maintenance.existing import open_catalog, open_existing
+from backprompt_db.maintenance.inspection import Kind, Problem
 from backprompt_db.maintenance.reindex import Reindexing, reindex
 from backprompt_db.representation import Array, Origin, Part
-from backprompt_db.store.contract import Key
+from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.records import record_key
 from backprompt_db.writer import NewPart
 
 from .database_copies import copies_after
 from .maintenance_parts import (
     FOREIGN,
+    back_door,
     catalog_of,
     flip_a_bit,
     put_blob,
@@ -38,6 +46,65 @@ from .maintenance_parts import (
 )
 
 original, directory = copies_after(run_prompts)
+
+
+ONES = {
+    "input_ids": Array.from_numpy(np.ones(1, dtype=np.int32)),
+    "token_logprobs": Array.from_numpy(np.ones(1, dtype=np.float32)),
+}
+
+
+def origin_of(text: str) -> Origin:
+    return Origin(text, (), None, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 1, 0.5)
+
+
+def scores_of(text: str) -> NewPart:
+    origin = origin_of(text)
+    return NewPart(Key(origin.address, Part.SCORES), ONES, origin)
+
+
+def put_long_part(directory: Path, text: str) -> Key:
+    """Store logits of more than one chunk, which the catalog does not get to know."""
+    origin = origin_of(text)
+    key = Key(origin.address, Part.LOGITS)
+    logits = {"logits": Array.from_numpy(np.zeros(300_000, dtype=np.float32))}
+    put_blob(directory, key, encode(Part.LOGITS, logits, origin))
+    return key
+
+
+def flip_a_bit_of_chunk(directory: Path, key: Key, number: int) -> None:
+    with back_door(directory) as transaction:
+        record = record_key(key, number)
+        value = bytearray(transaction.get(record))
+        value[len(value) // 2] ^= 1
+        transaction.put(record, bytes(value))
+
+
+def damaged(directory: Path) -> list[Problem]:
+    return [problem for problem in verified(directory).problems if problem.kind is Kind.DAMAGED]
+
+
+def interrupt(name: str) -> None:
+    raise KeyboardInterrupt(name)
+
+
+class Vanishing:
+    """A store from which a collector takes every third part when it was just read."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.num_read = self.num_gone = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def scan(self, key: Key, take: Callable[[memoryview], None]) -> bool:
+        try:
+            return self.store.scan(key, take)
+        finally:
+            self.num_read += 1
+            if self.num_read % 3 == 0:
+                self.num_gone += self.store.delete([key])
 
 
 class TestReindex:
@@ -126,20 +193,63 @@ class TestReindex:
             assert FOREIGN not in {address for address, _ in catalog.keys()}
 
     def test_more_parts_than_fit_into_one_transaction(self, db: bp.Database) -> None:
-        ones = {
-            "input_ids": Array.from_numpy(np.ones(1, dtype=np.int32)),
-            "token_logprobs": Array.from_numpy(np.ones(1, dtype=np.float32)),
-        }
-        origins = [
-            Origin(f"text {number}", (), None, WeightsId(b"w" * 32), TokenizerId(b"t" * 32), 1, 0.5)
-            for number in range(700)
-        ]
-        db.put([NewPart(Key(origin.address, Part.SCORES), ones, origin) for origin in origins])
+        db.put([scores_of(f"text {number}") for number in range(700)])
         db.flush()
         assert db.directory is not None
         catalog_of(db.directory).unlink()
         assert reindex(db) == Reindexing(700, 0, 0, None)
         assert totals(db.directory).num_representations == 700
+
+    def test_a_damaged_header_is_noticed_and_damage_behind_it_is_left_to_verify(self, directory: Path) -> None:
+        keys = [put_long_part(directory, text) for text in ("damaged in its header", "damaged behind it")]
+        for key, chunk in zip(keys, (1, 2), strict=True):
+            flip_a_bit_of_chunk(directory, key, chunk)
+        assert reindexed(directory) == Reindexing(1, 0, 1, None)
+        assert {(problem.address, problem.part) for problem in damaged(directory)} == {keys[1]}
+
+    def test_a_text_that_is_longer_than_a_chunk_is_read(self, directory: Path) -> None:
+        key = put_long_part(directory, "long " * 300_000)
+        assert reindexed(directory) == Reindexing(1, 0, 0, None)
+        with open_catalog(directory) as catalog:
+            assert [row.text for row in catalog.find(key.address.hex())] == ["long " * 300_000]
+
+    def test_what_is_evicted_meanwhile_is_not_entered(self, directory: Path) -> None:
+        catalog_of(directory).unlink()
+        with open_existing(directory) as db:
+            vanishing = Vanishing(db.store)
+            db.store = vanishing
+            reindex(db)
+            assert vanishing.num_gone == 4
+        with open_catalog(directory) as catalog:
+            assert set(catalog.keys()) == set(stored_keys(directory))
+
+    @pytest.mark.parametrize("umask", [0o000, 0o077])
+    def test_what_it_makes_has_the_permissions_that_were_asked_for(self, directory: Path, umask: int) -> None:
+        for path in {*directory.glob("catalog.sqlite*"), *directory.glob("*.lock")}:
+            path.unlink()
+        before = os.umask(umask)
+        try:
+            with open_existing(directory) as db:
+                reindex(db, mode=0o660)
+        finally:
+            os.umask(before)
+        names = ("catalog.sqlite", "catalog.sqlite-journal", "catalog.sqlite.lock", "reindex.lock")
+        assert {name: (directory / name).stat().st_mode & 0o777 for name in names} == dict.fromkeys(names, 0o660)
+
+    def test_one_that_was_interrupted_goes_on_where_it_was(
+        self, db: bp.Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        db.put([scores_of(f"text {number}") for number in range(600)])
+        db.flush()
+        assert db.directory is not None
+        catalog_of(db.directory).unlink()
+        monkeypatch.setattr(reindexing, "reach", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reindex(db)
+        monkeypatch.undo()
+        assert totals(db.directory).num_representations == 250
+        assert reindex(db) == Reindexing(350, 0, 0, None)
+        assert totals(db.directory).num_representations == totals(db.directory).num_segments == 600
 
     def test_it_can_run_while_the_database_is_in_use(self, lm: bp.LanguageModel) -> None:
         lm("Request: show me everyone")

@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 WHAT_A_CATALOG_NEEDS = [
     "alembic",
+    "blake3",
     "filelock",
     "lmdb",
     "numpy",
     "platformdirs",
+    "prometheus-client",
     "psutil",
     "rich",
     "safetensors",

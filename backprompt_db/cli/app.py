@@ -10,17 +10,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from backprompt_db.cli.bundles import export, import_, merge
 from backprompt_db.cli.demo import demo, demo_run
+from backprompt_db.cli.doctor import doctor
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
 from backprompt_db.cli.output import visible
-from backprompt_db.cli.repair import reindex, verify
+from backprompt_db.cli.repair import reindex
 from backprompt_db.cli.show import show
 from backprompt_db.cli.stats import stats
+from backprompt_db.cli.verify import verify
 from backprompt_db.errors import BackpromptError
 
 ERROR = 2
-"""The exit code of a command that failed; `verify` exits with 1 for what it found."""
+"""The exit code of a command that failed; `verify` and `doctor` have others for what they found."""
 
 
 class Commands(TyperGroup):
@@ -55,6 +58,10 @@ app.command("ls")(ls)
 app.command("show")(show)
 app.command("verify")(verify)
 app.command("reindex")(reindex)
+app.command("doctor")(doctor)
+app.command("export")(export)
+app.command("import")(import_)
+app.command("merge")(merge)
 
 
 def _print_version(is_asked: bool) -> None:  # noqa: FBT001 - typer calls it
@@ -77,5 +84,6 @@ def commands(
     A representation is what a model computed for one segment of a prompt: scores, logits, keys and values.
     The store holds representations; the catalog lists what the store holds and can always be rebuilt from it.
 
-    Exit codes: 0 done; 1 verify found problems; 2 an error, which is printed to stderr with a hint.
+    Exit codes: 0 done; 2 an error, which is printed to stderr with a hint. 1 doctor found a problem; what verify
+    found is a sum of 1, 4, 8 and 16, see its help.
     """

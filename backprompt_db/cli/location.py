@@ -41,14 +41,20 @@ def directory_of(db: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def open_quietly(db: Path | None) -> Iterator[Database]:
-    """Open an existing database; what it would log is in the command's own report."""
-    from backprompt_db.maintenance.existing import open_existing
-
+def quietly() -> Iterator[None]:
+    """Log nothing to the terminal: what the library would log is in the command's own report."""
     logger, silence = logging.getLogger("backprompt_db"), logging.NullHandler()
     logger.addHandler(silence)
     try:
-        with open_existing(directory_of(db)) as database:
-            yield database
+        yield
     finally:
         logger.removeHandler(silence)
+
+
+@contextlib.contextmanager
+def open_quietly(db: Path | None) -> Iterator[Database]:
+    """Open an existing database, `quietly`."""
+    from backprompt_db.maintenance.existing import open_existing
+
+    with quietly(), open_existing(directory_of(db)) as database:
+        yield database

@@ -18,16 +18,29 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from backprompt_db.catalog import ModelRecord, Row
-    from backprompt_db.maintenance.sums import ModelSums
+    from backprompt_db.maintenance.sums import GroupSums
 
 _NUM_ADDRESS_DIGITS = 12
 _NUM_TEXT_CHARACTERS = 200
+
+
+_Namespace = Annotated[
+    str | None, typer.Option("--namespace", metavar="NAME", help="Only those in a namespace; '' is the default one.")
+]
+_Label = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="Only those with this label.")]
+_Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="NAME", help="Only those of a model: its name, or the start of its weights id."),
+]
 
 
 def ls(
     *,
     db: DbOption = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many representations.")] = 20,
+    namespace: _Namespace = None,
+    label: _Label = None,
+    model: _Model = None,
     models: Annotated[bool, typer.Option("--models", help="List the models instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -38,19 +51,20 @@ def ls(
     directory = directory_of(db)
     if models:
         _list_models(directory, as_json=as_json)
-    else:
-        _list_representations(directory, limit=limit, as_json=as_json)
-
-
-def _list_representations(directory: Path, *, limit: int, as_json: bool) -> None:
-    from backprompt_db.maintenance.existing import open_catalog
-
-    with open_catalog(directory) as catalog:
-        rows = catalog.rows(limit=limit)
+        return
+    rows = _rows(directory, limit=limit, namespace=namespace, label=label, model=model)
     if as_json:
         emit_json(rows)
     else:
         emit(_table(rows) if rows else "The catalog lists no representations.")
+
+
+def _rows(directory: Path, *, limit: int, namespace: str | None, label: str | None, model: str | None) -> list[Row]:
+    from backprompt_db.catalog import Selection
+    from backprompt_db.maintenance.existing import open_catalog
+
+    with open_catalog(directory) as catalog:
+        return catalog.rows(limit=limit, selection=Selection(namespace=namespace, label=label, model=model))
 
 
 def _table(rows: list[Row]) -> Table:
@@ -85,12 +99,12 @@ def _cell(string: str) -> Text:
 
 def _list_models(directory: Path, *, as_json: bool) -> None:
     from backprompt_db.maintenance.existing import CATALOG, open_catalog
-    from backprompt_db.maintenance.sums import ModelSums, sums_by_model
+    from backprompt_db.maintenance.sums import GroupSums, sums_by_model
 
     with open_catalog(directory) as catalog:
         records = catalog.models()
     sums = sums_by_model(directory / CATALOG)
-    found = [(record, sums.get(record.weights_id, ModelSums())) for record in records]
+    found = [(record, sums.get(record.weights_id, GroupSums())) for record in records]
     if as_json:
         emit_json([_fields(record) | _fields(total) for record, total in found])
     else:
@@ -98,11 +112,13 @@ def _list_models(directory: Path, *, as_json: bool) -> None:
         emit(*itertools.chain(*blocks) if blocks else ["The catalog lists no models."])
 
 
-def _fields(value: ModelRecord | ModelSums) -> dict[str, Any]:
-    return dataclasses.asdict(value)
+def _fields(value: ModelRecord | GroupSums) -> dict[str, Any]:
+    fields = dataclasses.asdict(value)
+    fields.pop("signature", None)  # which tells nobody anything
+    return fields
 
 
-def _model_facts(record: ModelRecord, total: ModelSums) -> dict[str, str]:
+def _model_facts(record: ModelRecord, total: GroupSums) -> dict[str, str]:
     return {
         "model": record.name or "?",
         "weights": record.weights_id.hex()[:_NUM_ADDRESS_DIGITS],

@@ -20,8 +20,13 @@ class Difference(NamedTuple):
     """A part that is on one side only."""
 
     key: Key
-    is_stored: bool
-    """True in the store but not in the catalog; False in the catalog but not in the store."""
+    nbytes: int | None
+    """Its size in the store; None when only the catalog has it."""
+
+    @property
+    def is_stored(self) -> bool:
+        """True in the store but not in the catalog; False in the catalog but not in the store."""
+        return self.nbytes is not None
 
 
 def differences(store: Store, catalog: Catalog) -> Iterator[Difference]:
@@ -29,13 +34,13 @@ def differences(store: Store, catalog: Catalog) -> Iterator[Difference]:
 
     Parts that are stored or deleted meanwhile may appear or not.
     """
-    stored = ((key, True) for key, _ in store.keys())
-    recorded = ((key, False) for key in _recorded_keys(catalog))
-    merged = heapq.merge(stored, recorded, key=lambda found: _order(found[0]))
-    for key, found in itertools.groupby(merged, key=itemgetter(0)):
-        sides = [is_stored for _, is_stored in found]
+    stored = (Difference(*found) for found in store.keys())
+    recorded = (Difference(key, None) for key in _recorded_keys(catalog))
+    merged = heapq.merge(stored, recorded, key=lambda found: _order(found.key))
+    for _, found in itertools.groupby(merged, key=itemgetter(0)):
+        sides = list(found)
         if len(sides) == 1:
-            yield Difference(key, sides[0])
+            yield sides[0]
 
 
 def _recorded_keys(catalog: Catalog) -> Iterator[Key]:

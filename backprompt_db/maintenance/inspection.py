@@ -29,14 +29,22 @@ class Kind(enum.Enum):
     """It is in the store but not in the catalog."""
     MISSING = "missing"
     """It is in the catalog but not in the store."""
+    INCOMPLETE = "incomplete"
+    """Its head and its chunks do not fit together."""
+    ORPHANED = "orphaned"
+    """Chunks without a head, which only take up room."""
+    FOREIGN = "foreign"
+    """A record that belongs to no part."""
+    DIFFERENT = "different"
+    """The model gives something else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with one part."""
+    """One thing that is wrong with one part; a foreign record has neither address nor part."""
 
-    address: Address
-    part: Part
+    address: Address | None
+    part: Part | None
     kind: Kind
     detail: str
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -16,13 +16,15 @@ import filelock
 
 from backprompt_db.database import Database
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
+from backprompt_db.failpoints import reach
 from backprompt_db.maintenance.differences import Difference, differences
 from backprompt_db.maintenance.existing import CATALOG
-from backprompt_db.maintenance.inspection import inspect
+from backprompt_db.maintenance.origins import read_origin
+from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, StoredPart
-    from backprompt_db.store.contract import Key, Store
+    from backprompt_db.catalog import Catalog
+    from backprompt_db.store.contract import Store
 
 _LOCK = "reindex.lock"
 _PARTS_PER_TRANSACTION = 250
@@ -56,23 +58,26 @@ class Reindexing:
     """Where a damaged catalog was moved to; None when the catalog could be kept."""
 
 
-def reindex(db: Database) -> Reindexing:
+def reindex(db: Database, *, mode: int = 0o600) -> Reindexing:
     """Enter what the catalog lacks, forget what the store lacks; hits, pins and labels of the rest are kept.
 
-    A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names) is
-    lost. What is entered counts as created now. Memory does not grow with the size of the database.
+    A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names,
+    counts) is lost. Files that are made have the permissions `mode`. What is entered counts as created now. One that
+    is killed can be repeated, and goes on where it was. Memory does not grow with the size of the database.
+
+    Of a part, only what it was computed from is read: `verify` is what finds damage in its arrays.
 
     Raises `StoreReadOnly` for a database that may not be written to, `StoreLocked` while another process reindexes it,
     `CatalogTooNew` for a catalog of a newer version, and `CatalogError` when the catalog is locked or the disk full.
     """
     path = _writable_directory(db) / CATALOG
-    with _alone(path.parent):
+    with _alone(path.parent, mode=mode):
         try:
-            return _reconcile(db.store, path, moved_aside=None)
+            return _reconcile(db.store, path, mode=mode, moved_aside=None)
         except CatalogError as error:
             if not _is_damage(error):
                 raise
-        return _reconcile(db.store, path, moved_aside=_move_aside(path))
+        return _reconcile(db.store, path, mode=mode, moved_aside=_move_aside(path))
 
 
 def _writable_directory(db: Database) -> Path:
@@ -84,41 +89,40 @@ def _writable_directory(db: Database) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _alone(directory: Path, *, mode: int) -> Iterator[None]:
     """Keep a second process from moving aside what the first has just rebuilt."""
     try:
-        with filelock.FileLock(directory / _LOCK, timeout=0):
+        with filelock.FileLock(directory / _LOCK, timeout=0, mode=mode):
             yield
     except filelock.Timeout:
         raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
 
 
-def _reconcile(store: Store, path: Path, *, moved_aside: Path | None) -> Reindexing:
+def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:
     from backprompt_db.catalog import Catalog
 
     num_added = num_forgotten = num_unreadable = 0
-    with Catalog.open(path) as catalog:
+    with Catalog.open(path, mode=mode) as catalog:
         _check_integrity(path)
         for batch in _batches(differences(store, catalog)):
-            added = _add(store, catalog, [key for key, is_stored in batch if is_stored])
-            forgotten = _forget(store, catalog, [key for key, is_stored in batch if not is_stored])
+            missing = {key: nbytes for key, nbytes in batch if nbytes is not None}
+            added = _add(store, catalog, missing)
+            num_forgotten += _forget(store, catalog, [found.key for found in batch if not found.is_stored])
             num_added += added
-            num_forgotten += forgotten
-            num_unreadable += sum(is_stored for _, is_stored in batch) - added
+            num_unreadable += len(missing) - added
+            reach("reindex.batch")
     return Reindexing(num_added, num_forgotten, num_unreadable, moved_aside)
 
 
-def _add(store: Store, catalog: Catalog, keys: list[Key]) -> int:
-    parts = [part for part in (_stored_part(store, key) for key in keys) if part is not None]
-    catalog.record(parts, at=time.time())
-    return len(parts)
-
-
-def _stored_part(store: Store, key: Key) -> StoredPart | None:
+def _add(store: Store, catalog: Catalog, sizes: Mapping[Key, int]) -> int:
     from backprompt_db.catalog import StoredPart
 
-    found = inspect(store, key)
-    return None if found.origin is None else StoredPart(*key, found.nbytes, found.origin)
+    origins = {key: read_origin(store, key) for key in sizes}
+    parts = [StoredPart(*key, sizes[key], origin) for key, origin in origins.items() if origin is not None]
+    catalog.record(parts, at=time.time())
+    # Those that were evicted since they were read may have been forgotten before they were recorded.
+    _forget(store, catalog, [Key(part.address, part.part) for part in parts])
+    return len(parts)
 
 
 def _forget(store: Store, catalog: Catalog, keys: list[Key]) -> int:

@@ -1,76 +1,174 @@
-"""What a database holds, in numbers."""
+"""What a database holds and what it did, in numbers."""
 
 from __future__ import annotations
 
 import contextlib
-import os
+import sqlite3
+import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
+from backprompt_db.counting import NAMES_IN_CATALOG
 from backprompt_db.errors import CatalogError
+from backprompt_db.keys import Address, WeightsId
 from backprompt_db.maintenance.existing import CATALOG, manifest_of, open_store
-from backprompt_db.maintenance.sums import sums
-from backprompt_db.manifest import Manifest
+from backprompt_db.maintenance.room import room_of
+from backprompt_db.maintenance.sums import GroupSums, counts, events, sums, sums_by_model, sums_by_namespace
 from backprompt_db.representation import Part
+
+_NUM_INCIDENTS = 10
+
+_Group = TypeVar("_Group")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What all processes have counted since the catalog was made. Parts are counted by the tier that had them."""
+
+    num_memory_hits: int
+    num_disk_hits: int
+    num_base_hits: int
+    num_part_misses: int
+    """Parts that were asked for and were nowhere."""
+    num_computed_tokens: int
+    computed_seconds: float
+    num_evicted: int
+    """Parts."""
+    num_evicted_nbytes: int
+    num_quarantined: int
+    """Parts that were damaged or malformed."""
+    num_read_failures: int
+    num_write_failures: int
+    num_waits: int
+    """Computations of other processes that were waited for instead of being repeated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUsage:
+    """What is stored of one model."""
+
+    weights_id: WeightsId
+    name: str
+    """`""` where only its representations are known."""
+    num_representations: int
+    nbytes: Mapping[Part, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceUsage:
+    """What is stored in one namespace."""
+
+    namespace: str
+    """`""` for the default one."""
+    num_representations: int
+    nbytes: Mapping[Part, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """One thing that went wrong."""
+
+    at: float
+    """POSIX seconds."""
+    age_seconds: float
+    """0 for what a clock that was fast has dated into the future."""
+    kind: str
+    address: Address | None
+    detail: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Sums over a database. What only the catalog knows is None when the catalog cannot be used."""
+    """Sums over a database, or over one namespace of it. What cannot be known at the moment is None."""
 
     directory: Path
+    namespace: str | None
+    """The one that sums are restricted to; None for all."""
     format: int
     fidelity: str
     created_at: str
     """UTC, ISO 8601."""
     num_representations: int
-    num_segments: int | None = None
+    num_segments: int | None
     """Segments that have at least one representation."""
-    num_models: int | None = None
-    num_tokens: int | None = None
-    nbytes: dict[Part, int]
+    num_models: int | None
+    num_tokens: int | None
+    nbytes: Mapping[Part, int]
     """Stored bytes of every part, 0 where there are none."""
+    num_hits: int | None
+    """Uses of what is stored now; what was evicted takes its uses along."""
+    saved_seconds: float | None
+    """These uses times what the computation had taken."""
+    by_model: Sequence[ModelUsage] | None
+    """The largest first; None for a single namespace, too."""
+    by_namespace: Sequence[NamespaceUsage] | None
+    live_nbytes: int | None
+    """Bytes of the store's pages in use, which is what the limit is about."""
     file_nbytes: int
     """Bytes of all files in the directory."""
-    num_hits: int | None = None
-    saved_seconds: float | None = None
-    """Hits times what the computation had taken."""
-    catalog_problem: str | None = None
-    """Why the numbers were counted in the store instead of being read from the catalog; None when they were read."""
+    max_nbytes: int | None
+    """The limit."""
+    fullness: float | None
+    """Live bytes as a share of the limit."""
+    activity: Activity | None
+    incidents: Sequence[Incident] | None
+    """The newest 10, the last one first."""
+    catalog_problem: str | None
+    """Why the sums were counted in the store instead of being read from the catalog; None when they were read."""
+    store_problem: str | None
+    config_problem: str | None
 
 
-def gather(directory: Path) -> Stats:
-    """Sum up the database in `directory`; raises `UnsafeLocation` where there is none.
+def gather(directory: Path, *, namespace: str | None = None) -> Stats:
+    """Sum up the database in `directory`, or one namespace of it; raises `UnsafeLocation` where there is none.
 
-    Without a usable catalog the keys of the store are counted, which takes longer and tells less.
+    Without a usable catalog the keys of the store are counted, which takes longer and tells less. Raises `CatalogError`
+    for a namespace then: keys do not tell theirs.
     """
     manifest = manifest_of(directory)
-    try:
-        return _from_catalog(directory, manifest)
-    except CatalogError as error:
-        return _from_store(directory, manifest, catalog_problem=error.message)
-
-
-def _from_catalog(directory: Path, manifest: Manifest) -> Stats:
-    total = sums(directory / CATALOG)
     return Stats(
         directory=directory,
+        namespace=namespace,
         format=manifest.format,
         fidelity=manifest.fidelity,
         created_at=manifest.created_at,
-        num_representations=total.num_representations,
-        num_segments=total.num_segments,
-        num_models=total.num_models,
-        num_tokens=total.num_tokens,
-        nbytes=total.nbytes,
-        file_nbytes=_file_nbytes(directory),
-        num_hits=total.num_hits,
-        saved_seconds=total.saved_seconds,
+        **asdict(room_of(directory)),
+        **_contents(directory, namespace),
     )
 
 
-def _from_store(directory: Path, manifest: Manifest, *, catalog_problem: str) -> Stats:
+def _contents(directory: Path, namespace: str | None) -> dict[str, Any]:
+    try:
+        return _from_catalog(directory / CATALOG, namespace)
+    except CatalogError as error:
+        if namespace is not None:
+            raise
+        return _from_store(directory) | {"catalog_problem": error.message}
+
+
+def _from_catalog(path: Path, namespace: str | None) -> dict[str, Any]:
+    total = sums(path, namespace=namespace)
+    is_whole = namespace is None
+    return {
+        "num_representations": total.num_representations,
+        "num_segments": total.num_segments,
+        "num_models": total.num_models,
+        "num_tokens": total.num_tokens,
+        "nbytes": total.nbytes,
+        "num_hits": total.num_hits,
+        "saved_seconds": total.saved_seconds,
+        "by_model": _by_model(path) if is_whole else None,
+        "by_namespace": _by_namespace(path) if is_whole else None,
+        "activity": _activity(counts(path)),
+        "incidents": _incidents(path, now=time.time()),
+        "catalog_problem": None,
+    }
+
+
+def _from_store(directory: Path) -> dict[str, Any]:
     nbytes = Counter(dict.fromkeys(Part, 0))
     num_representations, last = 0, b""
     with contextlib.closing(open_store(directory)) as store:
@@ -78,25 +176,64 @@ def _from_store(directory: Path, manifest: Manifest, *, catalog_problem: str) ->
             nbytes[key.part] += size
             num_representations += key.address != last
             last = key.address
-    return Stats(
-        directory=directory,
-        format=manifest.format,
-        fidelity=manifest.fidelity,
-        created_at=manifest.created_at,
-        num_representations=num_representations,
-        nbytes=dict(nbytes),
-        file_nbytes=_file_nbytes(directory),
-        catalog_problem=catalog_problem,
-    )
+    unknown = ("num_segments", "num_models", "num_tokens", "num_hits", "saved_seconds", "by_model", "by_namespace")
+    return {
+        "num_representations": num_representations,
+        "nbytes": dict(nbytes),
+        **dict.fromkeys((*unknown, "activity", "incidents")),
+    }
 
 
-def _file_nbytes(directory: Path) -> int:
-    paths = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
-    return sum(map(_nbytes, paths))
+def _by_model(path: Path) -> list[ModelUsage]:
+    names = _model_names(path)
+    return [
+        ModelUsage(
+            weights_id=weights_id,
+            name=names.get(weights_id, ""),
+            num_representations=found.num_representations,
+            nbytes=found.nbytes,
+        )
+        for weights_id, found in _largest_first(sums_by_model(path))
+    ]
 
 
-def _nbytes(path: Path) -> int:
-    # A journal may vanish between being listed and being looked at.
-    with contextlib.suppress(OSError):
-        return path.lstat().st_size
-    return 0
+def _by_namespace(path: Path) -> list[NamespaceUsage]:
+    return [
+        NamespaceUsage(namespace=namespace, num_representations=found.num_representations, nbytes=found.nbytes)
+        for namespace, found in _largest_first(sums_by_namespace(path))
+    ]
+
+
+def _largest_first(found: Mapping[_Group, GroupSums]) -> list[tuple[_Group, GroupSums]]:
+    return sorted(found.items(), key=lambda item: sum(item[1].nbytes.values()), reverse=True)
+
+
+def _model_names(path: Path) -> dict[bytes, str]:
+    """Return what models are called, best effort: nothing else depends on it."""
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection,
+    ):
+        return dict(connection.execute("SELECT weights_id, name FROM models"))
+    return {}
+
+
+def _activity(found: Mapping[str, float]) -> Activity:
+    counted = {each.name: found.get(NAMES_IN_CATALOG[each.name], 0) for each in fields(Activity)}
+    whole: dict[str, Any] = {
+        name: number if name.endswith("seconds") else int(number) for name, number in counted.items()
+    }
+    return Activity(**whole)
+
+
+def _incidents(path: Path, *, now: float) -> list[Incident]:
+    return [
+        Incident(
+            at=at,
+            age_seconds=max(0.0, now - at),
+            kind=kind,
+            address=None if address is None else Address(address),
+            detail=detail,
+        )
+        for at, kind, address, detail in events(path, limit=_NUM_INCIDENTS)
+    ]

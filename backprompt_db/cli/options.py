@@ -1,0 +1,39 @@
+"""Lengths of time and sizes, as they are given on the command line."""
+
+from __future__ import annotations
+
+import re
+
+import typer
+
+_NUMBER = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?\s*([a-z]*)", re.ASCII | re.IGNORECASE)
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31536000}
+_NBYTES = {"": 1, "b": 1}
+_NBYTES |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", start=1)}
+_NBYTES |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", start=1)}
+
+
+def duration_seconds(duration: str) -> float:
+    """Return the seconds in a length of time, which is a number with its unit.
+
+    >>> duration_seconds("90s"), duration_seconds("90min"), duration_seconds("1.5 h"), duration_seconds("30d")
+    (90.0, 5400.0, 5400.0, 2592000.0)
+    """
+    found = _NUMBER.fullmatch(duration.strip())
+    if found is None or found[3].lower() not in _SECONDS:
+        raise typer.BadParameter(f"{duration!r} is not a length of time, such as 30s, 90min, 12h, 30d, 2w or 1y.")
+    return float(f"{found[1]}.{found[2] or 0}") * _SECONDS[found[3].lower()]
+
+
+def size_nbytes(size: str) -> int:
+    """Return the bytes in a size: a plain number is bytes, GB is 10^9 bytes, GiB is 2^30.
+
+    >>> size_nbytes("4096"), size_nbytes("50GB"), size_nbytes("1.5 KiB"), size_nbytes("8 GiB")
+    (4096, 50000000000, 1536, 8589934592)
+    """
+    found = _NUMBER.fullmatch(size.strip())
+    if found is None or found[3].lower() not in _NBYTES:
+        raise typer.BadParameter(f"{size!r} is not a size, such as 4096 (bytes), 300MB, 50GB or 8GiB.")
+    whole, fraction = found[1], found[2] or ""
+    # In whole numbers: a float would round sizes beyond 2^53.
+    return int(whole + fraction) * _NBYTES[found[3].lower()] // int("1" + "0" * len(fraction))

@@ -1,0 +1,154 @@
+"""Storing parts that come from elsewhere, as the writer stores what was computed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from backprompt_db.catalog import Catalog, ModelRecord, StoredPart, TokenizerRecord
+from backprompt_db.errors import CatalogError, StoreReadOnly
+from backprompt_db.maintenance.admission import CheckedPart, Note
+from backprompt_db.store.contract import Blob, Key
+
+if TYPE_CHECKING:
+    from backprompt_db.database import Database
+    from backprompt_db.keys import Address, SegmentId
+
+_BATCH_NBYTES = 64 << 20
+_BATCH_NUM_PARTS = 1_000
+"""A transaction takes parts up to these two, and at least one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """What became of the parts that came."""
+
+    num_stored: int
+    """Parts that the database did not have."""
+    nbytes_stored: int
+    num_known: int
+    """Parts that it had."""
+    num_orphaned: int
+    """Keys and values that were left out, because those of the text before them are not in the database."""
+    catalog_problem: str | None
+    """Why the catalog missed something of this. Reindexing adds the parts; doing it again, labels and pins."""
+    num_unusable: int = 0
+    """Parts of another database that cannot be used."""
+    source_problem: str | None = None
+    """Why labels, pins and hits of another database could not be read."""
+
+
+class Intake:
+    """Stores parts in batches; the catalog's rows follow, best effort. Raises `StoreReadOnly` where it may not.
+
+    Parts must come after those that they need. What the database has stays as it is.
+    """
+
+    def __init__(self, db: Database) -> None:
+        if db.readonly:
+            raise StoreReadOnly(f"{db.directory} may only be read", hint="Do it as a user who may write to it.")
+        self._db = db
+        self._batch: list[CheckedPart] = []
+        self._batch_nbytes = 0
+        self._notes: dict[Address, tuple[SegmentId, Note]] = {}
+        self._num_stored = self._nbytes_stored = self._num_known = self._num_orphaned = 0
+        self._catalog_problem: str | None = None
+
+    def add(self, part: CheckedPart) -> None:
+        """Store a part, now or with those that come next."""
+        if self._db.store.has(part.key):
+            self._num_known += 1
+        else:
+            self._batch.append(part)
+            self._batch_nbytes += part.blob.nbytes
+        self.remark(part.key.address, part.origin.segment_id, part.note)
+
+    def remark(self, address: Address, segment_id: SegmentId, note: Note) -> None:
+        """Enter a label, unless there is one, a pin and hits, once the parts that came before are stored."""
+        if not note.is_empty:
+            _, known = self._notes.get(address, (segment_id, Note()))
+            self._notes[address] = segment_id, known.joined(note)
+        if self._batch_nbytes >= _BATCH_NBYTES or max(len(self._batch), len(self._notes)) >= _BATCH_NUM_PARTS:
+            self._flush()
+
+    def introduce(self, models: Sequence[ModelRecord], tokenizers: Sequence[TokenizerRecord]) -> None:
+        """Enter names that the catalog lacks. What checking a model has shown is not taken over from anywhere."""
+        if models or tokenizers:
+            self._tell(lambda catalog: _introduce(catalog, models, tokenizers))
+
+    def finish(self) -> Arrivals:
+        """Store what is left and say what became of everything."""
+        self._flush()
+        return Arrivals(
+            self._num_stored, self._nbytes_stored, self._num_known, self._num_orphaned, self._catalog_problem
+        )
+
+    def _flush(self) -> None:
+        batch, self._batch, self._batch_nbytes = self._batch, [], 0
+        notes, self._notes = self._notes, {}
+        if batch:
+            self._count(batch, self._store(batch))
+        if notes:
+            self._tell(lambda catalog: _annotate(catalog, notes))
+
+    def _store(self, batch: Sequence[CheckedPart]) -> set[Key]:
+        blobs = [Blob(part.key, [part.blob], part.needs) for part in batch]
+        new = set(self._db.store.put(blobs))
+        rows = [StoredPart(*part.key, part.blob.nbytes, part.origin) for part in batch if part.key in new]
+        self._tell(lambda catalog: catalog.record(rows, at=time.time()))
+        return new
+
+    def _count(self, batch: Sequence[CheckedPart], new: set[Key]) -> None:
+        for part in batch:
+            if part.key in new:
+                self._num_stored += 1
+                self._nbytes_stored += part.blob.nbytes
+            elif self._db.store.has(part.key):  # somebody else has stored it meanwhile
+                self._num_known += 1
+            else:
+                self._num_orphaned += 1
+
+    def _tell(self, tell: Callable[[Catalog], None]) -> None:
+        """Tell the catalog something, best effort: no hit needs it."""
+        if self._db.directory is None:
+            return
+        try:
+            if self._db.catalog is None:
+                self._catalog_problem = "the catalog cannot be used"
+            else:
+                tell(self._db.catalog)
+        except CatalogError as error:
+            self._catalog_problem = error.message
+
+
+def _introduce(catalog: Catalog, models: Sequence[ModelRecord], tokenizers: Sequence[TokenizerRecord]) -> None:
+    for model in models:
+        known = catalog.model(model.weights_id)
+        if model.name and (known is None or not known.name):
+            catalog.save(_unchecked(model))
+    named = {each.tokenizer_id for each in catalog.tokenizers() if each.name}
+    for tokenizer in tokenizers:
+        if tokenizer.name and tokenizer.tokenizer_id not in named:
+            catalog.save(tokenizer)
+
+
+def _unchecked(model: ModelRecord) -> ModelRecord:
+    """Return a model without what checking it has shown: it proves itself anew where it is used."""
+    return replace(
+        model, verdict="unchecked", mask_form=None, max_error=None, reason=None, checked_with=None, signature=None
+    )
+
+
+def _annotate(catalog: Catalog, notes: dict[Address, tuple[SegmentId, Note]]) -> None:
+    """Pin what is pinned, label what has no label here, and add the hits."""
+    catalog.pin([address for address, (_, note) in notes.items() if note.is_pinned])
+    catalog.touch({address: note.num_hits for address, (_, note) in notes.items() if note.num_hits}, at=time.time())
+    labels: dict[str, list[Address]] = {}
+    for row in catalog.of_segments({segment_id for segment_id, note in notes.values() if note.label is not None}):
+        _, note = notes.get(row.address, (None, Note()))
+        if row.label is None and note.label is not None:
+            labels.setdefault(note.label, []).append(row.address)
+    for label, addresses in labels.items():
+        catalog.label(addresses, label)
