@@ -14,10 +14,10 @@ import pytest
 import backprompt_db
 from backprompt_db.failpoints import NAMES, VARIABLE
 
-PASS = "from backprompt_db.failpoints import reach\nfor number in range(3): reach('store.put.inside'); print(number)"
+SCRIPT = "from backprompt_db.failpoints import reach\nfor number in range(3): reach('store.put.inside'); print(number)"
 
 
-def run(setting: str, script: str = PASS) -> tuple[int, str, str]:
+def run(setting: str, script: str = SCRIPT) -> tuple[int, str, str]:
     command = [sys.executable, "-c", script]
     done = subprocess.run(
         command, env=os.environ | {VARIABLE: setting}, capture_output=True, text=True, check=False, timeout=60

@@ -1,0 +1,71 @@
+"""The rounds of the torture: one without a limit, one with, and then damage to copies of what they left."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import backprompt_db as bp
+from backprompt_db.config import Config, write_config
+from backprompt_db.maintenance.verify import Found
+from tests.fault_parts import ROOT
+from tests.torture.conductor import HANG_SECONDS, Conductor
+from tests.torture.damage import damaged_copy
+from tests.torture.journal import counts, problems
+from tests.torture.report import Report
+
+_MAX_NBYTES = 40_000_000
+_SURVEY_SECONDS = 10 * HANG_SECONDS
+
+
+def torture_round(directory: Path, report: Report, *, seconds: float, num_damages: int, dice: random.Random) -> None:
+    """Run one round in an empty directory; what goes wrong is in the report."""
+    for name, share in (("unlimited", 0.6), ("limited", 0.4)):
+        _work(directory / name, report, seconds=seconds * share, is_limited=name == "limited", dice=dice)
+        for number in range(num_damages if report.is_good else 0):
+            _damage(directory / name, directory / f"damaged {name} {number}", report, dice=dice)
+
+
+def _work(directory: Path, report: Report, *, seconds: float, is_limited: bool, dice: random.Random) -> None:
+    bp.open(directory / "db").close()
+    write_config(directory / "db", Config(max_nbytes=_MAX_NBYTES if is_limited else None), mode=0o600)
+    conductor = Conductor(directory, seed=dice.randrange(2**32), is_limited=is_limited)
+    conductor.run(seconds)
+    report.problems += [*conductor.problems, *problems(directory / "journals")]
+    report.add(conductor.counts + counts(directory / "journals"))
+    found = _survey(directory, report)
+    if not is_limited:
+        found["lost"] = found["missing"]
+    report.problems += [
+        f"{directory}: the survey {name} {Found(found[name])!r}" for name in ("found", "left") if found[name]
+    ]
+    report.add({name: found[name] for name in ("checked", "wrong", "lost", "dangling", "num_quarantined")})
+
+
+def _damage(directory: Path, copy: Path, report: Report, *, dice: random.Random) -> None:
+    how = damaged_copy(directory, copy, dice=dice)
+    report.add({"damages": 1})
+    found = _survey(copy, report, "--mend")
+    if found["wrong"] or found["wrong again"]:
+        report.problems.append(f"{copy}: wrong values after {how}")
+    report.add({name: found[name] for name in ("checked", "missing", "quarantined", "refused")})
+    if report.is_good:
+        shutil.rmtree(copy)
+
+
+def _survey(directory: Path, report: Report, *options: str) -> Counter[str]:
+    command = [sys.executable, "-W", "error", "-m", "tests.torture.survey", str(directory), *options]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_SURVEY_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        report.add({"hangs": 1})
+        return Counter()
+    if done.returncode:
+        report.problems.append(f"the survey of {directory} ended with {done.returncode}\n{done.stderr[-3000:]}")
+        return Counter()
+    return Counter(json.loads(done.stdout))
