@@ -122,6 +122,36 @@ def joined(segment_id: SegmentId, known: dict[SegmentId, Origin]) -> list[str]:
     return [text + origin.text for text in before]
 
 
+class TestContents:
+    def test_the_segments_whose_own_text_contains_it(self, catalog: Catalog) -> None:
+        context = origin_of("a customer")
+        record(catalog, context, origin_of("omer, customers", context), origin_of("custom", context))
+        assert selected(catalog, Selection(text_contains="customer")) == ["a customer", "omer, customers"]
+        assert selected(catalog, Selection(text_contains="omer")) == ["a customer", "omer, customers"]
+        assert selected(catalog, Selection(text_contains="customeromer")) == []
+
+    @pytest.mark.parametrize("hostile", HOSTILE)
+    def test_it_is_a_text_and_no_pattern(self, catalog: Catalog, hostile: str) -> None:
+        inside = [hostile, f"before {hostile}", f"{hostile} after", f"\0{hostile}\0"]
+        record(catalog, *map(origin_of, inside), origin_of("anything else"), origin_of(hostile[:-1]))
+        assert selected(catalog, Selection(text_contains=hostile)) == sorted(inside)
+
+    def test_case_and_accents_count(self, catalog: Catalog) -> None:
+        record(catalog, origin_of("die Straße"), origin_of("e\u0301"))
+        assert selected(catalog, Selection(text_contains="straße")) == []
+        assert selected(catalog, Selection(text_contains="\u00e9")) == []
+        assert selected(catalog, Selection(text_contains="Straß")) == ["die Straße"]
+
+    def test_every_text_contains_the_empty_one(self, catalog: Catalog) -> None:
+        record(catalog, origin_of("a"), origin_of("orphan", origin_of("unknown")))
+        assert selected(catalog, Selection(text_contains="")) == ["a", "orphan"]
+
+    def test_it_need_not_lie_in_the_prefix(self, catalog: Catalog) -> None:
+        context = origin_of("context")
+        record(catalog, context, origin_of("text", context), origin_of("else", context), origin_of("text"))
+        assert selected(catalog, Selection(text_prefix="context", text_contains="text")) == ["context", "text"]
+
+
 class TestOtherCriteria:
     @pytest.mark.parametrize("hostile", HOSTILE)
     def test_labels_names_and_namespaces_are_compared_as_they_are(self, catalog: Catalog, hostile: str) -> None:
@@ -183,7 +213,7 @@ class TestOtherCriteria:
         assert selected(catalog, Selection(text_prefix="prompt o", label="kept")) == ["prompt one"]
         assert len(selected(catalog, Selection(text_prefix="prompt o"))) == 2
 
-    @pytest.mark.parametrize("field", ["text_prefix", "label", "model", "namespace"])
+    @pytest.mark.parametrize("field", ["text_prefix", "text_contains", "label", "model", "namespace"])
     def test_a_lone_surrogate_is_refused(self, catalog: Catalog, field: str) -> None:
         with pytest.raises(InvalidText):
             catalog.select(Selection(**{field: "\udcff"}))  # type: ignore[arg-type]

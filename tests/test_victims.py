@@ -217,6 +217,49 @@ def test_a_selection_restricts_the_choice(catalog: Catalog) -> None:
     assert texts(catalog, found) == ["there"]
 
 
+class TestRemovable:
+    """What was chosen may have been used, pinned or built on by the time that it is to go."""
+
+    def test_what_was_chosen_may_go(self, catalog: Catalog) -> None:
+        origins = [origin_of(str(number)) for number in range(5)]
+        record(catalog, *(stored(origin, part) for origin in origins for part in Part))
+        chosen = [victim[:2] for victim in victims(catalog)]
+        assert len(chosen) == 15
+        assert catalog.removable(chosen) == set(chosen)
+
+    def test_not_what_is_unknown_or_gone(self, catalog: Catalog) -> None:
+        there, gone = scores("there"), scores("gone")
+        record(catalog, there, gone)
+        catalog.forget([(gone.address, Part.SCORES)])
+        keys = [(address, part) for address in (there.address, gone.address) for part in Part]
+        assert catalog.removable(keys) == {(there.address, Part.SCORES)}
+        assert catalog.removable([]) == set()
+
+    def test_not_what_is_pinned_by_now(self, catalog: Catalog) -> None:
+        pinned, other = scores("pinned"), scores("other")
+        record(catalog, pinned, other)
+        chosen = [victim[:2] for victim in victims(catalog)]
+        catalog.pin([pinned.address])
+        assert catalog.removable(chosen) == {(other.address, Part.SCORES)}
+
+    def test_not_keys_and_values_that_others_build_on_by_now(self, catalog: Catalog) -> None:
+        context = origin_of("context")
+        record(catalog, stored(context), stored(context, Part.SCORES))
+        chosen = [victim[:2] for victim in victims(catalog)]
+        child = stored(origin_of("child", context))
+        record(catalog, child)
+        assert catalog.removable([*chosen, (child.address, Part.KV)]) == {
+            (context.address, Part.SCORES),
+            (child.address, Part.KV),
+        }
+
+    def test_more_than_a_statement_takes(self, catalog: Catalog) -> None:
+        parts = [scores(str(number)) for number in range(2000)]
+        record(catalog, *parts)
+        keys = {(part.address, part.part) for part in parts}
+        assert catalog.removable(iter(keys)) == keys
+
+
 def test_choosing_changes_nothing(catalog: Catalog) -> None:
     record(catalog, *map(stored, (origin_of("a"), origin_of("b"))))
     before = catalog.rows()

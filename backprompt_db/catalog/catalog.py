@@ -24,7 +24,7 @@ from backprompt_db.catalog.records import (
 )
 from backprompt_db.catalog.selection import conditions, conditions_but_prefix, segments_of_prefix
 from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Sums, Tokenizer
-from backprompt_db.catalog.victims import Choice, choose_victims
+from backprompt_db.catalog.victims import Choice, choose_victims, removable
 from backprompt_db.errors import CatalogError
 from backprompt_db.failpoints import reach
 from backprompt_db.keys import Address, SegmentId, WeightsId
@@ -146,6 +146,15 @@ class Catalog:
         choice = Choice(at=at, grace_seconds=grace_seconds, ttl_seconds=ttl_seconds, limit=limit)
         with self._connections.reading() as connection:
             return choose_victims(connection, nbytes, choice, among=conditions(connection, selection or Selection()))
+
+    def removable(self, keys: Iterable[tuple[Address, Part]]) -> set[tuple[Address, Part]]:
+        """Return which of some parts may go at this moment, whenever they were chosen.
+
+        Those that are recorded, of a representation that is not pinned, and if they are keys and values, with none of
+        a following segment recorded.
+        """
+        with self._connections.reading() as connection:
+            return removable(connection, keys)
 
     def select(self, selection: Selection) -> Iterator[Row]:
         """Iterate over the selected representations, a page at a time, without a lock between two pages.

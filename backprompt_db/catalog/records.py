@@ -110,6 +110,8 @@ class Selection:
 
     A segment after one of which the catalog does not know the text is not meant.
     """
+    text_contains: str | None = None
+    """What the text of the segment itself contains, in this very case; not what only several joined contain."""
     label: str | None = None
     model: str | None = None
     """A model's name, or the first hex digits of a weights id, at least 8."""

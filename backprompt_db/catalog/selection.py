@@ -22,6 +22,7 @@ from sqlalchemy import (
     select,
     table,
 )
+from sqlalchemy.orm import aliased
 
 from backprompt_db.catalog.graph import children, chunks, descendants
 from backprompt_db.catalog.queries import id_range
@@ -68,6 +69,8 @@ def conditions_but_prefix(connection: Connection, selection: Selection) -> list[
     Raises the same errors as `conditions`.
     """
     found: list[ColumnElement[bool]] = []
+    if selection.text_contains is not None:
+        found.append(_has_text_with(_storable(selection.text_contains)))
     if selection.label is not None:
         found.append(Representation.label == _storable(selection.label))
     if selection.model is not None:
@@ -86,6 +89,13 @@ def conditions_but_prefix(connection: Connection, selection: Selection) -> list[
 def _storable(string: str) -> str:
     utf8(string)
     return string
+
+
+def _has_text_with(string: str) -> ColumnElement[bool]:
+    # Looked up for one representation after another: a page of them must not take a look at every text.
+    segment = aliased(Segment)
+    has_it = func.instr(segment.text, string) > 0
+    return exists().where(segment.id == Representation.segment_id, has_it).correlate(Representation)
 
 
 def _weights_ids(connection: Connection, model: str) -> list[bytes]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from sqlalchemy import ColumnElement, Connection, Integer, case, false, func, select, type_coerce
 
+from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import Victim
 from backprompt_db.catalog.selection import USED_AT
 from backprompt_db.catalog.tables import NBYTES, Representation
 from backprompt_db.representation import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from sqlalchemy import Select
 
@@ -89,7 +90,26 @@ def _candidates(
     nbytes, group, value = type_coerce(NBYTES[part], Integer), choice.group.label("goes"), choice.value(part)
     found = select(
         Representation.address, nbytes, Representation.compute_seconds, USED_AT, group, value.label("worth")
-    ).where(nbytes.is_not(None), Representation.is_pinned.is_(False), *among)
-    if part is Part.KV:
-        found = found.where(Representation.num_kv_children == 0)
+    ).where(*_may_go(part), *among)
     return found.order_by("goes", "worth").limit(choice.limit)
+
+
+def removable(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> set[tuple[Address, Part]]:
+    """Return those of the given parts that are recorded and may go."""
+    addresses: dict[Part, set[Address]] = {part: set() for part in Part}
+    for address, part in keys:
+        addresses[part].add(address)
+    return {
+        (address, part)
+        for part, given in addresses.items()
+        for some in chunks(given)
+        for address in connection.execute(_ADDRESSES.where(Representation.address.in_(some), *_may_go(part))).scalars()
+    }
+
+
+_ADDRESSES = select(Representation.address)
+
+
+def _may_go(part: Part) -> list[ColumnElement[bool]]:
+    is_stored, is_free = NBYTES[part].is_not(None), Representation.is_pinned.is_(False)
+    return [is_stored, is_free, *([Representation.num_kv_children == 0] if part is Part.KV else [])]
