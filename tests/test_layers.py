@@ -22,8 +22,11 @@ ROOT = Path(backprompt_db.__file__).parent
 LAYERS = [
     ["errors", "failpoints"],
     ["text", "keys", "representation", "generated"],
-    ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement"],
-    ["tier", "counting", "database", "files", "flights", "collector", "opening", "writer", "maintenance"],
+    ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement", "secret"],
+    [
+        *("access", "collector", "counting", "creation", "database", "files", "filesystem", "flights", "maintenance"),
+        *("notes", "opening", "pending", "sealing", "storage", "tier", "writer"),
+    ],
     ["compute"],
     ["model"],
     ["cli", "demo", "__init__", "__main__"],

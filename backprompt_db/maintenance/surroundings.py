@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import sqlite3
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
+from backprompt_db.errors import UnsafeLocation
+from backprompt_db.filesystem import filesystem_of, require_local
 from backprompt_db.maintenance.findings import Finding, Status, Subject, fine
 from backprompt_db.maintenance.room import room_of
 
 _NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
 _NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
 _LITTLE_NBYTES = 1 << 30
-_NETWORKS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "glusterfs"})
-_MOUNTS = Path("/proc/self/mountinfo")
-_ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
 def python(_: Subject) -> Finding:
@@ -52,14 +49,11 @@ def _version(name: str) -> str | None:
 
 def filesystem(subject: Subject) -> Finding:
     """Whether the filesystem is one whose locks and maps work between all who use it."""
-    kind = _filesystem_of(subject.directory)
-    if kind in _NETWORKS or kind.startswith("fuse.sshfs"):
-        return Finding(
-            Status.PROBLEM,
-            f"{subject.directory} is on a network filesystem ({kind}): locks and maps do not work between machines.",
-            "Keep the database on a local disk of each machine; `export` and `import` carry it from one to another.",
-        )
-    return fine(f"{subject.directory} is on {kind}.")
+    try:
+        require_local(subject.directory)
+    except UnsafeLocation as error:
+        return Finding(Status.PROBLEM, f"{error.message}.", error.hint)
+    return fine(f"{subject.directory} is on {filesystem_of(subject.directory)}.")
 
 
 def free_space(subject: Subject) -> Finding:
@@ -72,23 +66,3 @@ def free_space(subject: Subject) -> Finding:
             Status.WARNING, what, "Free some space, or lower the limit: `backprompt-db config --max-size SIZE`."
         )
     return fine(what)
-
-
-def _filesystem_of(path: Path) -> str:
-    """Return the type of the filesystem that a path is on, as the kernel calls it."""
-    inside = [(mount, kind) for mount, kind in _mounts() if path.resolve().is_relative_to(mount)]
-    # The last of those that are mounted on the same place hides the others.
-    return max(enumerate(inside), key=lambda found: (len(found[1][0]), found[0]))[1][1] if inside else "unknown"
-
-
-def _mounts() -> list[tuple[str, str]]:
-    try:
-        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return []
-    fields = [line.split(" ") for line in lines]
-    return [(_unescaped(found[4]), found[found.index("-") + 1]) for found in fields]
-
-
-def _unescaped(name: str) -> str:
-    return _ESCAPE.sub(lambda found: chr(int(found[1], 8)), name)
