@@ -62,6 +62,10 @@ def store_errors(path: Path) -> Iterator[None]:
         yield
     except (lmdb.Error, OSError) as error:
         raise as_store_error(error, path) from error
+    except SystemError as error:  # what becomes of an error of LMDB when a cursor deletes in a damaged file
+        if not isinstance(error.__cause__, lmdb.Error):
+            raise
+        raise as_store_error(error.__cause__, path) from error
 
 
 def as_store_error(error: Exception, path: Path) -> StoreError:

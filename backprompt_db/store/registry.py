@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backprompt_db.store.environment import Environment, identity_of, missing
 from backprompt_db.store.faults import store_errors
-from backprompt_db.store.meta import check_length
+from backprompt_db.store.meta import check_length, check_pages
 
 _environments: list[Environment] = []
 _lock = threading.RLock()
@@ -22,8 +22,8 @@ _lock = threading.RLock()
 def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False) -> Environment:
     """Return this process's one environment for the files in `directory`; `release` it when done.
 
-    Raises `StoreCorrupt` for files that are missing, empty or shorter than they claim (unless `is_new`): LMDB would
-    map them all the same, and the first read of a missing page would kill the process.
+    Raises `StoreCorrupt` for files that are missing, empty, damaged or shorter than they claim (unless `is_new`): LMDB
+    would map them all the same, and the first read of a missing page would kill the process.
     """
     directory = directory.absolute()
     with _lock, store_errors(directory):
@@ -32,6 +32,7 @@ def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False)
             if not is_new:
                 _check_presence(directory)
                 check_length(directory / "data.mdb")
+                check_pages(directory / "data.mdb")
             environment = Environment(directory, readonly=readonly)
             _environments.append(environment)
         elif not readonly:
