@@ -13,9 +13,12 @@ from backprompt_db.store.registry import release, shared_environment
 _SECONDS = 10.0
 _SCRIPT = """
 import lmdb, sys
+from backprompt_db.store.locks import give_turn, take_turn
 with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
     num_cleared = environment.reader_check()
+    turn = take_turn(sys.argv[1])
     environment.begin(write=True).abort()
+    give_turn(turn)
 print(num_cleared)
 """
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
 from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
 from backprompt_db.store.contract import Usage
 from backprompt_db.store.faults import store_errors
+from backprompt_db.store.locks import give_turn, is_locked, take_turn
 from backprompt_db.store.meta import newest_meta
 
 LMDB_GENERATION = 0
@@ -24,6 +26,9 @@ _MIN_MAP_NBYTES = 1 << 28
 _FORK_SECONDS = 10
 
 _NUM_META_PAGES = 2
+
+_LIFE_BYTE = 0
+"""Of lock.mdb: locked by every process that has the environment open, unless it was opened without locks."""
 
 Identity = tuple[int, int]
 """Device and inode of a file."""
@@ -42,6 +47,8 @@ class Environment:
         self._num_active = 0
         self._num_gates = 0
         self._was_forked_in_use = False
+        self._is_lockless = False
+        self._lock_name = str(directory / "lock.mdb")  # no Path: to make one takes longer than to ask for a lock
         self._env: lmdb.Environment | None = self._open()
         self._pid = os.getpid()
 
@@ -49,12 +56,16 @@ class Environment:
     def transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[memoryview]]:
         """Run one transaction; commit at the end, abort on an exception. Values are views that die with it."""
         with store_errors(self.directory):
-            transaction = self._begin(write=write)
+            transaction, turn = self._begin(write=write)
             try:
                 with transaction:
-                    yield transaction
+                    try:
+                        yield transaction
+                    finally:
+                        if self._is_lockless:
+                            self._check_overtaken(transaction)
             finally:
-                self._leave()
+                self._leave(turn)
 
     def usage(self) -> Usage:
         """Return the bytes of the pages in use, and of the file."""
@@ -65,8 +76,7 @@ class Environment:
                 nbytes = (self.directory / "data.mdb").stat().st_size
             finally:
                 self._leave()
-        num_pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + _NUM_META_PAGES
-        return Usage(num_pages * stat["psize"], nbytes)
+        return Usage(live_nbytes(stat), nbytes)
 
     def copy_to(self, directory: Path) -> None:
         """Write a copy without free pages to a directory. Only inside a transaction of the same thread."""
@@ -129,25 +139,62 @@ class Environment:
         if self._env is not None and not self._was_forked_in_use:
             self._env.close()
 
-    def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
+    def _begin(self, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
+        """Return a transaction, and its turn among the writers.
+
+        The kernel gives turns, and only who has one asks for LMDB's mutex. When a process is killed while it waits for
+        that, the kernel compares thread numbers without regard to the container that they are from, may take the killed
+        one for the holder, and would let in the next while the holder is still writing.
+        """
         while True:
             env = self._enter(write=write)
+            turn = None
             try:
+                turn = take_turn(self.directory) if write else None
+                if self._is_lockless:
+                    self._check_alone()
                 transaction = env.begin(write=write, buffers=True)
                 if not write or self._is_current():
-                    return transaction
+                    return transaction, turn
                 transaction.abort()  # the file was compacted while this waited for its turn to write
-                self._leave()
+                self._leave(turn)
             except lmdb.MapResizedError:
-                self._leave()
+                self._leave(turn)
                 self._adopt_map_size(env)
             except lmdb.ReadersFullError:
-                self._leave()
+                self._leave(turn)
                 if not env.reader_check():
                     raise
             except BaseException:
-                self._leave()
+                self._leave(turn)
                 raise
+
+    def _check_alone(self) -> None:
+        """Raise `StoreLocked` while anybody has the store open who may write.
+
+        A reader that cannot write down in the lock file what it reads must be alone: pages are used again under it.
+        """
+        try:
+            is_alone = not is_locked(self._lock_name, _LIFE_BYTE)
+        except PermissionError:
+            is_alone = False
+        if not is_alone:
+            raise self._not_alone()
+
+    def _check_overtaken(self, transaction: lmdb.Transaction[memoryview]) -> None:
+        """Raise `StoreLocked` if somebody has come and has written so much meanwhile that what was read may be wrong.
+
+        A commit leaves all pages of the two states before it as they are.
+        """
+        assert self._env is not None  # noqa: S101 - a transaction is running
+        if self._env.info()["last_txnid"] > transaction.id() + 1:
+            raise self._not_alone()
+
+    def _not_alone(self) -> StoreLocked:
+        return StoreLocked(
+            f"{self.directory} is open elsewhere, and you may not write to its lock.mdb, where readers need a place",
+            hint="Ask the owner to let you: `backprompt-db config --shared readers`; or wait until nobody has it open.",
+        )
 
     def _enter(self, *, write: bool) -> lmdb.Environment:
         with self._idle:
@@ -174,7 +221,8 @@ class Environment:
             if write:
                 raise
 
-    def _leave(self) -> None:
+    def _leave(self, turn: int | None = None) -> None:
+        give_turn(turn)
         with self._idle:
             self._num_active -= 1
             self._idle.notify_all()
@@ -251,20 +299,27 @@ class Environment:
                 map_nbytes //= 2
 
     def _open_map(self, map_nbytes: int) -> lmdb.Environment:
-        return lmdb.Environment(
-            os.fsencode(self.directory),
-            map_size=map_nbytes,
-            readonly=self.readonly,
-            lock=not self.readonly or os.access(self.directory / "lock.mdb", os.W_OK),
-            create=not self.readonly,
-            writemap=False,
-            sync=True,
-            metasync=True,
-            readahead=True,
-            max_readers=MAX_READERS,
-            max_spare_txns=0,
-            lib_version=LMDB_GENERATION,
-        )
+        self._is_lockless = self.readonly and not os.access(self.directory / "lock.mdb", os.W_OK)
+        try:
+            return lmdb.Environment(
+                os.fsencode(self.directory),
+                map_size=map_nbytes,
+                readonly=self.readonly,
+                lock=not self._is_lockless,
+                create=not self.readonly,
+                writemap=False,
+                sync=True,
+                metasync=True,
+                readahead=True,
+                max_readers=MAX_READERS,
+                max_spare_txns=0,
+                lib_version=LMDB_GENERATION,
+            )
+        except lmdb.LockError as error:  # of the byte of lock.mdb that stands for a PID
+            raise StoreLocked(
+                f"{self.directory} is open in another container by a process with the same PID, {os.getpid()}",
+                hint="Start both with `--pid=host`, or any other program first in one of them, so that the PIDs differ.",
+            ) from error
 
 
 def _make_lock_file(directory: Path) -> None:
@@ -276,6 +331,12 @@ def _make_lock_file(directory: Path) -> None:
         descriptor = os.open(directory / "lock.mdb", flags, mode)
         os.fchmod(descriptor, mode)
         os.close(descriptor)
+
+
+def live_nbytes(stat: Mapping[str, Any]) -> int:
+    """Return the bytes of the pages in use, from what LMDB says of its tree."""
+    num_pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + _NUM_META_PAGES
+    return int(num_pages * stat["psize"])
 
 
 def identity_of(path: Path) -> Identity | None:

@@ -96,6 +96,43 @@ def _open_existing(path: Path, flags: int) -> int:
         return os.open(path, os.O_RDONLY | flags)
 
 
+def take_turn(directory: str | Path) -> int | None:
+    """Lock a directory alone, as soon as nobody else has; None, and no lock, for one that cannot be opened."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def give_turn(descriptor: int | None) -> None:
+    """Give back what `take_turn` returned."""
+    if descriptor is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too
+        os.close(descriptor)
+
+
+def is_locked(path: str | Path, offset: int) -> bool:
+    """Whether another process holds a lock on a byte of a file; False where there is no file.
+
+    Not for a file that this process has locks on: they would be gone, because it is opened and closed here.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+        return _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK
+    finally:
+        os.close(descriptor)
+
+
 class ByteLocks:
     """Locks on single bytes of a file that need not have any: one for each of 2^63 offsets.
 
