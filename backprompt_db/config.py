@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -11,6 +13,9 @@ from typing import Any
 
 from backprompt_db.errors import FormatError
 from backprompt_db.replacement import replace_file
+from backprompt_db.store.sharing import Sharing
+
+logger = logging.getLogger(__name__)
 
 NAME = "config.json"
 
@@ -20,7 +25,10 @@ _SHARE_OF_FREE_SPACE = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """How large a database may grow, and what goes first when it is full."""
+    """Who may use a database, how large it may grow, and what goes first when it is full."""
+
+    sharing: Sharing = Sharing.PRIVATE
+    """Which permissions its files have."""
 
     max_nbytes: int | None = None
     """The limit, in bytes of pages in use, over all processes; None for no limit."""
@@ -39,9 +47,10 @@ class Config:
             raise FormatError(f"this is no configuration of a database: {problem}", hint="Give another value.")
 
 
-def default_config(directory: Path) -> Config:
+def default_config(directory: Path, *, sharing: Sharing = Sharing.PRIVATE) -> Config:
     """Return what a new database gets: a limit of 50 GB, or of a quarter of the free space if that is less."""
-    return Config(max_nbytes=min(_MAX_NBYTES, shutil.disk_usage(directory).free // _SHARE_OF_FREE_SPACE))
+    max_nbytes = min(_MAX_NBYTES, shutil.disk_usage(directory).free // _SHARE_OF_FREE_SPACE)
+    return Config(sharing=sharing, max_nbytes=max_nbytes)
 
 
 def read_config(directory: Path) -> Config:
@@ -58,15 +67,57 @@ def read_config(directory: Path) -> Config:
         ) from error
 
 
-def write_config(directory: Path, config: Config, *, mode: int) -> None:
-    """Replace the configuration, whole or not at all; the file gets the permissions `mode`."""
-    replace_file(directory / NAME, json.dumps(asdict(config), indent=2) + "\n", mode=mode)
+def sharing_of(directory: Path) -> Sharing:
+    """Return who may use the database in `directory`: its owner alone, where its configuration cannot be read."""
+    with contextlib.suppress(FormatError):
+        return read_config(directory).sharing
+    return Sharing.PRIVATE
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Replace the configuration, whole or not at all, with the permissions that it asks for itself."""
+    replace_file(directory / NAME, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
+
+
+class Limits:
+    """The configuration of the database in `directory`, read again when its file has changed. None has no limits."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._state: tuple[int, int, int] | None = None
+        self._config = Config()
+
+    @property
+    def config(self) -> Config:
+        """The configuration; the default one, which is logged, while the file cannot be read."""
+        if self._directory is not None:
+            state = _state(self._directory / NAME)
+            if state != self._state:
+                self._state, self._config = state, _read_or_default(self._directory)
+        return self._config
+
+
+def _read_or_default(directory: Path) -> Config:
+    try:
+        return read_config(directory)
+    except FormatError as error:
+        logger.warning("the default limit holds: %s", error)
+        return default_config(directory)
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _from_json(fields: Any) -> Config:
     if not isinstance(fields, dict):
         raise TypeError("it is not a JSON object")
-    return Config(**{name: value for name, value in fields.items() if name in Config.__dataclass_fields__})
+    known = {name: value for name, value in fields.items() if name in Config.__dataclass_fields__}
+    return Config(**known | {"sharing": Sharing(known.get("sharing", Sharing.PRIVATE))})
 
 
 def _problem(config: Config) -> str | None:

@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from backprompt_db.codec import decode
+from backprompt_db.collector import Collector
 from backprompt_db.counting import Counters
 from backprompt_db.errors import (
     BlobFormat,
-    CatalogError,
     FormatError,
     FormatTooNew,
     StoreClosed,
@@ -27,22 +27,23 @@ from backprompt_db.files import OpenFiles
 from backprompt_db.filling import Filling, KVSpan
 from backprompt_db.flights import Flights
 from backprompt_db.keys import Address
+from backprompt_db.notes import Notes
 from backprompt_db.representation import Arrays, Part
+from backprompt_db.storage import Storage
 from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.digests import Digest
+from backprompt_db.store.sharing import PRIVATE, Modes
 from backprompt_db.tier import MemoryTier, default_budget_nbytes
-from backprompt_db.writer import NewPart
+from backprompt_db.writer import NewPart, at_end_of_forked_process
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Source, TokenizerRecord
+    from backprompt_db.catalog import Catalog
 
 logger = logging.getLogger(__name__)
-
-_Recalled = TypeVar("_Recalled")
 
 MEMORY = ":memory:"
 """The location of a database that is kept in memory and leaves nothing behind."""
 
-_CATALOG = "catalog.sqlite"
 _OVERHEAD_NBYTES = 2048
 """What a part costs in memory beside its bytes, roughly."""
 
@@ -67,6 +68,9 @@ class Database:
         fidelity: Fidelity = Fidelity.EXACT,
         memory_nbytes: int | None = None,
         flights: Flights | None = None,
+        modes: Modes = PRIVATE,
+        seal: Digest | None = None,
+        base: Path | None = None,
     ) -> None:
         self.directory = directory
         self.flights = flights or Flights(None)
@@ -76,8 +80,8 @@ class Database:
         self.namespace = namespace
         self.strict = strict
         self.store = store
-        catalog_path = None if directory is None else directory / _CATALOG
-        self._files = OpenFiles(store, catalog_path, readonly=readonly, fidelity=fidelity)
+        self._files = OpenFiles(store, directory, readonly=readonly, fidelity=fidelity, modes=modes, base=base)
+        self.notes = Notes(self._files, seal=seal)
         self._writer = self._files.writer
         self.tally = self._files.tally
         self._is_closed = False
@@ -92,21 +96,15 @@ class Database:
         """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
         return self._files.catalog
 
-    def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
-        """Return what `read` finds in the catalog; None where that is nothing, or the catalog cannot be read."""
-        try:
-            return read(self.catalog) if self.catalog is not None else None
-        except CatalogError as error:
-            logger.warning("the catalog cannot be read: %s", error)
-            return None
+    @property
+    def storage(self) -> Storage:
+        """Where blobs that come from elsewhere go, at once: the store, within the limit, and the catalog."""
+        return self._files.storage
 
-    def note(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
-        """Save something in the catalog, best effort: all that is in it can be found out again."""
-        try:
-            if self.catalog is not None and not self.readonly:
-                self.catalog.save(record)
-        except CatalogError as error:
-            logger.warning("the catalog missed a record: %s", error)
+    @property
+    def collector(self) -> Collector:
+        """What keeps the database below its limit."""
+        return self._files.collector
 
     @property
     def counters(self) -> Counters:
@@ -308,6 +306,7 @@ def _after_fork_in_child() -> None:
     for database in list(_open_databases):
         database._files.uses = Counter()
         database.memory.after_fork_in_child()
+    at_end_of_forked_process(_close_all)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

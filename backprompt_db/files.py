@@ -10,11 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backprompt_db.collector import Collector
 from backprompt_db.counting import Tally
 from backprompt_db.errors import CatalogError
 from backprompt_db.fidelity import Fidelity
 from backprompt_db.keys import Address
+from backprompt_db.storage import Storage
 from backprompt_db.store.contract import Store
+from backprompt_db.store.sharing import Modes
 from backprompt_db.writer import Writer
 
 if TYPE_CHECKING:
@@ -22,18 +25,33 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_CATALOG = "catalog.sqlite"
+
 
 class OpenFiles:
     """A store, its writer, and the catalog once something needs it. Knows no `Database`, and so keeps none alive."""
 
-    def __init__(self, store: Store, catalog_path: Path | None, *, readonly: bool, fidelity: Fidelity) -> None:
+    def __init__(
+        self,
+        store: Store,
+        directory: Path | None,
+        *,
+        readonly: bool,
+        fidelity: Fidelity,
+        modes: Modes,
+        base: Path | None,
+    ) -> None:
         self.store = store
         self.readonly = readonly
+        self.modes = modes
         self.uses: Counter[Address] = Counter()
         """Of representations, since they were last recorded."""
         self.tally = Tally(store)
-        self.writer = Writer(store, lambda: self.catalog, fidelity=fidelity, tally=self.tally)
-        self._catalog_path = catalog_path
+        self.collector = Collector(store, lambda: self.catalog, directory=directory, modes=modes, tally=self.tally)
+        self.storage = Storage(store, lambda: self.catalog, self.collector, tally=self.tally)
+        self.writer = Writer(self.storage, fidelity=fidelity, tally=self.tally)
+        self._catalog_path = None if directory is None else directory / _CATALOG
+        self._base_catalog_path = None if base is None else base / _CATALOG
 
     @cached_property
     def catalog(self) -> Catalog | None:
@@ -43,9 +61,22 @@ class OpenFiles:
         from backprompt_db.catalog import Catalog
 
         try:
-            return Catalog.open(self._catalog_path, readonly=self.readonly)
+            return Catalog.open(self._catalog_path, readonly=self.readonly, mode=self.modes.file)
         except CatalogError as error:
             logger.warning("working without the catalog: %s", error)
+            return None
+
+    @cached_property
+    def base_catalog(self) -> Catalog | None:
+        """The catalog of the database below, for reading; None where there is none that can be read."""
+        if self._base_catalog_path is None:
+            return None
+        from backprompt_db.catalog import Catalog
+
+        try:
+            return Catalog.open(self._base_catalog_path, readonly=True)
+        except CatalogError as error:
+            logger.info("working without the catalog of the base: %s", error)
             return None
 
     def record_uses(self) -> None:
@@ -65,9 +96,10 @@ class OpenFiles:
             self.writer.close()
             self.record_uses()
         finally:
-            catalog = vars(self).get("catalog")  # one that nothing needed is not opened now
-            if catalog is not None:
-                catalog.close()
+            for name in ("catalog", "base_catalog"):
+                catalog = vars(self).get(name)  # one that nothing needed is not opened now
+                if catalog is not None:
+                    catalog.close()
             self.store.close()
 
     def close_soon(self) -> None:

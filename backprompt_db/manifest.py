@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,13 +10,21 @@ from typing import Any
 
 from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
 from backprompt_db.fidelity import Fidelity
+from backprompt_db.replacement import replace_file
 from backprompt_db.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.records import CHUNK_NBYTES
 
 NAME = "manifest.json"
 
-_UNFINISHED = ("manifest.lock", "store", "CACHEDIR.TAG", f".{NAME}.", ".CACHEDIR.TAG.")
+XXH3 = "xxh3-128"
+"""The digest that finds damage."""
+
+KEYED = "blake3-keyed"
+"""The digest that only those can make who know the database's secret."""
+
+_REPLACED = ("CACHEDIR.TAG", "config.json", NAME)
+_UNFINISHED = ("manifest.lock", "store", "pending", *_REPLACED[:-1], *(f".{name}." for name in _REPLACED))
 """What a process that was killed while it created a database may leave; creation starts over."""
 
 _CACHE_TAG = """Signature: 8a477f597d28d172789f06886806bc55
@@ -35,8 +41,10 @@ class Manifest:
     """Version of addresses, parts and this directory."""
     fidelity: Fidelity = Fidelity.EXACT
     """How keys and values are stored."""
-    digest: str = "xxh3-128"
+    digest: str = XXH3
     """What every chunk is digested with."""
+    secret_id: str | None = None
+    """Which secret digests are keyed with; None where they are not."""
     lmdb: dict[str, int] = field(default_factory=lambda: {"generation": LMDB_GENERATION, "chunk_nbytes": CHUNK_NBYTES})
     """LMDB's file format generation and the size of chunks, in bytes."""
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -62,10 +70,11 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise FormatError(f"{directory / NAME} cannot be read ({error})", hint="Restore it from a backup.") from None
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` and `CACHEDIR.TAG`, each whole or not at all."""
-    _write(directory / "CACHEDIR.TAG", _CACHE_TAG)
-    _write(directory / NAME, json.dumps(asdict(manifest), indent=2) + "\n")
+def write_manifest(directory: Path, manifest: Manifest, *, mode: int = 0o600) -> None:
+    """Write `manifest.json` and `CACHEDIR.TAG`, each whole or not at all, with the permissions `mode`."""
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None}
+    replace_file(directory / "CACHEDIR.TAG", _CACHE_TAG, mode=mode)
+    replace_file(directory / NAME, json.dumps(fields, indent=2) + "\n", mode=mode)
 
 
 def _read(directory: Path) -> bytes | None:
@@ -96,23 +105,10 @@ def _from_json(fields: Any, directory: Path) -> Manifest:
     manifest = Manifest(**known)
     geometry = {"generation": manifest.lmdb["generation"], "chunk_nbytes": manifest.lmdb["chunk_nbytes"]}
     is_known = manifest.fidelity in tuple(Fidelity)  # a set would want anything to be hashable
-    if not is_known or (manifest.digest, geometry) != ("xxh3-128", Manifest().lmdb):
+    is_known &= manifest.digest == (XXH3 if manifest.secret_id is None else KEYED)
+    if not is_known or geometry != Manifest().lmdb:
         raise FormatTooNew(
             f"{directory} uses {manifest.fidelity}, {manifest.digest}, {manifest.lmdb}, unknown to this version",
             hint="Upgrade backprompt-db, or use another directory.",
         )
     return replace(manifest, fidelity=Fidelity(manifest.fidelity))
-
-
-def _write(path: Path, content: str) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).replace(path)
-    parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

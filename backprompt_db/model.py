@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from backprompt_db.catalog import CutsRecord, Source
+from backprompt_db.catalog import Source
+from backprompt_db.compute import pins
+from backprompt_db.compute.cuts import pieces
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
@@ -22,12 +22,11 @@ from backprompt_db.database import MEMORY, Database
 from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.fidelity import Fidelity
 from backprompt_db.generated import Generated
-from backprompt_db.keys import TokenizerId, WeightsId, utf8
+from backprompt_db.keys import TokenizerId, WeightsId
 from backprompt_db.opening import open_database
 from backprompt_db.representation import Arrays, ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
 
-_CUTS = b"backprompt-db/cuts/1\0"
 _SCORES = frozenset({Part.SCORES})
 
 
@@ -84,7 +83,7 @@ class LanguageModel:
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
         key = source_key(str(name_or_path), arguments)
-        known = database.recall(lambda catalog: catalog.source(key or b""))
+        known = database.notes.recall(lambda catalog: catalog.source(key or b""))
         source = PretrainedModel(
             str(name_or_path), arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None
         )
@@ -93,7 +92,7 @@ class LanguageModel:
             ids = source.ids  # loads the model, and downloads it if need be
             after = source_key(source.name, arguments)
             if after and key in (None, after):  # else the files changed meanwhile
-                database.note(Source(after, source.name, *ids))
+                database.notes.save(Source(after, source.name, *ids))
         return lm
 
     def _build(
@@ -168,7 +167,7 @@ class LanguageModel:
             return Text(string, self, start=start, eager=eager)
         if not isinstance(split, int) or split < 1:
             raise PromptError(f"split={split!r} is not a number of tokens", hint="Give an int of 1 or more.")
-        first, *others = self._pieces(string, split)
+        first, *others = pieces(string, split, source=self._source, notes=self.db.notes)
         text = Text(first, self, start=start)
         for piece in others:
             text += piece
@@ -286,6 +285,18 @@ class LanguageModel:
         firsts = [several[0] for several in results]
         return firsts[0] if is_one else firsts
 
+    def pin(self, texts: Text | str | Iterable[Text | str], *, label: str | None = None) -> None:
+        """Keep texts, with all parts of all their segments, from being evicted; what is missing is computed now.
+
+        `label` is for the command line, where it selects them. Raises `StoreReadOnly` where nothing may be written, and
+        `CatalogError` where there is no catalog, as in memory.
+        """
+        pins.pin(self._engine, self.db, self._segments(texts), label=label)
+
+    def unpin(self, texts: Text | str | Iterable[Text | str]) -> None:
+        """Let texts be evicted again, with what others share with them. Raises the same errors as `pin`."""
+        pins.unpin(self._engine, self.db, self._segments(texts))
+
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
         return self._source.tokenizer.seams(self._own(text).segments(self.namespace))
@@ -363,24 +374,17 @@ class LanguageModel:
         ]
         return np.array(sums).reshape(len(prompts), len(completions))
 
+    def _segments(self, texts: Text | str | Iterable[Text | str]) -> list[Segment]:
+        """Return the segments of texts, each once, parents before children."""
+        own = [self._own(text) for text in ([texts] if isinstance(texts, Text | str) else texts)]
+        return ancestry(tip for text in own for tip in text.tips(self.namespace))
+
     def _own(self, text: Text | str) -> Text:
         """Return a text that belongs to this model. Raises `PromptError` for an empty one, or another model's."""
         own = text if isinstance(text, Text) else Text(text)
         if not own:
             raise PromptError("the prompt is empty", hint="Give at least one character.")
         return own.on(self)
-
-    def _pieces(self, string: str, split: int) -> list[str]:
-        """Cut a long string, where the database remembers, else where the tokenizer says."""
-        if not isinstance(string, str) or not string:
-            Text(string)  # says what is wrong
-            return [string]
-        key = hashlib.sha256(_CUTS + self.tokenizer_id + split.to_bytes(8, "big") + utf8(string)).digest()
-        cuts = self.db.recall(lambda catalog: catalog.cuts(key))
-        if cuts is None:
-            cuts = tuple(self._source.tokenizer.cuts(string, split))
-            self.db.note(CutsRecord(key, cuts))
-        return [string[first:last] for first, last in pairwise((0, *cuts, len(string)))]
 
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"

@@ -5,22 +5,31 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
-import filelock
 import platformdirs
 
+from backprompt_db.access import access_problem
+from backprompt_db.config import sharing_of
+from backprompt_db.creation import STORE, create_database
 from backprompt_db.database import MEMORY, Database
-from backprompt_db.errors import FormatError, UnsafeLocation
+from backprompt_db.errors import BackpromptError, FormatError, PromptError, UnsafeLocation
 from backprompt_db.fidelity import Fidelity
+from backprompt_db.filesystem import require_local
 from backprompt_db.flights import Flights
-from backprompt_db.manifest import Manifest, read_manifest, write_manifest
+from backprompt_db.manifest import Manifest, read_manifest
+from backprompt_db.secret import digest_of
+from backprompt_db.store.contract import Store
+from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
+from backprompt_db.store.sharing import Sharing
 
 logger = logging.getLogger(__name__)
 
-_STORE = "store"
-_LOCK = "manifest.lock"
+READ, APPEND = "r", "a"
+"""The modes of opening: for reading only, and for reading and writing."""
+
 _FLIGHTS = "flights.lock"
 
 
@@ -32,6 +41,8 @@ def default_location() -> Path:
 def open_database(
     location: str | os.PathLike[str] | None = None,
     *,
+    mode: str = APPEND,
+    base: str | os.PathLike[str] | None = None,
     namespace: str = "",
     strict: bool = False,
     fidelity: str | None = None,
@@ -41,7 +52,9 @@ def open_database(
     """Open the database in a directory, making it if there is none, and return it.
 
     `location` defaults to `$BACKPROMPT_DB`, else a directory in the platform's user cache directory; `":memory:"` keeps
-    everything in memory. `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
+    everything in memory. With `mode="r"` nothing is ever written, and there must be one; `"a"` reads and writes. `base`
+    is another database, which is only read: what it has is found, what it lacks is kept here, in front of it.
+    `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
     the errors of the store instead of computing what it could not give. `fidelity` says how closely a new database
     keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`. What was used last stays in memory, up to
     `memory_nbytes`; the default is an eighth of the memory that is free. With `single_flight`, what another process is
@@ -49,45 +62,54 @@ def open_database(
     `$BACKPROMPT_DB_FLIGHT_SECONDS` says how long to wait without progress, 60 if not set.
 
     A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
+    A new one is private to its user, and has a limit of 50 GB, or of a quarter of the free space if that is less;
+    `backprompt-db init` and `config` have others.
 
-    Raises `UnsafeLocation` for a place where no database can be, `FormatTooNew` for one written by a newer version,
-    `FormatError` for one of another fidelity than the one asked for, and `StoreCorrupt` for a damaged one.
+    Raises `UnsafeLocation` for a place where no database can be, `StoreReadOnly` for one that may not be read,
+    `FormatTooNew` for one written by a newer version, `FormatError` for one of another fidelity or secret than the one
+    asked for, and `StoreCorrupt` for a damaged one.
 
     >>> with open_database(":memory:") as db:
     ...     db
     <Database :memory:>
     """
+    if mode not in (READ, APPEND):
+        raise PromptError(f"there is no mode {mode!r}", hint='Give "r" to read only, or "a" to read and write.')
     asked = None if fidelity is None else _fidelity(fidelity)
+    below = None if base is None else _absolute(base)
+    options: dict[str, Any] = {"namespace": namespace, "strict": strict, "memory_nbytes": memory_nbytes, "base": below}
     if location == MEMORY:
-        return Database(
-            MemoryStore(),
-            directory=None,
-            namespace=namespace,
-            strict=strict,
-            fidelity=asked or Fidelity.EXACT,
-            memory_nbytes=memory_nbytes,
-        )
-    directory = Path(location if location is not None else default_location()).expanduser().absolute()
-    manifest = _manifest(directory, asked)
-    readonly = not os.access(directory, os.W_OK) or not os.access(directory / _STORE / "data.mdb", os.W_OK)
-    if readonly:
-        logger.warning("%s is not writable: reading what is there, keeping nothing new", directory)
-    store = LmdbStore(directory / _STORE, readonly=readonly)
+        kept = asked or (Fidelity.EXACT if below is None else _manifest(below, None, is_reader=True).fidelity)
+        return Database(_layered(MemoryStore(), below, kept), directory=None, fidelity=kept, **options)
+    directory = _absolute(location if location is not None else default_location())
+    manifest = _manifest(directory, asked, is_reader=mode == READ)
+    sharing, digest = sharing_of(directory), digest_of(manifest, directory)
+    readonly = not _may_write(directory, sharing, mode)
+    own = LmdbStore(directory / STORE, readonly=readonly, digest=digest)
     return Database(
-        store,
+        _layered(own, below, manifest.fidelity),
         directory=directory,
         readonly=readonly,
-        namespace=namespace,
-        strict=strict,
         fidelity=manifest.fidelity,
-        memory_nbytes=memory_nbytes,
-        flights=Flights(directory / _FLIGHTS if single_flight and not readonly else None),
+        flights=Flights(directory / _FLIGHTS if single_flight and not readonly else None, mode=sharing.modes.lock),
+        modes=sharing.modes,
+        seal=None if manifest.secret_id is None else digest,
+        **options,
     )
 
 
-def _manifest(directory: Path, asked: Fidelity | None) -> Manifest:
+def _absolute(location: str | os.PathLike[str]) -> Path:
+    return Path(location).expanduser().absolute()
+
+
+def _manifest(directory: Path, asked: Fidelity | None, *, is_reader: bool) -> Manifest:
     """Return the manifest of a database, made now if there is none. Raises `FormatError` for another fidelity."""
-    manifest = read_manifest(directory) or _create(directory, Manifest(fidelity=asked or Fidelity.EXACT))
+    require_local(directory)
+    manifest = read_manifest(directory)
+    if manifest is None and is_reader:
+        raise UnsafeLocation(f"there is no database in {directory}", hint='Open it with mode="a", which makes one.')
+    if manifest is None:
+        manifest = create_database(directory, fidelity=asked or Fidelity.EXACT)
     if asked not in (None, manifest.fidelity):
         raise FormatError(
             f"{directory} keeps keys and values {manifest.fidelity}, not {asked}",
@@ -96,25 +118,37 @@ def _manifest(directory: Path, asked: Fidelity | None) -> Manifest:
     return manifest
 
 
+def _may_write(directory: Path, sharing: Sharing, mode: str) -> bool:
+    """Whether to write: where this user may not, it is said why. Raises for what cannot be read, or not be trusted."""
+    unreadable = access_problem(directory, sharing, readonly=True)
+    if unreadable is not None:
+        raise unreadable
+    if mode == READ:
+        return False
+    problem = access_problem(directory, sharing, readonly=False)
+    may_write = all(os.access(path, os.W_OK) for path in (directory, directory / STORE / "data.mdb"))
+    if problem is not None or not may_write:
+        why = f": {problem}" if problem is not None else ""
+        logger.warning("%s is not writable: reading what is there, keeping nothing new%s", directory, why)
+    return problem is None and may_write
+
+
+def _layered(own: Store, base: Path | None, fidelity: Fidelity) -> Store:
+    """Put a store in front of that of the database in `base`. Raises `FormatError` for one of another fidelity."""
+    if base is None:
+        return own
+    try:
+        manifest = _manifest(base, fidelity, is_reader=True)
+        _may_write(base, sharing_of(base), READ)
+        return LayeredStore(own, LmdbStore(base / STORE, readonly=True, digest=digest_of(manifest, base)))
+    except BackpromptError:
+        own.close()
+        raise
+
+
 def _fidelity(name: str) -> Fidelity:
     try:
         return Fidelity(name)
     except ValueError:
         known = ", ".join(repr(each.value) for each in Fidelity)
         raise FormatError(f"there is no fidelity {name!r}", hint=f"Give one of {known}.") from None
-
-
-def _create(directory: Path, manifest: Manifest) -> Manifest:
-    """Make an empty database and return its manifest; of several processes one does, the others take what it made."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with filelock.FileLock(directory / _LOCK, mode=0o600):
-            made = read_manifest(directory)
-            if made is None:
-                LmdbStore.create(directory / _STORE).close()
-                write_manifest(directory, manifest)
-            return made or manifest
-    except OSError as error:
-        raise UnsafeLocation(
-            f"no database can be made in {directory} ({error.strerror})", hint="Give a directory that you may write to."
-        ) from error

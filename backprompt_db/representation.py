@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprompt_db.errors import FormatError, PromptError
-from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, address, segment_id
+from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, address, namespace_id, segment_id
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +140,12 @@ class Origin:
     def address(self) -> Address:
         """The address that this representation belongs under."""
         return address(self.segment_id, self.weights_id, self.tokenizer_id)
+
+    @property
+    def parent_addresses(self) -> list[Address]:
+        """The addresses that this representation directly follows; what stands for a namespace is none of them."""
+        root = namespace_id(self.namespace)
+        return [address(each, self.weights_id, self.tokenizer_id) for each in self.parents if each != root]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

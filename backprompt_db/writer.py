@@ -7,23 +7,19 @@ import logging
 import os
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from backprompt_db.codec import encode_pieces
 from backprompt_db.counting import Tally
 from backprompt_db.errors import BackpromptError, StoreClosed
 from backprompt_db.fidelity import Fidelity, reduce
 from backprompt_db.representation import Arrays, Origin
-from backprompt_db.store.contract import Blob, Key, Store
-
-if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+from backprompt_db.storage import CatalogMissed, Storage
+from backprompt_db.store.contract import Blob, Key, needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +56,9 @@ class Writer:
     What is queued can be read with `get`, so a caller finds at once what it just put.
     """
 
-    def __init__(
-        self, store: Store, catalog: Callable[[], Catalog | None], *, fidelity: Fidelity, tally: Tally
-    ) -> None:
-        self._store = store
+    def __init__(self, storage: Storage, *, fidelity: Fidelity, tally: Tally) -> None:
+        self._storage = storage
         self._fidelity = fidelity
-        self._catalog = catalog
         self._tally = tally
         self._has_failed = False
         self._reset()
@@ -142,6 +135,7 @@ class Writer:
 
     def _run(self) -> None:
         _yield_to_others()
+        self._storage.collector.begin()
         while self._run_once():
             pass
 
@@ -173,8 +167,9 @@ class Writer:
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._is_closing or self._thread is None)
             group, nbytes = list[NewPart](), 0
+            max_nbytes = self._storage.max_group_nbytes(_GROUP_NBYTES)
             for part in self._queue.values():
-                if group and nbytes + part.nbytes > _GROUP_NBYTES:
+                if group and nbytes + part.nbytes > max_nbytes:
                     break
                 group.append(part)
                 nbytes += part.nbytes
@@ -182,35 +177,22 @@ class Writer:
 
     def _store_group(self, group: list[NewPart]) -> None:
         blobs = [blob for part in group if (blob := self._encode(part)) is not None]
+        origins = {part.key: part.origin for part in group}
         try:
-            new = set(self._store.put(blobs)) if blobs else set()
+            if blobs:
+                self._storage.keep(blobs, origins)
+        except CatalogMissed as error:
+            logger.warning("the catalog missed %d parts (`reindex` adds them): %s", len(blobs), error.__cause__)
         except Exception as error:  # noqa: BLE001 - a failing cache never fails the computation
             self._fail(error, len(blobs))
-            return
-        sizes = {blob.key: blob.nbytes for blob in blobs if blob.key in new}
-        self._tally.add("num_stored", len(new))
-        self._tally.add("num_stored_nbytes", sum(sizes.values()))
-        self._record(group, sizes)
 
     def _encode(self, part: NewPart) -> Blob | None:
         try:
             arrays = reduce(part.key.part, part.arrays, self._fidelity)
-            return Blob(part.key, encode_pieces(part.key.part, arrays, part.origin))
+            return Blob(part.key, encode_pieces(part.key.part, arrays, part.origin), needs_of(part.key, part.origin))
         except Exception as error:  # noqa: BLE001 - one part that has no blob must not cost the others of its group
             self._fail(error, 1)
             return None
-
-    def _record(self, group: list[NewPart], sizes: dict[Key, int]) -> None:
-        parts = [part for part in group if part.key in sizes]
-        try:
-            if parts and (catalog := self._catalog()) is not None:
-                from backprompt_db.catalog import StoredPart
-
-                stored = [StoredPart(*part.key, sizes[part.key], part.origin) for part in parts]
-                catalog.record(stored, at=time.time())
-                self._tally.record(catalog)
-        except Exception as error:  # noqa: BLE001 - no hit needs the catalog, and the thread must live on
-            logger.warning("the catalog missed %d parts (`backprompt-db reindex` adds them): %s", len(parts), error)
 
     def _fail(self, error: Exception, num_parts: int) -> None:
         if not isinstance(error, BackpromptError):
@@ -244,10 +226,18 @@ def _finish_all() -> None:
         writer.close()
 
 
+def at_end_of_forked_process(finish: Callable[[], None]) -> None:
+    """Call `finish` when a process of multiprocessing ends that is being forked: it leaves without running `atexit`."""
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None:  # in time: it forgets its parent's finalisers, then calls what is registered here
+        util.register_after_fork(finish, lambda finish: util.Finalize(None, finish, exitpriority=0))
+
+
 def _after_fork_in_child() -> None:
     # The parent's thread does not exist here, and one of its threads may have held a writer's lock.
     for writer in list(_writers):
         writer._reset()
+    at_end_of_forked_process(_finish_all)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

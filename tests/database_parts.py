@@ -66,11 +66,11 @@ class FaultyStore(MemoryStore):
         self._fail_if_told()
         return super().has(key)
 
-    def put(self, blobs: Sequence[Blob]) -> list[Key]:
+    def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         self.may_write.wait(30)
         self._fail_if_told()
         self.puts.append(len(blobs))
-        return super().put(blobs)
+        return super().put(blobs, max_nbytes=max_nbytes)
 
     def delete(self, keys: Iterable[Key]) -> int:
         self._fail_if_told()

@@ -364,7 +364,7 @@ class _Zeros(MemoryStore):
         logits = {"logits": array("F32", LARGE_NBYTES // 4)}
         return memoryview(encode(Part.LOGITS, logits, self._origins[key.address]))
 
-    def put(self, blobs: Any) -> list[Key]:
+    def put(self, blobs: Any, *, max_nbytes: int | None = None) -> list[Key]:
         return [blob.key for blob in blobs]
 
 

@@ -286,7 +286,7 @@ class TestEvents:
             assert (db.counters.num_part_misses, db.counters.num_computed_tokens) == (1, origin("a").num_tokens)
 
 
-def _fail_to_read(*_: object) -> None:
+def _fail_to_read(*_: object, **__: object) -> None:
     raise BROKEN
 
 

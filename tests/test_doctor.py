@@ -20,6 +20,7 @@ from typing import TypeVar
 import pytest
 
 import backprompt_db as bp
+from backprompt_db import filesystem
 from backprompt_db.config import Config, write_config
 from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.maintenance import surroundings
@@ -86,7 +87,7 @@ def fall_behind(directory: Path) -> None:
 
 
 def exceed_limit(directory: Path) -> None:
-    write_config(directory, Config(max_nbytes=4096), mode=0o600)
+    write_config(directory, Config(max_nbytes=4096))
 
 
 def garble_config(directory: Path) -> None:
@@ -281,7 +282,7 @@ class TestSurroundings:
             f"23 22 0:44 / {place} rw,relatime shared:1 - {kind} server:/export rw\n"
             "24 22 0:45 / /elsewhere rw - tmpfs tmpfs rw\n"
         )
-        monkeypatch.setattr(surroundings, "_MOUNTS", mounts)
+        monkeypatch.setattr(filesystem, "MOUNTS", mounts)
         found = surroundings.filesystem(subject)
         assert found.status is Status.PROBLEM
         assert kind in found.what
@@ -301,7 +302,7 @@ class TestSurroundings:
         usage = shutil.disk_usage(subject.directory)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
         assert surroundings.free_space(subject).status is Status.WARNING
-        write_config(subject.directory, Config(max_nbytes=1 << 19), mode=0o600)
+        write_config(subject.directory, Config(max_nbytes=1 << 19))
         assert surroundings.free_space(subject).status is Status.OK, "no more than the limit is needed"
 
 

@@ -41,12 +41,12 @@ def test_a_point_fails_in_the_way_that_was_asked_for(action: str, code: int, err
 
 
 def test_a_point_fails_at_the_pass_that_was_asked_for() -> None:
-    script = PASS.replace("print(number)", "print(number, flush=True)")
+    script = SCRIPT.replace("print(number)", "print(number, flush=True)")
     assert run("catalog.record.inside=raise,store.put.inside=kill@3", script)[:2] == (-signal.SIGKILL, "0\n1\n")
 
 
 def test_a_point_can_wait() -> None:
-    script = "import time\nbegan = time.monotonic()\n" + PASS + "\nassert time.monotonic() - began > 0.2"
+    script = "import time\nbegan = time.monotonic()\n" + SCRIPT + "\nassert time.monotonic() - began > 0.2"
     assert run("store.put.inside=sleep:0.2@2", script)[0] == 0
 
 
@@ -56,6 +56,8 @@ def test_unknown_points_and_actions_are_refused() -> None:
 
 
 def test_the_points_in_the_code_are_those_that_have_names() -> None:
-    sources = [path.read_text() for path in Path(backprompt_db.__file__).parent.rglob("*.py")]
+    package = Path(backprompt_db.__file__).parent
+    paths = [*package.rglob("*.py"), *(package.parent / "migrations").rglob("*.py")]
+    sources = [path.read_text() for path in paths]
     called = {name for source in sources for name in re.findall(r'reach\("([^"]+)"\)', source)}
     assert called == NAMES

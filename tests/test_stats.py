@@ -97,7 +97,7 @@ def mismatches(value: Any, schema: Any, place: str = "") -> Iterator[str]:
 
 class TestSchema:
     def test_every_field_has_its_type_and_its_place(self, directory: Path) -> None:
-        write_config(directory, Config(max_nbytes=1 << 30), mode=0o600)
+        write_config(directory, Config(max_nbytes=1 << 30))
         with bp.open(directory) as db:
             db.tally.report("quarantine", "a detail", address=stored_keys_of(db)[0].address)
         found = run_json("stats", "--db", directory)
@@ -169,7 +169,7 @@ class TestNumbers:
     def test_live_bytes_are_those_of_the_store_and_full_is_their_share(self, directory: Path) -> None:
         with closing(LmdbStore(directory / "store", readonly=True)) as store:
             live_nbytes = store.usage().live_nbytes
-        write_config(directory, Config(max_nbytes=4 * live_nbytes), mode=0o600)
+        write_config(directory, Config(max_nbytes=4 * live_nbytes))
         found = gather(directory)
         assert (found.live_nbytes, found.max_nbytes, found.fullness) == (live_nbytes, 4 * live_nbytes, 0.25)
         assert "25.0% full" in run("stats", "--db", directory).stdout

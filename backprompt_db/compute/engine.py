@@ -248,7 +248,7 @@ class Engine:
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
         if not runtime.is_proven(names.weights_id):
-            known = self._db.recall(lambda catalog: catalog.model(names.weights_id))
+            known = self._db.notes.recall(lambda catalog: catalog.model(names.weights_id))
             record = runtime.prove(names.weights_id, known)
             if record is not None:
                 self._note(record)
@@ -258,8 +258,8 @@ class Engine:
     def _note(self, record: ModelRecord) -> None:
         tokenizer = self._source.tokenizer
         kind = type(tokenizer.tokenizer).__name__
-        self._db.note(record)
-        self._db.note(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
+        self._db.notes.save(record)
+        self._db.notes.save(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
 
     def _persist(self, names: Names, job: Job, pack: plan.Pack, result: Computed) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""

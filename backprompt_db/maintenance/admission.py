@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from backprompt_db.codec import decode, decode_origin
 from backprompt_db.errors import BlobFormat
 from backprompt_db.fidelity import Fidelity
-from backprompt_db.keys import Address, address, namespace_id
 from backprompt_db.representation import Arrays, Origin, Part
 from backprompt_db.store.contract import Key
 
@@ -45,20 +44,6 @@ class CheckedPart:
     origin: Origin
     blob: memoryview
     note: Note = Note()
-
-    @property
-    def needs(self) -> tuple[Key, ...]:
-        """Without these, nobody can use the part: for keys and values, those of what it directly follows."""
-        if self.key.part is not Part.KV:
-            return ()
-        return tuple(Key(each, Part.KV) for each in parents(self.origin))
-
-
-def parents(origin: Origin) -> list[Address]:
-    """Return the addresses that a representation directly follows; what stands for a namespace is none of them."""
-    root = namespace_id(origin.namespace)
-    ids = origin.weights_id, origin.tokenizer_id
-    return [address(parent, *ids) for parent in origin.parents if parent != root]
 
 
 def admit(key: Key, blob: memoryview, *, fidelity: Fidelity, note: Note | None = None) -> CheckedPart:

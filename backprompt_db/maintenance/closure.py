@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from backprompt_db.keys import Address
-from backprompt_db.maintenance.admission import parents
 from backprompt_db.representation import Origin
 
 Origins = Callable[[Address], Origin | None]
@@ -37,4 +36,4 @@ def closure(origin_of: Origins, wanted: Iterable[Address]) -> Iterator[Address]:
 def _following(origin_of: Origins, address: Address, done: set[Address]) -> list[Address]:
     """Return the addresses that one directly follows and that have not come yet."""
     origin = None if address in done else origin_of(address)
-    return [] if origin is None else [each for each in parents(origin) if each not in done]
+    return [] if origin is None else [each for each in origin.parent_addresses if each not in done]

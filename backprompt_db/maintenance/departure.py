@@ -13,7 +13,7 @@ from backprompt_db.maintenance.admission import CheckedPart, Note, admit
 from backprompt_db.maintenance.archive import MAX_MEMBER_NBYTES
 from backprompt_db.maintenance.bundle import Group
 from backprompt_db.representation import Origin, Part
-from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.contract import Key, Store, needs_of
 
 if TYPE_CHECKING:
     from backprompt_db.fidelity import Fidelity
@@ -68,7 +68,7 @@ class PartReader:
     def _may_leave(self, part: CheckedPart) -> bool:
         if self._with_kv is None:
             return True
-        if any(need.address not in self._with_kv for need in part.needs):
+        if any(need.address not in self._with_kv for need in needs_of(part.key, part.origin)):
             self.num_orphaned += 1
             return False
         if part.key.part is Part.KV:

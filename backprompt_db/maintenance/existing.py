@@ -39,10 +39,11 @@ def open_existing(directory: Path) -> Database:
 
 def open_store(directory: Path) -> LmdbStore:
     """Open the store of the database in `directory` for reading; damaged parts are counted and stay where they are."""
+    from backprompt_db.secret import digest_of
     from backprompt_db.store.lmdb import LmdbStore
 
-    manifest_of(directory)
-    return LmdbStore(directory / STORE, readonly=True)
+    manifest = manifest_of(directory)
+    return LmdbStore(directory / STORE, readonly=True, digest=digest_of(manifest, directory))
 
 
 def open_catalog(directory: Path) -> Catalog:

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from backprompt_db.catalog import Catalog, ModelRecord, StoredPart, TokenizerRecord
+from backprompt_db.catalog import Catalog, ModelRecord, TokenizerRecord
 from backprompt_db.errors import CatalogError, StoreReadOnly
 from backprompt_db.maintenance.admission import CheckedPart, Note
-from backprompt_db.store.contract import Blob, Key
+from backprompt_db.storage import CatalogMissed
+from backprompt_db.store.contract import Blob, Key, needs_of
 
 if TYPE_CHECKING:
     from backprompt_db.database import Database
@@ -52,6 +53,7 @@ class Intake:
         self._db = db
         self._batch: list[CheckedPart] = []
         self._batch_nbytes = 0
+        self._max_batch_nbytes = db.storage.max_group_nbytes(_BATCH_NBYTES)
         self._notes: dict[Address, tuple[SegmentId, Note]] = {}
         self._num_stored = self._nbytes_stored = self._num_known = self._num_orphaned = 0
         self._catalog_problem: str | None = None
@@ -70,7 +72,7 @@ class Intake:
         if not note.is_empty:
             _, known = self._notes.get(address, (segment_id, Note()))
             self._notes[address] = segment_id, known.joined(note)
-        if self._batch_nbytes >= _BATCH_NBYTES or max(len(self._batch), len(self._notes)) >= _BATCH_NUM_PARTS:
+        if self._batch_nbytes >= self._max_batch_nbytes or max(len(self._batch), len(self._notes)) >= _BATCH_NUM_PARTS:
             self._flush()
 
     def introduce(self, models: Sequence[ModelRecord], tokenizers: Sequence[TokenizerRecord]) -> None:
@@ -94,11 +96,14 @@ class Intake:
             self._tell(lambda catalog: _annotate(catalog, notes))
 
     def _store(self, batch: Sequence[CheckedPart]) -> set[Key]:
-        blobs = [Blob(part.key, [part.blob], part.needs) for part in batch]
-        new = set(self._db.store.put(blobs))
-        rows = [StoredPart(*part.key, part.blob.nbytes, part.origin) for part in batch if part.key in new]
-        self._tell(lambda catalog: catalog.record(rows, at=time.time()))
-        return new
+        blobs = [Blob(part.key, [part.blob], needs_of(part.key, part.origin)) for part in batch]
+        if self._db.directory is not None and self._db.catalog is None:
+            self._catalog_problem = "the catalog cannot be used"
+        try:
+            return self._db.storage.keep(blobs, {part.key: part.origin for part in batch})
+        except CatalogMissed as missed:
+            self._catalog_problem = getattr(missed.__cause__, "message", str(missed.__cause__))
+            return missed.new
 
     def _count(self, batch: Sequence[CheckedPart], new: set[Key]) -> None:
         for part in batch:

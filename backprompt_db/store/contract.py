@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from backprompt_db.errors import StoreFull
 from backprompt_db.keys import Address
-from backprompt_db.representation import Part
+from backprompt_db.representation import Origin, Part
 
 
 class Key(NamedTuple):
@@ -36,6 +37,11 @@ class Blob(NamedTuple):
         return sum(memoryview(piece).nbytes for piece in self.pieces)
 
 
+def needs_of(key: Key, origin: Origin) -> tuple[Key, ...]:
+    """Return without what nobody can use a part: for keys and values, those of what it directly follows."""
+    return tuple(Key(each, Part.KV) for each in origin.parent_addresses) if key.part is Part.KV else ()
+
+
 class Usage(NamedTuple):
     """How much room a store takes."""
 
@@ -43,6 +49,14 @@ class Usage(NamedTuple):
     """Bytes of what is stored, with everything that storing it takes."""
     file_nbytes: int
     """Bytes of its file, of which those that are not live will be used again."""
+
+
+def beyond_limit(max_nbytes: int) -> StoreFull:
+    """Return the error for parts after which too much would be live."""
+    return StoreFull(
+        f"more than {max_nbytes:,} bytes would be in use",
+        hint="Evict or unpin something, or raise the limit: `backprompt-db config --max-size SIZE`.",
+    )
 
 
 class Store(Protocol):
@@ -68,11 +82,12 @@ class Store(Protocol):
     def has(self, key: Key) -> bool:
         """Whether a blob is stored under `key`; its bytes are not verified."""
 
-    def put(self, blobs: Sequence[Blob]) -> list[Key]:
+    def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store all of `blobs` in one transaction and return the keys that were new.
 
         The first writer wins: a key that is taken keeps its blob. A blob is left out when something that it `needs` is
-        not there. When this returns, the blobs are on disk.
+        not there. When this returns, the blobs are on disk. Raises `StoreFull`, and stores nothing, when more than
+        `max_nbytes` would be live after it.
         """
 
     def delete(self, keys: Iterable[Key]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from backprompt_db.errors import UnsafeLocation
@@ -16,20 +17,24 @@ def create_files(directory: Path, modes: Modes) -> None:
     What an interrupted creation left is taken over. Raises `UnsafeLocation` for symbolic links.
     """
     with store_errors(directory):
-        directory.mkdir(mode=0o700, exist_ok=True)
-        set_directory_mode(directory, modes.directory)
+        make_directory(directory, modes.directory)
         for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock)):
             descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             os.fchmod(descriptor, mode)
             os.close(descriptor)
 
 
-def set_directory_mode(directory: Path, mode: int) -> None:
-    """Give a directory exactly these permissions. Raises `UnsafeLocation` for a symbolic link."""
+def make_directory(directory: Path, mode: int) -> None:
+    """Make a directory with exactly these permissions, or give them to the one that is there.
+
+    Raises `UnsafeLocation` for a symbolic link.
+    """
+    directory.mkdir(mode=0o700, exist_ok=True)
     if directory.is_symlink():
         raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fchmod(descriptor, mode)
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:  # which only its owner may change
+            os.fchmod(descriptor, mode)
     finally:
         os.close(descriptor)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from backprompt_db.errors import StoreClosed
-from backprompt_db.store.contract import Blob, Key, Usage
+from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit
 
 
 class MemoryStore:
@@ -35,7 +35,7 @@ class MemoryStore:
         """Whether a blob is stored under `key`."""
         return key in self._open_blobs()
 
-    def put(self, blobs: Sequence[Blob]) -> list[Key]:
+    def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store the blobs whose keys are free, all at once; return those keys."""
         with self._lock:
             stored = self._open_blobs()
@@ -43,8 +43,11 @@ class MemoryStore:
             for blob in blobs:
                 if blob.key not in stored and all(need in stored or need in new for need in blob.needs):
                     new.setdefault(blob.key, b"".join(blob.pieces))
+            nbytes = self._nbytes + sum(map(len, new.values()))
+            if max_nbytes is not None and nbytes > max_nbytes:
+                raise beyond_limit(max_nbytes)
             stored.update(new)
-            self._nbytes += sum(map(len, new.values()))
+            self._nbytes = nbytes
         return list(new)
 
     def delete(self, keys: Iterable[Key]) -> int:

@@ -33,7 +33,7 @@ def torture_round(directory: Path, report: Report, *, seconds: float, num_damage
 
 def _work(directory: Path, report: Report, *, seconds: float, is_limited: bool, dice: random.Random) -> None:
     bp.open(directory / "db").close()
-    write_config(directory / "db", Config(max_nbytes=_MAX_NBYTES if is_limited else None), mode=0o600)
+    write_config(directory / "db", Config(max_nbytes=_MAX_NBYTES if is_limited else None))
     conductor = Conductor(directory, seed=dice.randrange(2**32), is_limited=is_limited)
     conductor.run(seconds)
     report.problems += [*conductor.problems, *problems(directory / "journals")]

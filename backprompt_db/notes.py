@@ -1,0 +1,69 @@
+"""What catalogs remember of models, their files and long strings. Best effort: all of it can be found out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from backprompt_db.errors import CatalogError
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Source, TokenizerRecord
+    from backprompt_db.files import OpenFiles
+    from backprompt_db.store.digests import Digest
+
+    _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
+
+logger = logging.getLogger(__name__)
+
+
+class Notes:
+    """Notes in the catalog of a database, read also from that of the database below it.
+
+    With a `seal`, the keyed digest of a database with a secret, notes are signed, and those that are not are none.
+    """
+
+    def __init__(self, files: OpenFiles, *, seal: Digest | None) -> None:
+        self._files = files
+        self._seal = seal
+
+    def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
+        """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or is forged."""
+        for catalog in (self._files.catalog, self._files.base_catalog):
+            found = None if catalog is None else _read(catalog, read)
+            if found is not None and self._is_genuine(found):
+                return found
+        return None
+
+    def save(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
+        """Save a note."""
+        try:
+            if self._files.catalog is not None and not self._files.readonly:
+                self._files.catalog.save(self._sealed(record))
+        except CatalogError as error:
+            logger.warning("the catalog missed a record: %s", error)
+
+    def _is_genuine(self, found: ModelRecord | Source | CutsRecord) -> bool:
+        if self._seal is None:
+            return True
+        from backprompt_db.sealing import is_genuine
+
+        return is_genuine(found, self._seal)
+
+    def _sealed(
+        self, record: ModelRecord | TokenizerRecord | Source | CutsRecord
+    ) -> ModelRecord | TokenizerRecord | Source | CutsRecord:
+        if self._seal is None:
+            return record
+        from backprompt_db.sealing import sealed
+
+        return sealed(record, self._seal)
+
+
+def _read(catalog: Catalog, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
+    try:
+        return read(catalog)
+    except CatalogError as error:
+        logger.warning("the catalog cannot be read: %s", error)
+        return None

@@ -1,0 +1,89 @@
+"""Where blobs go: into the store, within the limit, and into the catalog."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from backprompt_db.collector import Collector
+from backprompt_db.counting import Tally
+from backprompt_db.errors import StoreFull
+from backprompt_db.representation import Origin
+from backprompt_db.store.contract import Blob, Key, Store
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog
+
+_GROUPS_PER_LIMIT = 16
+"""No group is larger than this share of what may be live: room is made in small steps."""
+
+_NUM_TRIES = 4
+"""How often a group is tried: other processes may take the room that was made for it."""
+
+_RECORD_NBYTES = 128
+"""What a small part takes up beside its bytes."""
+
+
+class CatalogMissed(Exception):
+    """Parts were stored, and could not be recorded; the cause says why."""
+
+    def __init__(self, new: set[Key]) -> None:
+        super().__init__(new)
+        self.new = new
+
+
+class Storage:
+    """A store and its catalog, kept in step and below the limit. For any number of threads and processes."""
+
+    def __init__(
+        self, store: Store, catalog: Callable[[], Catalog | None], collector: Collector, *, tally: Tally
+    ) -> None:
+        self.collector = collector
+        self._store = store
+        self._catalog = catalog
+        self._tally = tally
+
+    def max_group_nbytes(self, nbytes: int) -> int:
+        """Return how much to store at once: `nbytes`, but only a small share of what may be live at all."""
+        max_live_nbytes = self.collector.max_live_nbytes
+        return nbytes if max_live_nbytes is None else min(nbytes, max_live_nbytes // _GROUPS_PER_LIMIT)
+
+    def keep(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
+        """Store and record blobs and return the keys that were new. Where they would not fit, room is made for them.
+
+        Raises the `StoreError` that fits, and then nothing was stored, or `CatalogMissed`, and then everything was.
+        """
+        nbytes = sum(blob.nbytes + _RECORD_NBYTES for blob in blobs)
+        for num_left in reversed(range(_NUM_TRIES)):
+            try:
+                return self._store_and_record(blobs, origins)
+            except StoreFull as error:
+                is_disk_full = error.__cause__ is not None
+                if is_disk_full or not num_left or not self.collector.make_room(nbytes):
+                    raise
+                nbytes += nbytes // 4  # pages are not filled to the brim
+        raise AssertionError("the last try returns or raises")
+
+    def _store_and_record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
+        with self.collector.pending.writing([blob.key for blob in blobs]):
+            new = set(self._store.put(blobs, max_nbytes=self.collector.max_live_nbytes))
+            self._count(blobs, new)
+            self._record([blob for blob in blobs if blob.key in new], origins)
+        return new
+
+    def _count(self, blobs: Sequence[Blob], new: set[Key]) -> None:
+        self._tally.add("num_stored", len(new))
+        self._tally.add("num_stored_nbytes", sum(blob.nbytes for blob in blobs if blob.key in new))
+        self._tally.add("num_orphaned", sum(not self._store.has(blob.key) for blob in blobs if blob.key not in new))
+
+    def _record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> None:
+        try:
+            if blobs and (catalog := self._catalog()) is not None:
+                from backprompt_db.catalog import StoredPart
+
+                stored = [StoredPart(*blob.key, blob.nbytes, origins[blob.key]) for blob in blobs]
+                catalog.record(stored, at=time.time())
+                self._tally.record(catalog)
+        except Exception as error:  # no hit needs the catalog
+            raise CatalogMissed({blob.key for blob in blobs}) from error

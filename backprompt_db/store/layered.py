@@ -1,0 +1,93 @@
+"""A store in front of another one that is only read: what one person adds, over what a team has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from backprompt_db.errors import StoreError
+from backprompt_db.store.contract import Blob, Key, Store, Usage
+
+_Found = TypeVar("_Found")
+
+
+class LayeredStore:
+    """A `Store` that finds in `base` what is not in `own`, and writes to `own` alone.
+
+    `keys`, `usage` and `delete` are about `own`. What cannot be read from the base, or is damaged there, is missing
+    from then on: it is computed again and stored here, in front of it.
+    """
+
+    def __init__(self, own: Store, base: Store) -> None:
+        self._own = own
+        self._base = base
+        self._unusable: set[Key] = set()
+        self.num_base_hits = 0
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many damaged blobs both have met."""
+        return self._own.num_quarantined + self._base.num_quarantined
+
+    def get(self, key: Key) -> memoryview | None:
+        """Return a verified, writable copy of a blob; None for a miss in both."""
+        found = self._own.get(key)
+        return found if found is not None else self._from_base(key, self._base.get)
+
+    def scan(self, key: Key, take: Callable[[memoryview], None]) -> bool:
+        """Give a blob's verified bytes to `take`, piece by piece, from whichever store has it."""
+        return self._own.scan(key, take) or bool(self._from_base(key, lambda key: self._base.scan(key, take) or None))
+
+    def has(self, key: Key) -> bool:
+        """Whether a blob is stored in either."""
+        return self._own.has(key) or self._base_has(key)
+
+    def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
+        """Store blobs here; what they need may lie in the base."""
+        return self._own.put([self._freed(blob) for blob in blobs], max_nbytes=max_nbytes)
+
+    def delete(self, keys: Iterable[Key]) -> int:
+        """Remove blobs here. One that only the base has stays there, and is not found any more."""
+        gone = list(keys)
+        self._unusable.update(key for key in gone if not self._own.has(key))
+        return self._own.delete(gone)
+
+    def keys(self) -> Iterator[tuple[Key, int]]:
+        """Yield the keys that are stored here."""
+        return self._own.keys()
+
+    def usage(self) -> Usage:
+        """Return how much room is taken here."""
+        return self._own.usage()
+
+    def close(self) -> None:
+        """Release both."""
+        try:
+            self._own.close()
+        finally:
+            self._base.close()
+
+    def _base_has(self, key: Key) -> bool:
+        try:
+            return key not in self._unusable and self._base.has(key)
+        except StoreError:
+            return False
+
+    def _from_base(self, key: Key, read: Callable[[Key], _Found | None]) -> _Found | None:
+        if key in self._unusable:
+            return None
+        num_quarantined = self._base.num_quarantined
+        try:
+            found = read(key)
+        except StoreError:
+            self._unusable.add(key)
+            return None
+        if found is not None:
+            self.num_base_hits += 1
+        elif self._base.num_quarantined > num_quarantined:
+            self._unusable.add(key)
+        return found
+
+    def _freed(self, blob: Blob) -> Blob:
+        """Return a blob that does not need what the base has."""
+        return blob._replace(needs=tuple(need for need in blob.needs if not self._base_has(need)))
