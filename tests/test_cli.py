@@ -27,7 +27,10 @@ from .cli_parts import CONTROL, LONG, SQL, run, run_json, run_prompts
 from .database_copies import copies_after
 from .database_parts import address, new_part
 
-COMMANDS = ["demo", "path", "stats", "ls", "show", "verify", "reindex", "doctor", "export", "import", "merge"]
+COMMANDS = [
+    "demo", "init", "config", "path", "stats", "ls", "show", "verify", "reindex", "doctor", "export", "import", "merge",
+    "pin", "label", "evict", "compact", "purge",
+]  # fmt: skip
 
 ROW_FIELDS = [
     "address", "segment_id", "weights_id", "tokenizer_id", "model_name", "namespace", "text", "start", "num_tokens",

@@ -52,6 +52,10 @@ for _ in range(2):
         if attempt(work): print('done', flush=True)
 """
 DELETE = "def work():\n    db.store.delete(keys_of(garbage()))\n    db.catalog.forget(keys_of(garbage()))"
+EVICT = (
+    "from backprompt_db.catalog import Selection\n"
+    "def work():\n    db.collector.collect(to_nbytes=0, selection=Selection(text_prefix='Nobody'))"
+)
 COMPACT = "def work():\n    db.store.compact()"
 REINDEX = "def work():\n    reindex(db)"
 MIGRATE = "def work():\n    if db.catalog is None: raise RuntimeError('no catalog')"
@@ -100,6 +104,8 @@ class Scenario:
 
 
 STEPS = """
+from backprompt_db.catalog import Selection
+
 def step(work):
     for _ in range(9):
         with bp.open(place) as db:
@@ -108,10 +114,11 @@ def step(work):
 
 def lose_rows(db): db.catalog.forget(keys_of(prompt(0)))
 def migrate(db): assert db.catalog is not None
+def evict(db): db.collector.collect(to_nbytes=0, selection=Selection(text_prefix="Nobody"))
 def delete(db): db.store.delete(keys_of(garbage()))
 def compact(db): db.store.compact()
 
-for work in (migrate, lose_rows, delete, compact, reindex): step(work)
+for work in (migrate, lose_rows, evict, delete, compact, reindex): step(work)
 """
 
 SCENARIOS = {
@@ -123,6 +130,8 @@ SCENARIOS = {
     "store.put.after": Scenario(WRITE, 3),
     "catalog.record.inside": Scenario(WRITE, 3),
     "store.delete.inside": Scenario(DELETE + ONCE_MORE, 5, fill_with_garbage),
+    "collect.deleted": Scenario(EVICT + ONCE_MORE, 1, fill_with_garbage),
+    "catalog.evict.inside": Scenario(EVICT + ONCE_MORE, 1, fill_with_garbage),
     "store.compact.copied": Scenario(COMPACT + ONCE_MORE, 1, fill_and_delete),
     "store.compact.renamed": Scenario(COMPACT + ONCE_MORE, 1, fill_and_delete),
     "migration.first": Scenario(MIGRATE + ONCE_MORE, 1, fill_with_old_catalog),
@@ -175,7 +184,7 @@ def test_maintenance_that_fails_anywhere_can_be_repeated(tmp_path: Path, action:
     points = [point for point, scenario in SCENARIOS.items() if scenario.script != WRITE]
     code, words, log = run_to_its_end(TRY + STEPS, place, failpoint=setting(points, action))
     assert code == 0, log
-    assert (words.count("failed"), words.count("done")) == (len(points), 5)
+    assert (words.count("failed"), words.count("done")) == (len(points), 6)
     assert_survived(place, list(NUMBERS))
 
 

@@ -31,6 +31,7 @@ from tests.fault_parts import (
     public_directory,
     put_prompts,
     run,
+    run_to_its_end,
     start,
 )
 
@@ -98,21 +99,10 @@ def test_what_flush_acknowledged_survives_a_kill_at_any_moment(tmp_path: Path) -
 
 
 def test_a_creation_that_was_killed_starts_over(tmp_path: Path) -> None:
-    script = (
-        "import backprompt_db.manifest as m, backprompt_db.store.environment as e, backprompt_db.opening as d\n"
-        "def die(*_, **__): os._exit(9)\n"
-        "where = int(sys.argv[0] == '-c') and {step}\n"
-        "if where == 0: e.shared_environment = die\n"
-        "if where == 1: d.write_manifest = die\n"
-        "if where == 2: m.json.dumps = die\n"
-        "if where == 3: os.replace = m.Path.replace = die\n"
-        "bp.open(place)"
-    )
-    for step in range(4):
-        place = tmp_path / str(step)
-        with start(script.format(step=step), place) as process:
-            process.communicate(timeout=60)
-        assert process.returncode == 9
+    for step in ("create.store", "create.manifest"):
+        place = tmp_path / step
+        code, _, _ = run_to_its_end("bp.open(place)", place, failpoint=f"{step}=kill")
+        assert code == -signal.SIGKILL
         assert not (place / "manifest.json").exists()
         with bp.open(place) as db:
             db.put([new_part("a")])
@@ -298,8 +288,8 @@ def test_a_full_disk_costs_what_does_not_fit_and_nothing_else(
 ) -> None:
     disk, preexec = small_disk
     script = (
-        "from backprompt_db.errors import StoreFull\n"
-        "db = bp.open(place)\ndb.put([new_part('a')])\ndb.flush()\nfull = 0\n"
+        "from backprompt_db.creation import create_database\nfrom backprompt_db.errors import StoreFull\n"
+        "create_database(Path(place), limits={'max_nbytes': None})\ndb = bp.open(place)\ndb.put([new_part('a')])\ndb.flush()\nfull = 0\n"
         "for number in range(4):\n    db.put([new_part(str(number), num_values=700_000)])\n"
         "    try:\n        db.flush()\n    except StoreFull as error:\n        full += 1\n"
         "c = db.counters\nfound = db.fetch(wanted('a', *'0123'))\n"

@@ -10,9 +10,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from backprompt_db.cli.annotate import label, pin
 from backprompt_db.cli.bundles import export, import_, merge
+from backprompt_db.cli.configure import config, init
 from backprompt_db.cli.demo import demo, demo_run
 from backprompt_db.cli.doctor import doctor
+from backprompt_db.cli.evict import compact, evict, purge
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
 from backprompt_db.cli.output import visible
@@ -52,6 +55,8 @@ app = typer.Typer(
 
 app.command("demo")(demo)
 app.command("demo-run", hidden=True)(demo_run)
+app.command("init")(init)
+app.command("config")(config)
 app.command("path")(path)
 app.command("stats")(stats)
 app.command("ls")(ls)
@@ -62,6 +67,11 @@ app.command("doctor")(doctor)
 app.command("export")(export)
 app.command("import")(import_)
 app.command("merge")(merge)
+app.command("pin")(pin)
+app.command("label")(label)
+app.command("evict")(evict)
+app.command("compact")(compact)
+app.command("purge")(purge)
 
 
 def _print_version(is_asked: bool) -> None:  # noqa: FBT001 - typer calls it
@@ -79,7 +89,7 @@ def commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """The database for prompt representations: look into it, verify it, mend it.
+    """The database for prompt representations: make it, look into it, limit it, mend it.
 
     A representation is what a model computed for one segment of a prompt: scores, logits, keys and values.
     The store holds representations; the catalog lists what the store holds and can always be rebuilt from it.

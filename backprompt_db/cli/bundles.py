@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
@@ -15,9 +14,17 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, open_quietly
-from backprompt_db.cli.options import duration_seconds
 from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, size
 from backprompt_db.cli.progress import bar, reading_bar
+from backprompt_db.cli.selecting import (
+    LabelOption,
+    ModelOption,
+    NamespaceOption,
+    OlderThanOption,
+    PrefixOption,
+    UsedWithinOption,
+    selected,
+)
 from backprompt_db.errors import StoreError, UnsafeLocation
 from backprompt_db.replacement import sync_directory
 
@@ -28,37 +35,16 @@ if TYPE_CHECKING:
 
 _STANDARD_STREAM = "-"
 
-_Prefix = Annotated[
-    str | None, typer.Option("--text-prefix", metavar="TEXT", help="Prompts that begin with this, from where it ends.")
-]
-_Label = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="What has this label.")]
-_Model = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="A model's name, or 8 digits or more of its weights id.")
-]
-_Namespace = Annotated[
-    str | None, typer.Option("--namespace", metavar="NAME", help="One namespace; '' is the default one.")
-]
-_UsedWithin = Annotated[
-    float | None,
-    typer.Option(
-        "--used-within", metavar="DURATION", parser=duration_seconds, help="Last used, or made, within this: 12h, 30d."
-    ),
-]
-_OlderThan = Annotated[
-    float | None,
-    typer.Option("--older-than", metavar="DURATION", parser=duration_seconds, help="Not used for longer than this."),
-]
-
 
 def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, or - for stdout.")],
     *,
-    text_prefix: _Prefix = None,
-    label: _Label = None,
-    model: _Model = None,
-    namespace: _Namespace = None,
-    used_within: _UsedWithin = None,
-    older_than: _OlderThan = None,
+    text_prefix: PrefixOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    used_within: UsedWithinOption = None,
+    older_than: OlderThanOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if there is one.")] = False,
     db: DbOption = None,
     as_json: JsonOption = False,
@@ -68,16 +54,13 @@ def export(
     What a representation follows goes with it, so that another database can go on from it. Everything is checked when
     it is read. With - the bundle goes to stdout and the report to stderr.
     """
-    from backprompt_db.catalog import Selection
-
-    now = time.time()
-    selection = Selection(
+    selection = selected(
         text_prefix=text_prefix,
         label=label,
         model=model,
         namespace=namespace,
-        used_before=None if older_than is None else now - older_than,
-        used_after=None if used_within is None else now - used_within,
+        used_within=used_within,
+        older_than=older_than,
     )
     done = _export(db, out, selection, force=force)
     # Stdout is the bundle's when it goes there.

@@ -12,6 +12,7 @@ import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
 from backprompt_db.cli.output import JsonOption, age, emit, emit_json, grid, literal, shortened, size
+from backprompt_db.cli.selecting import LabelOption, ModelOption, NamespaceOption
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,23 +25,13 @@ _NUM_ADDRESS_DIGITS = 12
 _NUM_TEXT_CHARACTERS = 200
 
 
-_Namespace = Annotated[
-    str | None, typer.Option("--namespace", metavar="NAME", help="Only those in a namespace; '' is the default one.")
-]
-_Label = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="Only those with this label.")]
-_Model = Annotated[
-    str | None,
-    typer.Option("--model", metavar="NAME", help="Only those of a model: its name, or the start of its weights id."),
-]
-
-
 def ls(
     *,
     db: DbOption = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many representations.")] = 20,
-    namespace: _Namespace = None,
-    label: _Label = None,
-    model: _Model = None,
+    namespace: NamespaceOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
     models: Annotated[bool, typer.Option("--models", help="List the models instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:

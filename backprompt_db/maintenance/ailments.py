@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from backprompt_db.config import sharing_of
 from backprompt_db.errors import CatalogError, CatalogTooNew
 from backprompt_db.maintenance.differences import differences
 from backprompt_db.maintenance.existing import CATALOG, STORE, open_catalog, open_existing, open_store
 from backprompt_db.maintenance.findings import Finding, Status, Subject, fine
 from backprompt_db.maintenance.integrity import catalog_flaws
-from backprompt_db.maintenance.ownership import sharing_of
 from backprompt_db.maintenance.probe import probe
 from backprompt_db.maintenance.reindex import reindex
 from backprompt_db.maintenance.room import room_of
@@ -145,7 +145,7 @@ def _to_reindex(subject: Subject, status: Status, what: str) -> Finding:
 
 def _reindex(subject: Subject) -> None:
     with open_existing(subject.directory) as db:
-        reindex(db, mode=sharing_of(subject).modes.file)
+        reindex(db, mode=sharing_of(subject.directory).modes.file)
 
 
 def clock(subject: Subject) -> Finding:

@@ -1,0 +1,82 @@
+"""`pin` and `label`: what people set on representations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from backprompt_db.cli.location import DbOption, open_quietly
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.cli.selecting import (
+    AddressOption,
+    ContainsOption,
+    LabelOption,
+    ModelOption,
+    NamespaceOption,
+    PrefixOption,
+    selected,
+)
+
+
+def pin(
+    *,
+    db: DbOption = None,
+    address: AddressOption = None,
+    text_prefix: PrefixOption = None,
+    contains: ContainsOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Unpin them instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep representations from being evicted, with all that they follow; or with --remove let them go again."""
+    from backprompt_db.maintenance import annotation
+
+    selection = selected(
+        address_prefix=address,
+        text_prefix=text_prefix,
+        text_contains=contains,
+        label=label,
+        model=model,
+        namespace=namespace,
+    )
+    with open_quietly(db) as database:
+        num_changed = annotation.pin(database, selection, is_pinned=not remove)
+    _report(num_changed, "unpinned" if remove else "pinned", as_json=as_json)
+
+
+def label(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The label.")],
+    *,
+    db: DbOption = None,
+    address: AddressOption = None,
+    text_prefix: PrefixOption = None,
+    contains: ContainsOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the label NAME from them instead.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Label representations, so that other commands can select them by --label. Each has one label at most."""
+    from backprompt_db.maintenance import annotation
+
+    selection = selected(
+        address_prefix=address,
+        text_prefix=text_prefix,
+        text_contains=contains,
+        model=model,
+        namespace=namespace,
+        label=name if remove else None,
+    )
+    with open_quietly(db) as database:
+        num_changed = annotation.label(database, selection, None if remove else name)
+    _report(num_changed, "unlabelled" if remove else "labelled", as_json=as_json)
+
+
+def _report(num_changed: int, what: str, *, as_json: bool) -> None:
+    if as_json:
+        emit_json({"num_representations": num_changed})
+    else:
+        emit(f"{num_changed:,} representations {what}.")

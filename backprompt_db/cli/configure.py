@@ -1,0 +1,159 @@
+"""`init` and `config`: making a database as it shall be, and changing what may be changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backprompt_db.cli.location import DbOption, directory_of
+from backprompt_db.cli.options import duration_seconds, size_nbytes
+from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, grid, literal, size
+
+if TYPE_CHECKING:
+    from backprompt_db.config import Config
+    from backprompt_db.store.sharing import Sharing
+
+_NONE = "none"
+_SHARED_HELP = "Who may use it: private, group[:NAME] or readers[:NAME]."
+
+
+def _size_or_none(given: str) -> int:
+    return 0 if given == _NONE else size_nbytes(given)
+
+
+def _duration_or_none(given: str) -> float:
+    return 0.0 if given == _NONE else duration_seconds(given)
+
+
+MaxSizeOption = Annotated[
+    int | None,
+    typer.Option("--max-size", metavar="SIZE", parser=_size_or_none, help="How large it may grow: 50GB; or none."),
+]
+TimeToLiveOption = Annotated[
+    float | None,
+    typer.Option(
+        "--ttl", metavar="DURATION", parser=_duration_or_none, help="What is not used for longer goes: 30d; or none."
+    ),
+]
+
+
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty directory.")],
+    *,
+    shared: Annotated[str, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = "private",
+    max_size: MaxSizeOption = None,
+    ttl: TimeToLiveOption = None,
+    fidelity: Annotated[
+        str, typer.Option("--fidelity", metavar="NAME", help="How keys and values are kept: exact, bfloat16 or int8.")
+    ] = "exact",
+) -> None:
+    """Make a database: for yourself, for a group that reads and writes, or for a group that reads.
+
+    Its files get their permissions whatever the umask. Without --max-size, its limit is 50 GB, or a quarter of the free
+    space if that is less. With BACKPROMPT_DB_SECRET set, or BACKPROMPT_DB_SECRET_FILE, every part is authenticated.
+    """
+    from backprompt_db.creation import create_database
+    from backprompt_db.errors import UnsafeLocation
+    from backprompt_db.fidelity import Fidelity
+    from backprompt_db.manifest import read_manifest
+
+    sharing, group = _parse_shared(shared)
+    if fidelity not in tuple(Fidelity):
+        raise typer.BadParameter(f"there is no fidelity {fidelity!r}: give exact, bfloat16 or int8.")
+    place = directory_of(directory)
+    if read_manifest(place) is not None:
+        raise UnsafeLocation(f"there is a database in {place}", hint="`backprompt-db config` changes it.")
+    limits = _limits(max_size, ttl)
+    create_database(place, sharing=sharing, group=group, fidelity=Fidelity(fidelity), limits=limits)
+    emit(literal(f"Made {place}: {sharing.value}."), wrap=False)
+    config(db=directory)
+
+
+def config(
+    *,
+    db: DbOption = None,
+    max_size: MaxSizeOption = None,
+    ttl: TimeToLiveOption = None,
+    grace: Annotated[
+        float | None,
+        typer.Option("--grace", metavar="DURATION", parser=duration_seconds, help="What is younger goes last: 10s."),
+    ] = None,
+    high_water: Annotated[
+        float | None, typer.Option("--high-water", metavar="SHARE", help="Room is made above this share of the limit.")
+    ] = None,
+    low_water: Annotated[
+        float | None, typer.Option("--low-water", metavar="SHARE", help="Room is made until this share is reached.")
+    ] = None,
+    shared: Annotated[str | None, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what may be changed about a database, and change what is given. Processes that have it open follow.
+
+    --shared gives all files the permissions that it asks for; only their owner, or root, may do that.
+    """
+    from backprompt_db.config import write_config
+
+    directory = directory_of(db)
+    given = {"grace_seconds": grace, "high_water": high_water, "low_water": low_water}
+    changes = _limits(max_size, ttl) | {name: value for name, value in given.items() if value is not None}
+    found = _known(directory, is_written_anew=bool(changes))
+    if shared is not None:
+        changes["sharing"] = _share(directory, shared)
+    if changes:
+        found = dataclasses.replace(found, **changes)
+        write_config(directory, found)
+    if as_json:
+        emit_json(found)
+    else:
+        emit(grid(_facts(found)))
+
+
+def _limits(max_size: int | None, ttl: float | None) -> dict[str, Any]:
+    """Return what is given of the two, by the names that a configuration has for them; `none` is None there."""
+    given = {"max_nbytes": max_size, "ttl_seconds": ttl}
+    return {name: value or None for name, value in given.items() if value is not None}
+
+
+def _known(directory: Path, *, is_written_anew: bool) -> Config:
+    """Return the configuration of a database; the default one in place of one that cannot be read."""
+    from backprompt_db.config import default_config, read_config
+    from backprompt_db.errors import FormatError
+    from backprompt_db.maintenance.existing import manifest_of
+
+    manifest_of(directory)
+    try:
+        return read_config(directory)
+    except FormatError:
+        if not is_written_anew:
+            raise
+        return default_config(directory)
+
+
+def _parse_shared(shared: str) -> tuple[Sharing, str | None]:
+    from backprompt_db.store.sharing import Sharing
+
+    way, _, group = shared.partition(":")
+    if way not in tuple(Sharing) or (group and way == Sharing.PRIVATE):
+        raise typer.BadParameter(f"{shared!r} is not private, group, group:NAME, readers or readers:NAME.")
+    return Sharing(way), group or None
+
+
+def _share(directory: Path, shared: str) -> Sharing:
+    from backprompt_db.maintenance.ownership import share
+
+    sharing, group = _parse_shared(shared)
+    share(directory, sharing, group=group)
+    return sharing
+
+
+def _facts(found: Config) -> dict[str, str]:
+    return {
+        "shared": found.sharing.value,
+        "max size": "no limit" if found.max_nbytes is None else size(found.max_nbytes),
+        "room is made": f"above {found.high_water:.0%} of it, until {found.low_water:.0%}",
+        "time to live": "for ever" if found.ttl_seconds is None else duration(found.ttl_seconds),
+        "grace": duration(found.grace_seconds),
+    }

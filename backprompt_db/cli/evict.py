@@ -1,0 +1,174 @@
+"""`evict`, `compact`, `purge`: making room, and making things disappear."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from backprompt_db.cli.location import DbOption, open_quietly
+from backprompt_db.cli.options import size_nbytes
+from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, size
+from backprompt_db.cli.selecting import (
+    AddressOption,
+    ContainsOption,
+    LabelOption,
+    ModelOption,
+    NamespaceOption,
+    OlderThanOption,
+    PrefixOption,
+    selected,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from backprompt_db.catalog import Victim
+
+_NUM_ADDRESS_DIGITS = 12
+_NUM_SHOWN = 40
+
+_To = Annotated[
+    int | None, typer.Option("--to", metavar="SIZE", parser=size_nbytes, help="Until no more than this is in use.")
+]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would go, and why, and remove nothing.")]
+
+
+def evict(
+    *,
+    db: DbOption = None,
+    to: _To = None,
+    text_prefix: PrefixOption = None,
+    contains: ContainsOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    older_than: OlderThanOption = None,
+    dry_run: _DryRun = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what is expired, then what is worth least: seconds of computation per byte, the less the longer unused.
+
+    Until --to SIZE is in use; without it, everything that the options select, and without any the part above the low
+    water mark. Pinned representations stay, and keys and values on which others build.
+    """
+    from backprompt_db.maintenance import eviction
+
+    selection = selected(
+        text_prefix=text_prefix,
+        text_contains=contains,
+        label=label,
+        model=model,
+        namespace=namespace,
+        older_than=older_than,
+    )
+    with open_quietly(db) as database:
+        if dry_run:
+            victims = eviction.victims(database, to_nbytes=to, selection=selection)
+            emit_json(victims) if as_json else _print_victims(victims)
+            return
+        done = eviction.evict(database, to_nbytes=to, selection=selection)
+        live_nbytes = database.store.usage().live_nbytes
+    if as_json:
+        emit_json({"num_parts": done.num_parts, "nbytes": done.nbytes, "live_nbytes": live_nbytes})
+    else:
+        emit(f"{done.num_parts:,} parts evicted, {size(done.nbytes)}; {size(live_nbytes)} are in use.")
+
+
+def compact(*, db: DbOption = None, as_json: JsonOption = False) -> None:
+    """Give the room of what was removed back to the filesystem, while others read and write.
+
+    Needs room for a second copy of what is stored, until all processes that have the old file open have gone over.
+    """
+    from backprompt_db.maintenance.compaction import compact as compact_database
+
+    with open_quietly(db) as database:
+        before, after = compact_database(database)
+    if as_json:
+        emit_json({"file_nbytes_before": before, "file_nbytes": after})
+    else:
+        emit(f"{size(before)} became {size(after)}.")
+
+
+def purge(
+    *,
+    db: DbOption = None,
+    text_prefix: PrefixOption = None,
+    contains: ContainsOption = None,
+    address: AddressOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    older_than: OlderThanOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove texts for good, pinned or not, with all that follows them; nothing of them stays in the files.
+
+    What follows a text goes with it, because keys and values hold what they were computed from. Bundles, backups and
+    databases that were merged from this one are not touched. Needs room for a second copy of what stays.
+    """
+    from backprompt_db.maintenance import purge as purging
+
+    selection = selected(
+        text_prefix=text_prefix,
+        text_contains=contains,
+        address_prefix=address,
+        label=label,
+        model=model,
+        namespace=namespace,
+        older_than=older_than,
+    )
+    with open_quietly(db) as database:
+        addresses = purging.doomed(database, selection)
+        if not yes:
+            typer.confirm(f"Remove {len(addresses):,} representations for good?", abort=True, err=True)
+        done = purging.purge(database, addresses)
+    if as_json:
+        emit_json(done)
+    else:
+        emit(f"{done.num_representations:,} representations purged, {done.num_parts:,} parts.")
+
+
+def _print_victims(victims: Sequence[Victim]) -> None:
+    if not victims:
+        emit("Nothing would go.")
+        return
+    emit(_table(victims[:_NUM_SHOWN]))
+    if len(victims) > _NUM_SHOWN:
+        emit(f"... and {len(victims) - _NUM_SHOWN:,} more; --json lists all of them.")
+    nbytes, seconds = sum(victim.nbytes for victim in victims), _seconds(victims)
+    emit(
+        f"{len(victims):,} parts would go, {size(nbytes)}. Computing all of them again would take {duration(seconds)}."
+    )
+
+
+def _seconds(victims: Sequence[Victim]) -> float:
+    """Return what computing all of it took; the parts of a representation were computed together."""
+    return sum({victim.address: victim.seconds for victim in victims}.values())
+
+
+def _table(victims: Sequence[Victim]) -> Table:
+    from rich.table import Table
+
+    table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
+    table.add_column("address", no_wrap=True)
+    table.add_column("part")
+    for name in ("size", "took", "used"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("why")
+    for victim in victims:
+        table.add_row(
+            victim.address.hex()[:_NUM_ADDRESS_DIGITS],
+            victim.part.name.lower(),
+            size(victim.nbytes),
+            duration(victim.seconds),
+            f"{age(victim.used_at, now=now)} ago",
+            _WHY[victim.reason],
+        )
+    return table
+
+
+_WHY = {"expired": "expired", "value": "worth least"}

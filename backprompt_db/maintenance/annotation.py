@@ -1,0 +1,57 @@
+"""What people set on representations: pins, which keep them from being evicted, and labels, which select them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from backprompt_db.errors import CatalogError, PromptError, StoreReadOnly
+from backprompt_db.keys import Address
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog, Row, Selection
+    from backprompt_db.database import Database
+
+
+def pin(db: Database, selection: Selection, *, is_pinned: bool = True) -> int:
+    """Pin, or unpin, what is selected and all that it follows under the same models; return how many those are.
+
+    What others share with it is unpinned too. Raises `PromptError` when nothing is selected, `StoreReadOnly` and
+    `CatalogError` where nothing can be set.
+    """
+    catalog = writable_catalog(db)
+    chosen = _chosen(catalog, selection)
+    ids = {(row.weights_id, row.tokenizer_id) for row in chosen}
+    before = catalog.of_segments(catalog.ancestors({row.segment_id for row in chosen}))
+    followed = [row for row in before if (row.weights_id, row.tokenizer_id) in ids]
+    return _set(chosen + followed, lambda addresses: catalog.pin(addresses, is_pinned=is_pinned))
+
+
+def label(db: Database, selection: Selection, name: str | None) -> int:
+    """Label what is selected, or with None remove its label; return how many those are. Raises the same errors."""
+    catalog = writable_catalog(db)
+    return _set(_chosen(catalog, selection), lambda addresses: catalog.label(addresses, name))
+
+
+def writable_catalog(db: Database) -> Catalog:
+    """Return the catalog to set something in. Raises `StoreReadOnly` or `CatalogError` where there is none."""
+    if db.readonly:
+        raise StoreReadOnly(f"{db.directory} may only be read", hint="Do it as a user who may write to it.")
+    if db.directory is None:
+        raise CatalogError("a database in memory has no catalog", hint="Open one in a directory.")
+    if db.catalog is None:
+        raise CatalogError("this needs the catalog, which cannot be used", hint="Run `backprompt-db reindex`.")
+    return db.catalog
+
+
+def _chosen(catalog: Catalog, selection: Selection) -> list[Row]:
+    rows = list(catalog.select(selection))
+    if not rows:
+        raise PromptError("nothing is selected", hint="See what there is with `backprompt-db ls`.")
+    return rows
+
+
+def _set(rows: Iterable[Row], change: Callable[[Iterable[Address]], None]) -> int:
+    addresses = {row.address for row in rows}
+    change(addresses)
+    return len(addresses)
