@@ -14,10 +14,10 @@ import numpy as np
 from backprompt_db.errors import StoreClosed, StoreError, StoreReadOnly
 from backprompt_db.failpoints import reach
 from backprompt_db.store.compaction import compact
-from backprompt_db.store.contract import Blob, Key, Usage
+from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit
 from backprompt_db.store.creation import create_files
 from backprompt_db.store.digests import Digest, xxh3_128
-from backprompt_db.store.environment import Environment
+from backprompt_db.store.environment import Environment, live_nbytes
 from backprompt_db.store.records import CHUNK_NBYTES, blob_key, blob_nbytes, read_head, record_key, records
 from backprompt_db.store.registry import release, shared_environment
 from backprompt_db.store.sharing import PRIVATE, Modes
@@ -79,13 +79,19 @@ class LmdbStore:
         with self._open_environment().transaction() as transaction:
             return transaction.get(record_key(key)) is not None
 
-    def put(self, blobs: Sequence[Blob]) -> list[Key]:
-        """Store all of `blobs` in one synced transaction and return the keys that were new."""
+    def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
+        """Store all of `blobs` in one synced transaction and return the keys that were new.
+
+        Raises `StoreFull`, and stores nothing, when more than `max_nbytes` would be live after it.
+        """
         # Digests are computed before the transaction, which holds the lock of all writers.
         prepared = [(blob, records(blob.key, blob.pieces, self._digest)) for blob in blobs]
         reach("store.put.before")
         with self._writable().transaction(write=True) as transaction:
             new = [blob.key for blob, entries in prepared if _put(transaction, blob, entries)]
+            # Counted here, where no other writer is: several that looked before would go beyond the limit together.
+            if max_nbytes is not None and new and live_nbytes(transaction.stat()) > max_nbytes:
+                raise beyond_limit(max_nbytes)
             reach("store.put.before-commit")
         reach("store.put.after")
         return new
