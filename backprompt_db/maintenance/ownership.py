@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import grp
 import os
-import pwd
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
+from backprompt_db.access import Fault, faults
+from backprompt_db.config import sharing_of
+from backprompt_db.creation import group_id
+from backprompt_db.errors import StoreReadOnly
 from backprompt_db.maintenance.findings import Finding, Status, Subject, fine
-from backprompt_db.store.sharing import Modes, Sharing
+from backprompt_db.store.sharing import Sharing
 
 _NUM_SHOWN = 3
-_NAMES = ("manifest.json", "config.json", "CACHEDIR.TAG", "catalog.sqlite", "data.mdb")
-
-
-class _Fault(NamedTuple):
-    """A file that is not as it should be."""
-
-    path: Path
-    status: os.stat_result
-    uid: int
-    gid: int
-    mode: int
-    """What should be."""
-
-    def __str__(self) -> str:
-        is_, shall = self.status, (self.uid, self.gid, self.mode)
-        return (
-            f"{self.path} is {_described(is_.st_uid, is_.st_gid, stat.S_IMODE(is_.st_mode))} "
-            f"instead of {_described(*shall)}"
-        )
 
 
 def directory(subject: Subject) -> Finding:
@@ -53,59 +34,38 @@ def directory(subject: Subject) -> Finding:
 
 def permissions(subject: Subject) -> Finding:
     """Whether every file has the owner, the group and the mode that the way of sharing asks for."""
-    sharing = sharing_of(subject)
-    faults = list(_faults(subject.directory, sharing))
-    if not faults:
+    sharing = sharing_of(subject.directory)
+    found = list(faults(subject.directory, sharing))
+    if not found:
         return fine(f"All files are as {sharing.value} sharing needs them.")
-    shown = [str(fault) for fault in faults[:_NUM_SHOWN]]
-    more = [f"{len(faults) - _NUM_SHOWN} more"] if len(faults) > _NUM_SHOWN else []
+    shown = [str(fault) for fault in found[:_NUM_SHOWN]]
+    more = [f"{len(found) - _NUM_SHOWN} more"] if len(found) > _NUM_SHOWN else []
     return Finding(
         Status.PROBLEM,
         f"{'; '.join(shown + more)}.",
         "Run `backprompt-db doctor --fix` as their owner, or as root: it sets owner, group and mode.",
-        mend=lambda: _mend(faults),
+        mend=lambda: _mend(found),
     )
 
 
-def sharing_of(subject: Subject) -> Sharing:
-    """Return how the database is shared."""
-    return Sharing(getattr(subject.manifest, "sharing", Sharing.PRIVATE))
+def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
+    """Give a database and all its files the permissions of a way of sharing, and the directory's group, or `group`.
+
+    Raises `StoreReadOnly` where this user may not.
+    """
+    try:
+        if group is not None:
+            os.chown(directory, -1, group_id(group))
+        _mend(faults(directory, sharing))
+    except PermissionError as error:
+        raise StoreReadOnly(
+            f"{error.filename or directory} cannot be given other permissions",
+            hint="Only its owner may, and only for a group of which they are a member; or root.",
+        ) from error
 
 
-def _faults(directory: Path, sharing: Sharing) -> Iterator[_Fault]:
-    root = directory.stat()
-    for path in _ours(directory):
-        with contextlib.suppress(FileNotFoundError):  # a journal that is gone by now
-            status = path.lstat()
-            fault = _Fault(
-                path,
-                status,
-                uid=status.st_uid if sharing is Sharing.GROUP else root.st_uid,
-                gid=status.st_gid if sharing is Sharing.PRIVATE else root.st_gid,
-                mode=_mode(path, status, sharing.modes),
-            )
-            if (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != fault[2:]:
-                yield fault
-
-
-def _ours(directory: Path) -> Iterator[Path]:
-    """Yield the directories and files that the library makes. Symbolic links are none of them."""
-    for folder in (directory, directory / "store"):
-        yield folder
-        for path in sorted(folder.iterdir()):
-            is_known = path.suffix == ".lock" or path.name.startswith((*_NAMES, "lock.mdb"))
-            if is_known and path.is_file() and not path.is_symlink():
-                yield path
-
-
-def _mode(path: Path, status: os.stat_result, modes: Modes) -> int:
-    if stat.S_ISDIR(status.st_mode):
-        return modes.directory
-    return modes.lock if path.suffix == ".lock" or path.name == "lock.mdb" else modes.file
-
-
-def _mend(faults: Iterable[_Fault]) -> None:
-    for path, status, uid, gid, mode in faults:
+def _mend(found: Iterable[Fault]) -> None:
+    for path, status, uid, gid, mode in found:
         if (status.st_uid, status.st_gid) != (uid, gid):
             os.chown(path, uid, gid, follow_symlinks=False)
         _chmod(path, mode)  # after: a new owner costs the setgid bit
@@ -118,21 +78,3 @@ def _chmod(path: Path, mode: int) -> None:
         Path(f"/proc/self/fd/{descriptor}").chmod(mode)
     finally:
         os.close(descriptor)
-
-
-def _described(uid: int, gid: int, mode: int) -> str:
-    return f"{_user(uid)}:{_group(gid)} {mode:04o}"
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
