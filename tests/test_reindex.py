@@ -192,13 +192,25 @@ class TestReindex:
         with open_catalog(directory) as catalog:
             assert FOREIGN not in {address for address, _ in catalog.keys()}
 
-    def test_more_parts_than_fit_into_one_transaction(self, db: bp.Database) -> None:
+    def test_more_parts_than_fit_into_one_transaction(self, db: bp.Database, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(reindexing, "_PARTS_PER_TRANSACTION", 250)
         db.put([scores_of(f"text {number}") for number in range(700)])
         db.flush()
         assert db.directory is not None
         catalog_of(db.directory).unlink()
         assert reindex(db) == Reindexing(700, 0, 0, None)
         assert totals(db.directory).num_representations == 700
+
+    def test_texts_that_are_too_long_to_be_in_memory_together(
+        self, db: bp.Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reindexing, "_CHARACTERS_PER_TRANSACTION", 100)
+        db.put([scores_of(f"{number} " * length) for number, length in enumerate((1, 100, 1, 1, 20, 20, 1))])
+        db.flush()
+        assert db.directory is not None
+        catalog_of(db.directory).unlink()
+        assert reindex(db) == Reindexing(7, 0, 0, None)
+        assert totals(db.directory).num_representations == 7
 
     def test_a_damaged_header_is_noticed_and_damage_behind_it_is_left_to_verify(self, directory: Path) -> None:
         keys = [put_long_part(directory, text) for text in ("damaged in its header", "damaged behind it")]
@@ -244,6 +256,7 @@ class TestReindex:
         assert db.directory is not None
         catalog_of(db.directory).unlink()
         monkeypatch.setattr(reindexing, "reach", interrupt)
+        monkeypatch.setattr(reindexing, "_PARTS_PER_TRANSACTION", 250)
         with pytest.raises(KeyboardInterrupt):
             reindex(db)
         monkeypatch.undo()

@@ -82,6 +82,37 @@ def test_the_order_is_that_of_the_formula(catalog: Catalog) -> None:
     assert [victim[:2] for victim in victims(catalog, limit=50)] == found[:50]
 
 
+@pytest.mark.parametrize("first", [0, 1, 255])
+def test_the_order_is_that_of_the_formula_also_among_thousands(catalog: Catalog, first: int) -> None:
+    """Also where those whose addresses begin with some byte are worth the least, or the most."""
+    chance = random.Random(0)
+    parts = list[StoredPart]()
+    for number in range(4_000):
+        origin = origin_of(str(number))
+        seconds = chance.random() * (0.001 if origin.address[0] == first else 1000.0 if first == 255 else 1.0)
+        origin = dataclasses.replace(origin, compute_seconds=seconds)
+        parts.append(stored(origin, Part.SCORES, chance.randrange(1, 10_000)))
+    record(catalog, *parts)
+    worth = {part.address: part.origin.compute_seconds / part.nbytes for part in parts}
+    nbytes = {part.address: part.nbytes for part in parts}
+    order = sorted(worth, key=worth.__getitem__)
+    for limit in (1, 10, 300, 3_999):
+        assert [victim.address for victim in victims(catalog, limit=limit)] == order[:limit]
+        needed = sum(nbytes[address] for address in order[:limit])
+        assert [victim.address for victim in victims(catalog, needed)] == order[:limit]
+
+
+def test_among_thousands_too_all_that_is_expired_goes_and_what_is_young_goes_last(catalog: Catalog) -> None:
+    dear = [scores(f"dear {number}", seconds=99.0) for number in range(600)]
+    record(catalog, *dear, at=NOW - 8 * DAY)
+    record(catalog, *(scores(f"old {number}", seconds=number) for number in range(600)), at=NOW - 60)
+    record(catalog, *(scores(f"young {number}", seconds=0.0) for number in range(600)), at=NOW - 5)
+    assert {victim.address for victim in victims(catalog, 1, ttl=7 * DAY)} == {part.address for part in dear}
+    assert texts(catalog, victims(catalog, 600 * 100 + 1, ttl=7 * DAY))[600:] == ["old 0"]
+    kinds = [text.split()[0] for text in texts(catalog, victims(catalog, 1_201 * 100, ttl=7 * DAY))]
+    assert (kinds[:600], kinds[600:1_200], kinds[1_200:]) == (["dear"] * 600, ["old"] * 600, ["young"])
+
+
 def test_what_is_expired_goes_first_and_all_of_it(catalog: Catalog) -> None:
     record(catalog, scores("expired", seconds=99.0), scores("expired too", seconds=99.0), at=NOW - 8 * DAY)
     record(catalog, scores("cheap", seconds=0.0), at=NOW - 6 * DAY)

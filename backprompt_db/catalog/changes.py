@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam, delete, exists, func, select, update
@@ -32,6 +33,11 @@ _NO_MODEL: dict[str, object] = {
 }
 _NO_TOKENIZER: dict[str, object] = {"name": "", "kind": "", "vocab_size": 0}
 
+_MANY = 1_000
+_MORE_CACHE = "PRAGMA cache_size = -131072"
+"""Up to 128 MiB for a transaction of many parts, whose pages lie all over the file. With the usual 2 MB, SQLite would
+write and read them again and again before it commits."""
+
 _MAX_TOKENS = 2**40
 _MAX_SECONDS = 1e9
 """Whatever a part claims must not make sums overflow, which would keep all others out of the catalog too."""
@@ -39,26 +45,22 @@ _MAX_SECONDS = 1e9
 
 def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) -> None:
     """Write the rows of `parts` and of everything that they refer to; what is there already is completed."""
+    if len(parts) > _MANY:
+        connection.exec_driver_sql(_MORE_CACHE)
     origins = {part.address: part.origin for part in parts}
-    ids = {address: origin.segment_id for address, origin in origins.items()}
+    # Ids are digests: in their order each page of the index is brought in once, in any other once for each row.
+    ids = dict(sorted(((address, origin.segment_id) for address, origin in origins.items()), key=itemgetter(1)))
     _add(connection, Model, [_model(weights_id) for weights_id in {o.weights_id for o in origins.values()}])
     reach("catalog.record.inside")
     _add(connection, Tokenizer, [_tokenizer(key) for key in {o.tokenizer_id for o in origins.values()}])
-    _add(
-        connection,
-        Segment,
-        [
-            {"id": ids[address], "text": origin.text, "start": origin.start, "namespace": origin.namespace}
-            for address, origin in origins.items()
-        ],
-    )
+    _add(connection, Segment, [_segment(origins[address], segment_id) for address, segment_id in ids.items()])
     _add(
         connection,
         Parent,
         [
-            {"segment_id": ids[address], "parent_id": parent}
-            for address, origin in origins.items()
-            for parent in origin.parents
+            {"segment_id": segment_id, "parent_id": parent}
+            for address, segment_id in ids.items()
+            for parent in origins[address].parents
         ],
     )
     connection.execute(_UPSERT, [_representation(part, ids[part.address], at=at) for part in parts])
@@ -93,6 +95,10 @@ def _model(weights_id: WeightsId) -> dict[str, object]:
 
 def _tokenizer(tokenizer_id: TokenizerId) -> dict[str, object]:
     return {"tokenizer_id": tokenizer_id, **_NO_TOKENIZER}
+
+
+def _segment(origin: Origin, segment_id: SegmentId) -> dict[str, object]:
+    return {"id": segment_id, "text": origin.text, "start": origin.start, "namespace": origin.namespace}
 
 
 def _representation(part: StoredPart, segment_id: SegmentId, *, at: float) -> dict[str, object]:

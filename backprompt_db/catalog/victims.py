@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from sqlalchemy import ColumnElement, Connection, Integer, case, false, func, select, type_coerce
+from sqlalchemy import ColumnElement, Connection, Integer, and_, case, false, func, or_, select, type_coerce
 
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import Victim
@@ -29,7 +30,12 @@ _EXPIRED, _OLD, _YOUNG = range(3)
 
 _REASONS = {_EXPIRED: "expired", _OLD: "value", _YOUNG: "value"}
 
-_Ranked: TypeAlias = tuple[tuple[int, float], Victim]
+_SAMPLE_SHARE = 256
+_SAMPLE_END = b"\1"
+"""One in so many has an address below this. Addresses are digests: that is a random sample."""
+
+_Rank: TypeAlias = tuple[int, float]
+_Ranked: TypeAlias = tuple[_Rank, Victim]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +53,22 @@ class Choice:
         return false() if self.ttl_seconds is None else self.at - self.ttl_seconds > USED_AT
 
     @property
+    def is_old(self) -> ColumnElement[bool]:
+        """Whether a representation was not used within the grace."""
+        return self.at - self.grace_seconds >= USED_AT
+
+    @property
     def group(self) -> ColumnElement[int]:
         """Whether a representation is expired, or old, or was used within the grace."""
-        return case((self.is_expired, _EXPIRED), (self.at - self.grace_seconds >= USED_AT, _OLD), else_=_YOUNG)
+        return case((self.is_expired, _EXPIRED), (self.is_old, _OLD), else_=_YOUNG)
+
+    def is_before(self, part: Part, rank: _Rank) -> ColumnElement[bool]:
+        """Whether a part goes no later than one of that rank. What is expired always does."""
+        group, value = rank
+        if group == _EXPIRED:
+            return self.is_expired
+        is_worth_less = self.value(part) <= value
+        return or_(self.is_expired, and_(self.is_old, is_worth_less) if group == _OLD else self.is_old | is_worth_less)
 
     def value(self, part: Part) -> ColumnElement[float]:
         """Return what a part is worth: seconds of computation per byte, the less the longer it was not used."""
@@ -65,7 +84,7 @@ def choose_victims(
     Never pinned ones, and of keys and values only those that no others build on.
     """
     only_expired = [] if nbytes else [choice.is_expired]
-    found = [_ranked(connection, part, choice, [*among, *only_expired]) for part in Part]
+    found = [_ranked(connection, part, nbytes, choice, [*among, *only_expired]) for part in Part]
     chosen, sum_nbytes = list[Victim](), 0
     for (group, _), victim in heapq.merge(*found, key=lambda ranked: ranked[0]):
         if len(chosen) == choice.limit or (group != _EXPIRED and sum_nbytes >= nbytes):
@@ -75,9 +94,36 @@ def choose_victims(
     return chosen
 
 
-def _ranked(connection: Connection, part: Part, choice: Choice, among: Sequence[ColumnElement[bool]]) -> list[_Ranked]:
+def _ranked(
+    connection: Connection, part: Part, nbytes: int, choice: Choice, among: Sequence[ColumnElement[bool]]
+) -> list[_Ranked]:
+    """Return as many of one kind of parts as may have to go, first those that go first."""
+    # Sorting all takes most of the time, and no index can do it: the order changes while time goes by.
+    last = _likely_last(connection, part, nbytes, choice, among)
+    if last is not None:
+        found = _fetch(connection, part, choice, [*among, choice.is_before(part, last)])
+        if len(found) == choice.limit or sum(victim.nbytes for _, victim in found) >= nbytes:
+            return found
+    return _fetch(connection, part, choice, among)
+
+
+def _likely_last(
+    connection: Connection, part: Part, nbytes: int, choice: Choice, among: Sequence[ColumnElement[bool]]
+) -> _Rank | None:
+    """Return a rank up to which there are enough parts, as a sample has it; None where all may be needed."""
+    sample = _fetch(connection, part, choice, [*among, Representation.address < _SAMPLE_END]) if nbytes else []
+    sum_nbytes = 0
+    for number, (rank, victim) in enumerate(sample, start=1):
+        sum_nbytes += victim.nbytes
+        promised = max(number / choice.limit, sum_nbytes / nbytes) * _SAMPLE_SHARE
+        if promised >= 1.0 + 3.0 / math.sqrt(number):  # by three standard deviations more than is needed
+            return rank
+    return None
+
+
+def _fetch(connection: Connection, part: Part, choice: Choice, among: Sequence[ColumnElement[bool]]) -> list[_Ranked]:
     """Return those of one kind of parts that may go, first those that go first."""
-    found = connection.execute(_candidates(part, choice, among))
+    found = connection.execute(_candidates(part, choice, among)).all()
     return [
         ((group, value), Victim(address, part, nbytes, seconds, used_at, _REASONS[group]))
         for address, nbytes, seconds, used_at, group, value in found

@@ -23,11 +23,14 @@ from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog import Catalog, StoredPart
     from backprompt_db.store.contract import Store
 
 _LOCK = "reindex.lock"
-_PARTS_PER_TRANSACTION = 250
+_PARTS_PER_TRANSACTION = 5_000
+"""The more, the fewer pages of the catalog are written several times, and the longer others wait to write."""
+_CHARACTERS_PER_TRANSACTION = 16 << 20
+"""Of texts, which are in memory until they are entered."""
 _SIDE_FILES = ("", "-journal", "-wal", "-shm")
 """A journal left behind would be played back into the new catalog."""
 
@@ -115,14 +118,36 @@ def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None)
 
 
 def _add(store: Store, catalog: Catalog, sizes: Mapping[Key, int]) -> int:
+    num_added = 0
+    for parts in _by_length(_read(store, sizes)):
+        catalog.record(parts, at=time.time())
+        # Those that were evicted since they were read may have been forgotten before they were recorded.
+        _forget(store, catalog, [Key(part.address, part.part) for part in parts])
+        num_added += len(parts)
+    return num_added
+
+
+def _read(store: Store, sizes: Mapping[Key, int]) -> Iterator[StoredPart]:
     from backprompt_db.catalog import StoredPart
 
-    origins = {key: read_origin(store, key) for key in sizes}
-    parts = [StoredPart(*key, sizes[key], origin) for key, origin in origins.items() if origin is not None]
-    catalog.record(parts, at=time.time())
-    # Those that were evicted since they were read may have been forgotten before they were recorded.
-    _forget(store, catalog, [Key(part.address, part.part) for part in parts])
-    return len(parts)
+    for key, nbytes in sizes.items():
+        origin = read_origin(store, key)
+        if origin is not None:
+            yield StoredPart(*key, nbytes, origin)
+
+
+def _by_length(parts: Iterable[StoredPart]) -> Iterator[list[StoredPart]]:
+    """Divide parts into lists, of which each holds texts of about as many characters as may be in memory, or fewer."""
+    some: list[StoredPart] = []
+    num_characters = 0
+    for part in parts:
+        some.append(part)
+        num_characters += len(part.origin.text)
+        if num_characters >= _CHARACTERS_PER_TRANSACTION:
+            yield some
+            some, num_characters = [], 0
+    if some:
+        yield some
 
 
 def _forget(store: Store, catalog: Catalog, keys: list[Key]) -> int:

@@ -112,8 +112,8 @@ def _create_triggers() -> None:
         " INSERT INTO namespaces VALUES (NEW.namespace, 0) ON CONFLICT DO NOTHING;"
         f" {_change_num_segments('NEW', '+')};"
         f" UPDATE representations SET num_kv_children = ({_NUM_KV_CHILDREN.format(row='NEW')})"
-        " WHERE address = NEW.address;"
-        f" {_CHANGE_PARENTS.format(row='NEW', change='+ (NEW.kv_nbytes IS NOT NULL)')}; END"
+        " WHERE address = NEW.address AND EXISTS (SELECT 1 FROM parents WHERE parent_id = NEW.segment_id);"
+        f" {_CHANGE_PARENTS.format(row='NEW', change='+ 1')} AND NEW.kv_nbytes IS NOT NULL; END"
     )
     op.execute(
         "CREATE TRIGGER representations_updated"
