@@ -62,7 +62,8 @@ class Fault(NamedTuple):
             commands.append(f"chgrp {_group(self.gid)} {name}")
         if is_given or stat.S_IMODE(is_.st_mode) != self.mode:  # a new owner costs the setgid bit
             commands.append(f"chmod {self.mode:o} {name}")
-        return f"`{' && '.join(commands)}` as " + ("root" if is_given else f"{_user(is_.st_uid)} or root")
+        who = "root" if is_given or not is_.st_uid else f"{_user(is_.st_uid)} or root"
+        return f"`{' && '.join(commands)}` as {who}"
 
 
 class _File(NamedTuple):

@@ -7,6 +7,7 @@ process holds in that process's memory, and a child would inherit the belief wit
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -36,6 +37,7 @@ _FULL = "Free disk space; the store is not affected and the catalog catches up w
 _DAMAGED = "Delete the file: the catalog is derived, and a reindex rebuilds it from the store."
 _DENIED = "Open it as a user who may write to the file and its directory."
 _MISSING = "Check that the path is a file that this user may open, in a directory that exists."
+_LINK = "Find out who made the link and why, and delete it; a reindex rebuilds the catalog from the store."
 _DISK = "Check the disk's space, quota and health; the catalog is derived, and a reindex rebuilds it from the store."
 _OTHER = "If this stays, delete the file: the catalog is derived, and a reindex rebuilds it from the store."
 
@@ -76,7 +78,7 @@ def _hint(cause: BaseException) -> str:
         case FileNotFoundError() | NotADirectoryError() | IsADirectoryError():
             return _MISSING
         case OSError():
-            return _DISK
+            return _LINK if cause.errno == errno.ELOOP else _DISK
     return _OTHER
 
 
@@ -119,6 +121,8 @@ class Connections:
             yield
 
     def _connect(self) -> sqlite3.Connection:
+        if self._path.is_symlink():  # which SQLite would follow, to whatever file somebody wants written to
+            raise CatalogError(f"the catalog {self._path} is a symbolic link", hint=_LINK)
         # As a URI, because a plain path has no `mode`. Not mode=rwc: a catalog that somebody has deleted must be an
         # error, not an empty file without a schema. The pragmas are set here and not in a "connect" event, after
         # whose failure the connection would stay open.
