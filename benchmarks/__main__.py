@@ -24,6 +24,7 @@ from benchmarks.identity import identity
 from benchmarks.limits import limits
 from benchmarks.reads import fresh_processes, kv_on_disk, one_process, store_prefix
 from benchmarks.report import Measurement, print_table, write_json
+from benchmarks.scale import scale
 from benchmarks.scores import stored_scores
 from benchmarks.startup import startup
 from benchmarks.trees import completions, continued_leaf, three_levels
@@ -41,6 +42,7 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "fidelity": (lossy_databases,),
     "generation": (after_stored_prefix, after_long_prefix),
     "flights": (single_flight,),
+    "scale": (scale,),
     "startup": (startup,),
     "exactness": (exactness,),
     "limits": (limits,),
