@@ -101,6 +101,8 @@ def verify(db: Database, *, checks: Checks | None = None, progress: Progress = i
     """
     checks = checks or Checks()
     problems, store_problem = _structure_problems(db) if checks.structure else ([], None)
+    if store_problem is not None:  # nothing else can be read either
+        return Verification(0, 0, tuple(problems), None, store_problem)
     num_parts = nbytes = 0
     known = _keys(problems)
     for inspection in progress(_inspect_share(db, checks)):
@@ -109,7 +111,7 @@ def verify(db: Database, *, checks: Checks | None = None, progress: Progress = i
         if inspection.problem is not None and inspection.key not in known:
             problems.append(inspection.problem)
     differing, catalog_problem = _catalog_problems(db, known=_keys(problems)) if checks.structure else ([], None)
-    return Verification(num_parts, nbytes, (*problems, *differing), catalog_problem, store_problem)
+    return Verification(num_parts, nbytes, (*problems, *differing), catalog_problem)
 
 
 def sample(total: int, *, share: float, seed: int) -> frozenset[int]:

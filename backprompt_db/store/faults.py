@@ -39,6 +39,7 @@ _BY_CLASS: dict[type[Exception], tuple[type[StoreError], str]] = {
 }
 
 _BY_ERRNO: dict[int, tuple[type[StoreError], str]] = {
+    errno.ENOENT: (StoreCorrupt, "Close the database and open it again: its files were deleted."),
     errno.ENOSPC: (StoreFull, _FREE_SPACE),
     errno.EDQUOT: (StoreFull, _FREE_SPACE),
     errno.EFBIG: (StoreFull, "Raise the limit on the size of a file (ulimit -f)."),

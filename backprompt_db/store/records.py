@@ -87,28 +87,17 @@ def _chunks(views: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
 
 def read_head(record: bytes, value: memoryview, digest: Digest) -> Head | None:
     """Return a head record's content, or None when it is damaged or lies under another key than it was written for."""
-    # Before anything else of it is read: a flipped bit in a page of LMDB can make a value reach beyond the end of the
-    # file, and touching that would kill the process.
-    if not _has_right_length(value):
-        return None
     body, own_digest = value[:-DIGEST_NBYTES], value[-DIGEST_NBYTES:]
-    if digest(record, body) != own_digest:
+    if len(body) < _FIELDS.size or digest(record, body) != own_digest:
         return None
     num_chunks, nbytes = _FIELDS.unpack_from(body)
     rest = body[_FIELDS.size :]
     if not num_chunks:
-        return Head(nbytes, [], rest)
+        return Head(nbytes, [], rest) if nbytes == len(rest) else None
+    if len(rest) != num_chunks * DIGEST_NBYTES or num_chunks != -(-nbytes // CHUNK_NBYTES):
+        return None
     digests = [bytes(rest[i : i + DIGEST_NBYTES]) for i in range(0, len(rest), DIGEST_NBYTES)]
     return Head(nbytes, digests, rest[:0])
-
-
-def _has_right_length(value: memoryview) -> bool:
-    """Whether a head record is as long as its own numbers say, and these fit together."""
-    if len(value) < _FIELDS.size + DIGEST_NBYTES:
-        return False
-    num_chunks, nbytes = _FIELDS.unpack_from(value)
-    has_right_number = num_chunks == (-(-nbytes // CHUNK_NBYTES) if nbytes > CHUNK_NBYTES else 0)
-    return has_right_number and len(value) == _FIELDS.size + (DIGEST_NBYTES * num_chunks or nbytes) + DIGEST_NBYTES
 
 
 def blob_nbytes(value: memoryview) -> int | None:

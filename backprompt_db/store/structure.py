@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.store.contract import Key
 from backprompt_db.store.digests import DIGEST_NBYTES
+from backprompt_db.store.meta import check_pages
 from backprompt_db.store.records import CHUNK_NBYTES, blob_key, blob_nbytes, record_key
 from backprompt_db.store.registry import release, shared_environment
 
@@ -48,6 +49,7 @@ def flaws(directory: Path) -> Iterator[Flaw]:
 
     Raises the `StoreError` that fits when the file itself cannot be walked through.
     """
+    check_pages(directory / "data.mdb", however_many=True)
     environment = shared_environment(directory, readonly=True)
     position: bytes | None = b""
     try:
