@@ -19,7 +19,8 @@ from backprompt_db.store.sharing import Modes, Sharing
 _STORE = "store"
 _FOLDERS = frozenset({_STORE, "pending"})
 _DATA, _LOCK = "data.mdb", "lock.mdb"
-_NAMES = ("manifest.json", "config.json", "CACHEDIR.TAG", "catalog.sqlite", _DATA, _LOCK)
+_CATALOG = "catalog.sqlite"
+_NAMES = ("manifest.json", "config.json", "CACHEDIR.TAG", _CATALOG, _DATA, _LOCK)
 """How the names of the files begin that the library makes; its other locks end with `.lock`."""
 
 _NEEDED_TO_READ = frozenset({"manifest.json", "config.json", _STORE, _DATA})
@@ -199,7 +200,8 @@ def _visible_files(directory: Path) -> list[_File]:
 def _mode(file: _File, modes: Modes) -> int:
     if file.is_folder:
         return modes.directory
-    return modes.lock if file.name.endswith(".lock") or file.name == _LOCK else modes.file
+    is_lock = file.name == _LOCK or file.name.endswith(".lock")
+    return modes.lock if is_lock and not file.name.startswith(_CATALOG) else modes.file  # readers take no lock there
 
 
 def _owners(uid: int, gid: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,17 +81,23 @@ def write_manifest(directory: Path, manifest: Manifest, *, mode: int = 0o600) ->
 def _read(directory: Path) -> bytes | None:
     """Return the bytes of the manifest; None where no database is, `UnsafeLocation` where something else is."""
     try:
-        return (directory / NAME).read_bytes()
+        return _bytes_of(directory / NAME)
     except FileNotFoundError:
         names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     if NAME in names:  # another process has just finished it
-        return (directory / NAME).read_bytes()
+        return _bytes_of(directory / NAME)
     if not all(name.startswith(_UNFINISHED) for name in names):
         raise UnsafeLocation(
             f"{directory} holds files but no {NAME}: it is not a backprompt-db database",
             hint="Give an empty or a new directory.",
         )
     return None
+
+
+def _bytes_of(path: Path) -> bytes:
+    """Return what is in a file, and never in one that a symbolic link leads to."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        return file.read()
 
 
 def _from_json(fields: Any, directory: Path) -> Manifest:

@@ -17,15 +17,18 @@ import backprompt_db as bp
 from backprompt_db.catalog import Catalog
 from backprompt_db.catalog import connection as catalog_connection
 from backprompt_db.codec import encode
+from backprompt_db.config import Config, write_config
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
 from backprompt_db.keys import TokenizerId, WeightsId
 from backprompt_db.maintenance import reindex as reindexing
 from backprompt_db.maintenance.existing import open_catalog, open_existing
 from backprompt_db.maintenance.inspection import Kind, Problem
+from backprompt_db.maintenance.ownership import share
 from backprompt_db.maintenance.reindex import Reindexing, reindex
 from backprompt_db.representation import Array, Origin, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.records import record_key
+from backprompt_db.store.sharing import Sharing
 from backprompt_db.writer import NewPart
 
 from .database_copies import copies_after
@@ -236,13 +239,17 @@ class TestReindex:
             assert set(catalog.keys()) == set(stored_keys(directory))
 
     @pytest.mark.parametrize("umask", [0o000, 0o077])
-    def test_what_it_makes_has_the_permissions_that_were_asked_for(self, directory: Path, umask: int) -> None:
+    def test_what_it_makes_has_the_permissions_that_the_database_is_shared_with(
+        self, directory: Path, umask: int
+    ) -> None:
         for path in {*directory.glob("catalog.sqlite*"), *directory.glob("*.lock")}:
             path.unlink()
+        share(directory, Sharing.GROUP, group=None)
+        write_config(directory, Config(sharing=Sharing.GROUP))
         before = os.umask(umask)
         try:
             with open_existing(directory) as db:
-                reindex(db, mode=0o660)
+                reindex(db)
         finally:
             os.umask(before)
         names = ("catalog.sqlite", "catalog.sqlite-journal", "catalog.sqlite.lock", "reindex.lock")

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from backprompt_db.config import sharing_of
 from backprompt_db.errors import CatalogError, CatalogTooNew
 from backprompt_db.maintenance.differences import differences
 from backprompt_db.maintenance.existing import CATALOG, STORE, open_catalog, open_existing, open_store
@@ -145,7 +144,7 @@ def _to_reindex(subject: Subject, status: Status, what: str) -> Finding:
 
 def _reindex(subject: Subject) -> None:
     with open_existing(subject.directory) as db:
-        reindex(db, mode=sharing_of(subject.directory).modes.file)
+        reindex(db)
 
 
 def clock(subject: Subject) -> Finding:

@@ -12,8 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
+from backprompt_db.config import sharing_of
 from backprompt_db.database import Database
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
 from backprompt_db.failpoints import reach
@@ -21,6 +20,7 @@ from backprompt_db.maintenance.differences import Difference, differences
 from backprompt_db.maintenance.existing import CATALOG
 from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.store.contract import Key
+from backprompt_db.store.locks import exclusive_lock
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, StoredPart
@@ -61,12 +61,13 @@ class Reindexing:
     """Where a damaged catalog was moved to; None when the catalog could be kept."""
 
 
-def reindex(db: Database, *, mode: int = 0o600) -> Reindexing:
+def reindex(db: Database) -> Reindexing:
     """Enter what the catalog lacks, forget what the store lacks; hits, pins and labels of the rest are kept.
 
     A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names,
-    counts) is lost. Files that are made have the permissions `mode`. What is entered counts as created now. One that
-    is killed can be repeated, and goes on where it was. Memory does not grow with the size of the database.
+    counts) is lost. Files that are made have the permissions that the database is shared with. What is entered counts
+    as created now. One that is killed can be repeated, and goes on where it was. Memory does not grow with the size of
+    the database.
 
     Of a part, only what it was computed from is read: `verify` is what finds damage in its arrays.
 
@@ -74,13 +75,14 @@ def reindex(db: Database, *, mode: int = 0o600) -> Reindexing:
     `CatalogTooNew` for a catalog of a newer version, and `CatalogError` when the catalog is locked or the disk full.
     """
     path = _writable_directory(db) / CATALOG
-    with _alone(path.parent, mode=mode):
+    modes = sharing_of(path.parent).modes
+    with _alone(path.parent, mode=modes.lock):
         try:
-            return _reconcile(db.store, path, mode=mode, moved_aside=None)
+            return _reconcile(db.store, path, mode=modes.file, moved_aside=None)
         except CatalogError as error:
             if not _is_damage(error):
                 raise
-        return _reconcile(db.store, path, mode=mode, moved_aside=_move_aside(path))
+        return _reconcile(db.store, path, mode=modes.file, moved_aside=_move_aside(path))
 
 
 def _writable_directory(db: Database) -> Path:
@@ -94,11 +96,12 @@ def _writable_directory(db: Database) -> Path:
 @contextlib.contextmanager
 def _alone(directory: Path, *, mode: int) -> Iterator[None]:
     """Keep a second process from moving aside what the first has just rebuilt."""
-    try:
-        with filelock.FileLock(directory / _LOCK, timeout=0, mode=mode):
-            yield
-    except filelock.Timeout:
-        raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(directory / _LOCK, mode=mode, timeout_seconds=0))
+        except StoreLocked:
+            raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
+        yield
 
 
 def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:

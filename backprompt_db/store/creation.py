@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -29,7 +30,8 @@ def make_directory(directory: Path, mode: int) -> None:
 
     Raises `UnsafeLocation` for a symbolic link.
     """
-    directory.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
     if directory.is_symlink():
         raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
