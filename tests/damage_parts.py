@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -105,11 +105,15 @@ def _use(place: Path) -> Use:
 
 def use(place: Path) -> Use:
     """Use a database in a process of its own, which may die of it."""
-    return in_a_fork(lambda: _use(place))
+    answer = in_a_fork(lambda: asdict(_use(place)))
+    return Use(died_of=answer) if isinstance(answer, str) else Use(**answer)
 
 
-def in_a_fork(work: Callable[[], Use]) -> Use:
-    """Do something in a process of its own; one that takes too long dies of SIGALRM."""
+def in_a_fork(work: Callable[[], Any]) -> Any:
+    """Do something in a process of its own and return what it gives, or the name of the signal that ended it.
+
+    One that takes too long dies of SIGALRM.
+    """
     read, write = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -117,7 +121,7 @@ def in_a_fork(work: Callable[[], Use]) -> Use:
     if not pid:
         signal.alarm(TIMEOUT_SECONDS)
         try:
-            os.write(write, json.dumps(asdict(work())).encode())
+            os.write(write, json.dumps(work()).encode())
         finally:
             os._exit(0)
     os.close(write)
@@ -125,8 +129,8 @@ def in_a_fork(work: Callable[[], Use]) -> Use:
         answer = pipe.read()
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
-        return Use(died_of=signal.Signals(os.WTERMSIG(status)).name)
-    return Use(**json.loads(answer))
+        return signal.Signals(os.WTERMSIG(status)).name
+    return json.loads(answer)
 
 
 def flip(data: Path, positions: Iterable[int], bit: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from backprompt_db.errors import UnsafeLocation
 from backprompt_db.store.faults import store_errors
 from backprompt_db.store.sharing import Modes
+
+_WHOLE_NBYTES = 2 * mmap.PAGESIZE
+"""The two meta pages that LMDB writes first."""
 
 
 def create_files(directory: Path, modes: Modes) -> None:
@@ -22,6 +26,8 @@ def create_files(directory: Path, modes: Modes) -> None:
         for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock)):
             descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             os.fchmod(descriptor, mode)
+            if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # of the data: the disk was full, and LMDB takes no half
+                os.ftruncate(descriptor, 0)
             os.close(descriptor)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,6 +27,8 @@ _MIN_MAP_NBYTES = 1 << 28
 _FORK_SECONDS = 10
 
 _NUM_META_PAGES = 2
+_LOCK_HEADER_NBYTES, _READER_NBYTES = 192, 64
+"""Of LMDB's lock file, whose header has room for one reader."""
 
 _LIFE_BYTE = 0
 """Of lock.mdb: locked by every process that has the environment open, unless it was opened without locks."""
@@ -324,12 +327,25 @@ class Environment:
 
 def _make_lock_file(directory: Path) -> None:
     """Make a lock file that is missing with permissions like those of the data: LMDB would apply the umask."""
+    lock = directory / "lock.mdb"
     is_for_group = (directory / "data.mdb").stat().st_mode & 0o040
     mode = 0o660 if is_for_group else 0o600
     with suppress(FileExistsError):
         flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(directory / "lock.mdb", flags, mode)
+        descriptor = os.open(lock, flags, mode)
         os.fchmod(descriptor, mode)
+        os.close(descriptor)
+    if not lock.stat().st_size:
+        _reserve(lock)
+
+
+def _reserve(lock: Path) -> None:
+    """Give a lock file its room: LMDB maps holes, and a process that writes into one on a full disk is killed."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if sys.platform == "linux":
+            os.posix_fallocate(descriptor, 0, _LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
+    finally:
         os.close(descriptor)
 
 

@@ -86,7 +86,7 @@ def _wrong_pages(data: Path) -> list[str]:
 
     try:
         with store_errors(data):
-            return list(verify(str(data), subdir=False))
+            return list(verify(str(data), subdir=False))  # type: ignore[no-untyped-call]
     except VerifyError as error:
         return [str(error)]
 
