@@ -14,6 +14,7 @@ import pytest
 import backprompt_db as bp
 from backprompt_db.access import access_problem, faults
 from backprompt_db.errors import UnsafeLocation
+from backprompt_db.maintenance import ownership
 from backprompt_db.maintenance.doctor import diagnose
 from backprompt_db.store.sharing import Sharing
 
@@ -47,9 +48,7 @@ def share(place: Path, sharing: Sharing) -> None:
     """Give the database to the owner and the group of these tests, as it should be."""
     for path in [place, *place.rglob("*")]:
         os.chown(path, OWNER, GROUP)
-        is_lock = path.suffix == ".lock" or path.name == "lock.mdb"
-        modes = sharing.modes
-        path.chmod(modes.directory if path.is_dir() else modes.lock if is_lock else modes.file)
+    ownership.share(place, sharing, group=str(GROUP))
     assert list(faults(place, sharing)) == []
 
 
