@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.config import Limits
 from backprompt_db.counting import Tally
-from backprompt_db.errors import BackpromptError, CatalogError
+from backprompt_db.errors import CatalogError
 from backprompt_db.failpoints import reach
 from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.pending import Pending, keys_of_mark
@@ -87,7 +87,7 @@ class Collector:
             self.catch_up()
             if self.limits.config.ttl_seconds is not None:
                 self.collect()
-        except BackpromptError as error:
+        except Exception as error:  # noqa: BLE001 - the thread that writes must not die of it
             logger.info("nothing was collected: %s", error)
 
     def make_room(self, nbytes: int) -> bool:

@@ -102,7 +102,10 @@ def _read_or_default(directory: Path) -> Config:
         return read_config(directory)
     except FormatError as error:
         logger.warning("the default limit holds: %s", error)
+    try:
         return default_config(directory)
+    except OSError:  # the directory is gone
+        return Config()
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:

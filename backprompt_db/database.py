@@ -32,6 +32,7 @@ from backprompt_db.representation import Arrays, Part
 from backprompt_db.storage import Storage
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.digests import Digest
+from backprompt_db.store.layered import own_store
 from backprompt_db.store.sharing import PRIVATE, Modes
 from backprompt_db.tier import MemoryTier, default_budget_nbytes
 from backprompt_db.writer import NewPart, at_end_of_forked_process
@@ -79,7 +80,9 @@ class Database:
         self.readonly = readonly
         self.namespace = namespace
         self.strict = strict
-        self.store = store
+        self._layers = store
+        self.store = own_store(store)
+        """What is kept here; what is found may also lie in the database below."""
         self._files = OpenFiles(store, directory, readonly=readonly, fidelity=fidelity, modes=modes, base=base)
         self.notes = Notes(self._files, seal=seal)
         self._writer = self._files.writer
@@ -142,7 +145,7 @@ class Database:
         """Whether a part is stored or queued."""
         self._check_open()
         try:
-            return self._writer.get(key) is not None or self.store.has(key)
+            return self._writer.get(key) is not None or self._layers.has(key)
         except StoreError as error:
             self._read_failed(error)
             return False
@@ -169,14 +172,14 @@ class Database:
         if self.readonly:
             return
         try:
-            self.store.delete([key])
+            self._layers.delete([key])
         except StoreError as error:
             self._read_failed(error)
 
     def report_if_damaged(self, key: Key) -> None:
         """Put a part on the list of what went wrong, if the store has just found it damaged, and counted it."""
-        if self.store.num_quarantined > self._num_damaged:
-            self._num_damaged = self.store.num_quarantined
+        if self._layers.num_quarantined > self._num_damaged:
+            self._num_damaged = self._layers.num_quarantined
             self._report_quarantine(key, "does not match its digest")
 
     def flush(self) -> None:
@@ -235,7 +238,7 @@ class Database:
         return None
 
     def _decode(self, key: Key) -> Arrays | None:
-        blob = self.store.get(key)
+        blob = self._layers.get(key)
         if blob is None:
             self.report_if_damaged(key)
             return None
@@ -258,10 +261,10 @@ class Database:
     def _fill(self, key: Key, span: KVSpan, dtype: str) -> bool:
         if self.fidelity is Fidelity.EXACT:
             filling = Filling(span, dtype)
-            if self.store.scan(key, filling.take):
+            if self._layers.scan(key, filling.take):
                 filling.finish()
                 return True
-        elif (blob := self.store.get(key)) is not None:
+        elif (blob := self._layers.get(key)) is not None:
             return _restore(decode(key.part, blob), span)
         self.report_if_damaged(key)
         return False

@@ -17,6 +17,7 @@ from backprompt_db.fidelity import Fidelity
 from backprompt_db.keys import Address
 from backprompt_db.storage import Storage
 from backprompt_db.store.contract import Store
+from backprompt_db.store.layered import own_store
 from backprompt_db.store.sharing import Modes
 from backprompt_db.writer import Writer
 
@@ -41,13 +42,14 @@ class OpenFiles:
         modes: Modes,
         base: Path | None,
     ) -> None:
-        self.store = store
+        self._store = store
         self.readonly = readonly
         self.modes = modes
         self.uses: Counter[Address] = Counter()
         """Of representations, since they were last recorded."""
         self.tally = Tally(store)
-        self.collector = Collector(store, lambda: self.catalog, directory=directory, modes=modes, tally=self.tally)
+        own = own_store(store)  # what lies below a layered one is not this database's to collect
+        self.collector = Collector(own, lambda: self.catalog, directory=directory, modes=modes, tally=self.tally)
         self.storage = Storage(store, lambda: self.catalog, self.collector, tally=self.tally)
         self.writer = Writer(self.storage, fidelity=fidelity, tally=self.tally)
         self._catalog_path = None if directory is None else directory / _CATALOG
@@ -100,7 +102,7 @@ class OpenFiles:
                 catalog = vars(self).get(name)  # one that nothing needed is not opened now
                 if catalog is not None:
                     catalog.close()
-            self.store.close()
+            self._store.close()
 
     def close_soon(self) -> None:
         """Do what `close` does on a thread of its own, for which the interpreter's exit waits.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 
@@ -20,6 +20,7 @@ from backprompt_db.flights import Flights
 from backprompt_db.manifest import Manifest, read_manifest
 from backprompt_db.secret import digest_of
 from backprompt_db.store.contract import Store
+from backprompt_db.store.digests import Digest
 from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
@@ -53,7 +54,8 @@ def open_database(
 
     `location` defaults to `$BACKPROMPT_DB`, else a directory in the platform's user cache directory; `":memory:"` keeps
     everything in memory. With `mode="r"` nothing is ever written, and there must be one; `"a"` reads and writes. `base`
-    is another database, which is only read: what it has is found, what it lacks is kept here, in front of it.
+    is another database, which is only read: what it has is found, what it lacks is kept here, in front of it. Both have
+    the same fidelity, and a new one gets it from its base.
     `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
     the errors of the store instead of computing what it could not give. `fidelity` says how closely a new database
     keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`. What was used last stays in memory, up to
@@ -76,18 +78,22 @@ def open_database(
     if mode not in (READ, APPEND):
         raise PromptError(f"there is no mode {mode!r}", hint='Give "r" to read only, or "a" to read and write.')
     asked = None if fidelity is None else _fidelity(fidelity)
-    below = None if base is None else _absolute(base)
-    options: dict[str, Any] = {"namespace": namespace, "strict": strict, "memory_nbytes": memory_nbytes, "base": below}
+    below = None if base is None else _below(_absolute(base), asked)
+    options: dict[str, Any] = {"namespace": namespace, "strict": strict, "memory_nbytes": memory_nbytes}
+    options["base"] = None if below is None else below.directory
+    default = Fidelity.EXACT if below is None else below.manifest.fidelity
     if location == MEMORY:
-        kept = asked or (Fidelity.EXACT if below is None else _manifest(below, None, is_reader=True).fidelity)
-        return Database(_layered(MemoryStore(), below, kept), directory=None, fidelity=kept, **options)
+        store, kept = _layered(MemoryStore(), below), asked or default
+        seal = None if below is None else below.seal
+        return Database(store, directory=None, readonly=mode == READ, fidelity=kept, seal=seal, **options)
     directory = _absolute(location if location is not None else default_location())
-    manifest = _manifest(directory, asked, is_reader=mode == READ)
+    manifest = _manifest(directory, asked, default=None if mode == READ else default)
+    _require_match(directory, manifest, below)
     sharing, digest = sharing_of(directory), digest_of(manifest, directory)
     readonly = not _may_write(directory, sharing, mode)
     own = LmdbStore(directory / STORE, readonly=readonly, digest=digest)
     return Database(
-        _layered(own, below, manifest.fidelity),
+        _layered(own, below),
         directory=directory,
         readonly=readonly,
         fidelity=manifest.fidelity,
@@ -98,18 +104,42 @@ def open_database(
     )
 
 
+class _Below(NamedTuple):
+    """The database in front of which another one is opened."""
+
+    directory: Path
+    manifest: Manifest
+    digest: Digest
+
+    @property
+    def seal(self) -> Digest | None:
+        """What signs its notes, and those in front of it."""
+        return None if self.manifest.secret_id is None else self.digest
+
+
+def _below(directory: Path, asked: Fidelity | None) -> _Below:
+    """Look at a base, before anything is made in front of it."""
+    manifest = _manifest(directory, asked, default=None)
+    digest = digest_of(manifest, directory)
+    _may_write(directory, sharing_of(directory), READ)
+    return _Below(directory, manifest, digest)
+
+
 def _absolute(location: str | os.PathLike[str]) -> Path:
     return Path(location).expanduser().absolute()
 
 
-def _manifest(directory: Path, asked: Fidelity | None, *, is_reader: bool) -> Manifest:
-    """Return the manifest of a database, made now if there is none. Raises `FormatError` for another fidelity."""
+def _manifest(directory: Path, asked: Fidelity | None, *, default: Fidelity | None) -> Manifest:
+    """Return the manifest of a database; without one it is made now, unless there is no `default` fidelity.
+
+    Raises `FormatError` for another fidelity than the one that is asked for.
+    """
     require_local(directory)
     manifest = read_manifest(directory)
-    if manifest is None and is_reader:
+    if manifest is None and default is None:
         raise UnsafeLocation(f"there is no database in {directory}", hint='Open it with mode="a", which makes one.')
     if manifest is None:
-        manifest = create_database(directory, fidelity=asked or Fidelity.EXACT)
+        manifest = create_database(directory, fidelity=asked or default or Fidelity.EXACT)
     if asked not in (None, manifest.fidelity):
         raise FormatError(
             f"{directory} keeps keys and values {manifest.fidelity}, not {asked}",
@@ -133,14 +163,25 @@ def _may_write(directory: Path, sharing: Sharing, mode: str) -> bool:
     return problem is None and may_write
 
 
-def _layered(own: Store, base: Path | None, fidelity: Fidelity) -> Store:
-    """Put a store in front of that of the database in `base`. Raises `FormatError` for one of another fidelity."""
-    if base is None:
+def _require_match(directory: Path, manifest: Manifest, below: _Below | None) -> None:
+    """Raise `FormatError` for a base of another fidelity, and `PromptError` where it is the database itself."""
+    if below is None:
+        return
+    if below.directory.resolve() == directory.resolve():
+        raise PromptError(f"{directory} cannot be its own base", hint="Give the directory of another database.")
+    if below.manifest.fidelity is not manifest.fidelity:
+        raise FormatError(
+            f"{below.directory} keeps keys and values {below.manifest.fidelity}, and {directory} {manifest.fidelity}",
+            hint="Open it with a base of its own fidelity, or open a new directory: it gets that of its base.",
+        )
+
+
+def _layered(own: Store, below: _Below | None) -> Store:
+    """Put a store in front of that of the database below, if there is one."""
+    if below is None:
         return own
     try:
-        manifest = _manifest(base, fidelity, is_reader=True)
-        _may_write(base, sharing_of(base), READ)
-        return LayeredStore(own, LmdbStore(base / STORE, readonly=True, digest=digest_of(manifest, base)))
+        return LayeredStore(own, LmdbStore(below.directory / STORE, readonly=True, digest=below.digest))
     except BackpromptError:
         own.close()
         raise

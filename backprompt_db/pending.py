@@ -38,6 +38,11 @@ class Pending:
         self._directory = directory
         self._modes = modes
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there may be other processes."""
+        return self._directory is not None
+
     @contextlib.contextmanager
     def writing(self, keys: Iterable[Key]) -> Iterator[None]:
         """Store parts, then record them, in the block; when they are not recorded, a mark stays that says which.

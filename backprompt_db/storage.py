@@ -21,12 +21,15 @@ _GROUPS_PER_LIMIT = 16
 _NUM_TRIES = 4
 """How often a group is tried: other processes may take the room that was made for it."""
 
+_SECONDS_BETWEEN_COUNTS = 1.0
+"""How often the catalog is told what was counted, while parts are stored."""
+
 _RECORD_NBYTES = 128
 """What a small part takes up beside its bytes."""
 
 
 class CatalogMissed(Exception):
-    """Parts were stored, and could not be recorded; the cause says why."""
+    """Parts were stored, and could not be recorded; the cause says why, unless there is no catalog."""
 
     def __init__(self, new: set[Key]) -> None:
         super().__init__(new)
@@ -43,6 +46,7 @@ class Storage:
         self._store = store
         self._catalog = catalog
         self._tally = tally
+        self._tell_at = 0.0
 
     def max_group_nbytes(self, nbytes: int) -> int:
         """Return how much to store at once: `nbytes`, but only a small share of what may be live at all."""
@@ -78,12 +82,24 @@ class Storage:
         self._tally.add("num_orphaned", sum(not self._store.has(blob.key) for blob in blobs if blob.key not in new))
 
     def _record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> None:
+        if not blobs:
+            return
+        catalog = self._catalog()
+        if catalog is None and self.collector.pending.is_shared:  # a process that has a catalog will enter them
+            raise CatalogMissed({blob.key for blob in blobs})
         try:
-            if blobs and (catalog := self._catalog()) is not None:
+            if catalog is not None:
                 from backprompt_db.catalog import StoredPart
 
                 stored = [StoredPart(*blob.key, blob.nbytes, origins[blob.key]) for blob in blobs]
                 catalog.record(stored, at=time.time())
-                self._tally.record(catalog)
+                self._tell_counts(catalog)
         except Exception as error:  # no hit needs the catalog
             raise CatalogMissed({blob.key for blob in blobs}) from error
+
+    def _tell_counts(self, catalog: Catalog) -> None:
+        """Tell what was counted, but not with each of many groups: it takes a transaction of its own."""
+        now = time.monotonic()
+        if now >= self._tell_at:
+            self._tell_at = now + _SECONDS_BETWEEN_COUNTS
+            self._tally.record(catalog)

@@ -182,7 +182,8 @@ class Writer:
             if blobs:
                 self._storage.keep(blobs, origins)
         except CatalogMissed as error:
-            logger.warning("the catalog missed %d parts (`reindex` adds them): %s", len(blobs), error.__cause__)
+            if error.__cause__ is not None:  # that there is no catalog was logged
+                logger.warning("the catalog missed %d parts (`reindex` adds them): %s", len(blobs), error.__cause__)
         except Exception as error:  # noqa: BLE001 - a failing cache never fails the computation
             self._fail(error, len(blobs))
 

@@ -17,15 +17,18 @@ _VICTIMS_PER_CHOICE = 100_000
 
 
 def victims(db: Database, *, to_nbytes: int | None, selection: Selection) -> Sequence[Victim]:
-    """Return what `evict` would remove now, in order, and why. Nothing is changed.
+    """Return what `evict` would remove now, in order, and why. Nothing is removed.
 
     Sizes are those of the parts; what is given back to be used again may be a little more or less. Raises the same
     errors as `evict`.
     """
+    catalog = writable_catalog(db)
+    db.flush()
+    db.collector.catch_up()
     config = db.collector.limits.config
     goal = _goal_nbytes(db, to_nbytes, selection)
     excess = 0 if goal is None else max(0, db.store.usage().live_nbytes - goal)
-    return writable_catalog(db).rehearse(
+    return catalog.rehearse(
         excess,
         at=time.time(),
         grace_seconds=config.grace_seconds,

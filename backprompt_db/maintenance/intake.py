@@ -102,7 +102,8 @@ class Intake:
         try:
             return self._db.storage.keep(blobs, {part.key: part.origin for part in batch})
         except CatalogMissed as missed:
-            self._catalog_problem = getattr(missed.__cause__, "message", str(missed.__cause__))
+            if missed.__cause__ is not None:
+                self._catalog_problem = getattr(missed.__cause__, "message", str(missed.__cause__))
             return missed.new
 
     def _count(self, batch: Sequence[CheckedPart], new: set[Key]) -> None:

@@ -14,12 +14,12 @@ _Found = TypeVar("_Found")
 class LayeredStore:
     """A `Store` that finds in `base` what is not in `own`, and writes to `own` alone.
 
-    `keys`, `usage` and `delete` are about `own`. What cannot be read from the base, or is damaged there, is missing
-    from then on: it is computed again and stored here, in front of it.
+    `keys`, `usage` and `delete` are about `own`, to which maintenance keeps. What cannot be read from the base, or is
+    damaged there, is missing from then on: it is computed again and stored here, in front of it.
     """
 
     def __init__(self, own: Store, base: Store) -> None:
-        self._own = own
+        self.own = own
         self._base = base
         self._unusable: set[Key] = set()
         self.num_base_hits = 0
@@ -27,43 +27,48 @@ class LayeredStore:
     @property
     def num_quarantined(self) -> int:
         """How many damaged blobs both have met."""
-        return self._own.num_quarantined + self._base.num_quarantined
+        return self.own.num_quarantined + self._base.num_quarantined
 
     def get(self, key: Key) -> memoryview | None:
         """Return a verified, writable copy of a blob; None for a miss in both."""
-        found = self._own.get(key)
+        found = self.own.get(key)
         return found if found is not None else self._from_base(key, self._base.get)
 
     def scan(self, key: Key, take: Callable[[memoryview], None]) -> bool:
         """Give a blob's verified bytes to `take`, piece by piece, from whichever store has it."""
-        return self._own.scan(key, take) or bool(self._from_base(key, lambda key: self._base.scan(key, take) or None))
+        num_quarantined = self.own.num_quarantined
+        if self.own.scan(key, take):
+            return True
+        if self.own.num_quarantined > num_quarantined:  # `take` has got pieces: those of the base must not follow them
+            return False
+        return bool(self._from_base(key, lambda key: self._base.scan(key, take) or None))
 
     def has(self, key: Key) -> bool:
         """Whether a blob is stored in either."""
-        return self._own.has(key) or self._base_has(key)
+        return self.own.has(key) or self._base_has(key)
 
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store blobs here; what they need may lie in the base."""
-        return self._own.put([self._freed(blob) for blob in blobs], max_nbytes=max_nbytes)
+        return self.own.put([self._freed(blob) for blob in blobs], max_nbytes=max_nbytes)
 
     def delete(self, keys: Iterable[Key]) -> int:
         """Remove blobs here. One that only the base has stays there, and is not found any more."""
         gone = list(keys)
-        self._unusable.update(key for key in gone if not self._own.has(key))
-        return self._own.delete(gone)
+        self._unusable.update(key for key in gone if not self.own.has(key))
+        return self.own.delete(gone)
 
     def keys(self) -> Iterator[tuple[Key, int]]:
         """Yield the keys that are stored here."""
-        return self._own.keys()
+        return self.own.keys()
 
     def usage(self) -> Usage:
         """Return how much room is taken here."""
-        return self._own.usage()
+        return self.own.usage()
 
     def close(self) -> None:
         """Release both."""
         try:
-            self._own.close()
+            self.own.close()
         finally:
             self._base.close()
 
@@ -91,3 +96,8 @@ class LayeredStore:
     def _freed(self, blob: Blob) -> Blob:
         """Return a blob that does not need what the base has."""
         return blob._replace(needs=tuple(need for need in blob.needs if not self._base_has(need)))
+
+
+def own_store(store: Store) -> Store:
+    """Return the store that is written to: of a layered one, the one in front."""
+    return store.own if isinstance(store, LayeredStore) else store
