@@ -129,7 +129,7 @@ def scores(each: Origin) -> Arrays:
     words = np.frombuffer(each.address, dtype="<u4")[: each.num_tokens]
     return {
         "input_ids": Array.from_numpy((words % 50_257).astype("<i4")),
-        "token_logprobs": Array.from_numpy(-(words % 4096).astype("<f4") / 256),
+        "token_logprobs": Array.from_numpy(np.negative(words % 4096, dtype=np.float32)),
     }
 
 

@@ -35,8 +35,8 @@ _NO_TOKENIZER: dict[str, object] = {"name": "", "kind": "", "vocab_size": 0}
 
 _MANY = 1_000
 _MORE_CACHE = "PRAGMA cache_size = -131072"
-"""Up to 128 MiB for a transaction of many parts, whose pages lie all over the file. With the usual 2 MB, SQLite would
-write and read them again and again before it commits."""
+"""Up to 128 MiB for a transaction of many rows, which lie all over the file. With the usual 2 MB, SQLite would read and
+write their pages again and again before it commits."""
 
 _MAX_TOKENS = 2**40
 _MAX_SECONDS = 1e9
@@ -45,8 +45,7 @@ _MAX_SECONDS = 1e9
 
 def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) -> None:
     """Write the rows of `parts` and of everything that they refer to; what is there already is completed."""
-    if len(parts) > _MANY:
-        connection.exec_driver_sql(_MORE_CACHE)
+    _make_room(connection, len(parts))
     origins = {part.address: part.origin for part in parts}
     # Ids are digests: in their order each page of the index is brought in once, in any other once for each row.
     ids = dict(sorted(((address, origin.segment_id) for address, origin in origins.items()), key=itemgetter(1)))
@@ -65,6 +64,11 @@ def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) ->
     )
     connection.execute(_UPSERT, [_representation(part, ids[part.address], at=at) for part in parts])
     _touch_parents(connection, [part.origin for part in parts if part.part is Part.KV], at=at)
+
+
+def _make_room(connection: Connection, num_rows: int) -> None:
+    if num_rows > _MANY:
+        connection.exec_driver_sql(_MORE_CACHE)
 
 
 def _touch_parents(connection: Connection, origins: Iterable[Origin], *, at: float) -> None:
@@ -146,9 +150,10 @@ def replace(connection: Connection, table: type[Base], values: Mapping[str, obje
 
 def touch(connection: Connection, hits: Mapping[Address, int], *, at: float) -> None:
     """Add to the number of hits of representations, and set when they were last used unless they were used later."""
+    _make_room(connection, len(hits))
     used = func.max(_USED_AT, at)
     statement = _one().values(num_hits=Representation.num_hits + bindparam("more"), last_used_at=used)
-    connection.execute(statement, [{"which": address, "more": more} for address, more in hits.items()])
+    connection.execute(statement, [{"which": address, "more": more} for address, more in sorted(hits.items())])
 
 
 def annotate(connection: Connection, addresses: Iterable[Address], **values: object) -> None:
@@ -167,6 +172,7 @@ def forget(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> None
     gone: dict[Part, list[Address]] = defaultdict(list)
     for address, part in keys:
         gone[part].append(address)
+    _make_room(connection, sum(map(len, gone.values())))
     for part, addresses in gone.items():
         annotate(connection, addresses, **{NBYTES[part].key: None})
     for some in chunks({address for addresses in gone.values() for address in addresses}):
