@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Self
 
@@ -156,6 +157,30 @@ class Catalog:
         with self._connections.reading() as connection:
             return removable(connection, keys)
 
+    def rehearse(
+        self,
+        nbytes: int,
+        *,
+        at: float,
+        grace_seconds: float,
+        ttl_seconds: float | None = None,
+        selection: Selection | None = None,
+        limit: int = 10_000,
+    ) -> list[Victim]:
+        """Return what would go if `victims` were called and evicted until `nbytes` are free. Nothing is changed.
+
+        The same arguments, and the same errors, as `victims`; `limit` is that of one call.
+        """
+        choice = Choice(at=at, grace_seconds=grace_seconds, ttl_seconds=ttl_seconds, limit=limit)
+        gone = list[Victim]()
+        with contextlib.suppress(_Undone), self._connections.writing() as connection:
+            among = conditions(connection, selection or Selection())
+            while some := choose_victims(connection, max(0, nbytes - sum(v.nbytes for v in gone)), choice, among=among):
+                gone += some
+                changes.forget(connection, [(victim.address, victim.part) for victim in some])
+            raise _Undone
+        return gone
+
     def select(self, selection: Selection) -> Iterator[Row]:
         """Iterate over the selected representations, a page at a time, without a lock between two pages.
 
@@ -271,11 +296,12 @@ class Catalog:
             found = connection.execute(statement).mappings().one_or_none()
         return None if found is None else Source(**found)
 
-    def cuts(self, key: bytes) -> tuple[int, ...] | None:
-        """Return at which offsets a long string is cut, `None` if that is unknown."""
+    def cuts(self, key: bytes) -> CutsRecord | None:
+        """Return where a long string is cut, `None` if that is unknown."""
         with self._connections.reading() as connection:
-            found = connection.execute(select(Cuts.offsets).where(Cuts.key == key)).scalar_one_or_none()
-        return None if found is None else tuple(found)
+            statement = select(Cuts.key, Cuts.offsets, Cuts.signature).where(Cuts.key == key)
+            found = connection.execute(statement).one_or_none()
+        return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
 
     def totals(self, *, namespace: str | None = None) -> Totals:
         """Return the sums over all representations, or over those of a namespace."""
@@ -332,6 +358,10 @@ class Catalog:
             with self._connections.reading() as connection:
                 page = queries.page_of_keys(connection, after=page[-1][0], num_rows=_KEYS_PER_PAGE)
             yield from ((address, part) for address, parts in page for part in parts)
+
+
+class _Undone(Exception):
+    """Takes back what a transaction has changed."""
 
 
 _TABLES: dict[type, type[Base]] = {
