@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.config import Limits
 from backprompt_db.counting import Tally
-from backprompt_db.errors import CatalogError
+from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.failpoints import reach
 from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.pending import Pending, keys_of_mark
@@ -35,8 +35,14 @@ _LOCK = "collect.lock"
 _WAIT_SECONDS = 60.0
 _VICTIMS_PER_CHOICE = 100_000
 _BATCH_NUM_PARTS = 500
-_BATCH_NBYTES = 32 << 20
-"""What is removed in one transaction, while nobody else writes: up to these two, and at least one part."""
+_BATCH_NBYTES = 8 << 20
+"""What is removed in one transaction, while nobody else writes: up to these two, and at least one part.
+
+Pages that the latest transaction has freed are used again only by the one after the next, so batches are small.
+"""
+
+_MAX_FILE_SHARE = 1.15
+"""A file beyond this share of the limit is compacted: much of it is free, in pieces too small to be used again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +108,7 @@ class Collector:
         with self._alone():
             if self._live_nbytes() + nbytes > high:  # else somebody has made room meanwhile
                 self._collect(min(low, high - nbytes), None)
+                self._shrink()
         return self._live_nbytes() + nbytes <= high
 
     def collect(self, *, to_nbytes: int | None = None, selection: Selection | None = None) -> Collection:
@@ -136,6 +143,14 @@ class Collector:
                 break
             total = sum(removed, total)
         return total
+
+    def _shrink(self) -> None:
+        max_file_nbytes = self._share(_MAX_FILE_SHARE)
+        if max_file_nbytes is not None and self._store.usage().file_nbytes > max_file_nbytes:
+            try:
+                self._store.compact()
+            except StoreError as error:  # no room for a copy: the file stays as it is
+                logger.info("the store could not be compacted: %s", error)
 
     def _victims(self, excess_nbytes: int, selection: Selection | None) -> Sequence[Victim]:
         config = self.limits.config

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 NAME = "config.json"
 
 _MAX_NBYTES = 50 * 10**9
+_MIN_NBYTES = 64 * 10**6
 _SHARE_OF_FREE_SPACE = 4
 
 
@@ -48,9 +49,12 @@ class Config:
 
 
 def default_config(directory: Path, *, sharing: Sharing = Sharing.PRIVATE) -> Config:
-    """Return what a new database gets: a limit of 50 GB, or of a quarter of the free space if that is less."""
+    """Return what a new database gets: a limit of 50 GB, or of a quarter of the free space if that is less.
+
+    On a disk that is nearly full it is 64 MB: there may be more room when they are needed.
+    """
     max_nbytes = min(_MAX_NBYTES, shutil.disk_usage(directory).free // _SHARE_OF_FREE_SPACE)
-    return Config(sharing=sharing, max_nbytes=max_nbytes)
+    return Config(sharing=sharing, max_nbytes=max(_MIN_NBYTES, max_nbytes))
 
 
 def read_config(directory: Path) -> Config:

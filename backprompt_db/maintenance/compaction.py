@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backprompt_db.errors import StoreReadOnly
-from backprompt_db.store.lmdb import LmdbStore
 
 if TYPE_CHECKING:
     from backprompt_db.database import Database
@@ -20,8 +19,7 @@ def compact(db: Database) -> tuple[int, int]:
     if db.readonly:
         raise StoreReadOnly(f"{db.directory} may only be read", hint="Do it as a user who may write to it.")
     before = db.store.usage().file_nbytes
-    if isinstance(db.store, LmdbStore):
-        db.store.compact()
+    db.store.compact()
     if db.catalog is not None:
         db.catalog.vacuum()
     return before, db.store.usage().file_nbytes

@@ -13,7 +13,6 @@ from backprompt_db.maintenance.annotation import writable_catalog
 from backprompt_db.maintenance.existing import CATALOG
 from backprompt_db.representation import Part
 from backprompt_db.store.contract import Key
-from backprompt_db.store.lmdb import LmdbStore
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Selection
@@ -58,8 +57,7 @@ def purge(db: Database, addresses: Iterable[Address]) -> Purged:
     gone = list(addresses)
     db.memory.clear()
     num_parts = sum(_delete(db, some) for some in _chunks(gone))
-    if isinstance(db.store, LmdbStore):
-        db.store.compact()
+    db.store.compact()
     for some in _chunks(gone):
         catalog.erase([(address, part) for address in some for part in Part])
     catalog.vacuum()

@@ -99,6 +99,9 @@ class Store(Protocol):
     def usage(self) -> Usage:
         """Return how much room everything takes, in a time that does not grow with it."""
 
+    def compact(self) -> None:
+        """Give back the room of what was deleted, and leave nothing of it behind, beside those who read and write."""
+
     @property
     def num_quarantined(self) -> int:
         """How many damaged blobs this handle has met."""

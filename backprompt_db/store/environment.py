@@ -321,7 +321,7 @@ class Environment:
         except lmdb.LockError as error:  # of the byte of lock.mdb that stands for a PID
             raise StoreLocked(
                 f"{self.directory} is open in another container by a process with the same PID, {os.getpid()}",
-                hint="Start both with `--pid=host`, or any other program first in one of them, so that the PIDs differ.",
+                hint="Start both with `--pid=host`, or another program first in one of them, so that the PIDs differ.",
             ) from error
 
 

@@ -65,6 +65,10 @@ class LayeredStore:
         """Return how much room is taken here."""
         return self.own.usage()
 
+    def compact(self) -> None:
+        """Give back the room of what was deleted here."""
+        self.own.compact()
+
     def close(self) -> None:
         """Release both."""
         try:

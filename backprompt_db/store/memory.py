@@ -70,6 +70,9 @@ class MemoryStore:
         nbytes = self._nbytes
         return Usage(nbytes, nbytes)
 
+    def compact(self) -> None:
+        """Nothing is left of what was deleted."""
+
     def close(self) -> None:
         """Forget everything."""
         self._blobs = None
