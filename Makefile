@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench torture clean
 
 demo: $(READY)
 	$(BIN)/backprompt-db demo
@@ -21,6 +21,12 @@ types: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+# Writers, readers, a collector and whoever kills them, on one directory after the other.
+MINUTES ?= 20
+
+torture: $(READY)
+	$(BIN)/python -m tests.torture --minutes $(MINUTES)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

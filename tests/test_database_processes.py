@@ -289,7 +289,8 @@ def test_a_full_disk_costs_what_does_not_fit_and_nothing_else(
     disk, preexec = small_disk
     script = (
         "from backprompt_db.creation import create_database\nfrom backprompt_db.errors import StoreFull\n"
-        "create_database(Path(place), limits={'max_nbytes': None})\ndb = bp.open(place)\ndb.put([new_part('a')])\ndb.flush()\nfull = 0\n"
+        "create_database(Path(place), limits={'max_nbytes': None})\n"
+        "db = bp.open(place)\ndb.put([new_part('a')])\ndb.flush()\nfull = 0\n"
         "for number in range(4):\n    db.put([new_part(str(number), num_values=700_000)])\n"
         "    try:\n        db.flush()\n    except StoreFull as error:\n        full += 1\n"
         "c = db.counters\nfound = db.fetch(wanted('a', *'0123'))\n"

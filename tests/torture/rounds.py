@@ -19,7 +19,7 @@ from tests.torture.damage import damaged_copy
 from tests.torture.journal import counts, problems
 from tests.torture.report import Report
 
-_MAX_NBYTES = 40_000_000
+_MAX_NBYTES = 8_000_000
 _SURVEY_SECONDS = 10 * HANG_SECONDS
 
 

@@ -25,7 +25,6 @@ from backprompt_db.maintenance.stats import gather
 from backprompt_db.maintenance.verify import Checks, Found, verify
 from backprompt_db.representation import Part
 from backprompt_db.store.contract import Key
-from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.text import Segment
 from tests.fault_parts import address_of, contents, keys_of, new_parts, num_tokens_at, prompt, wanted_of, wrong
 from tests.torture.journal import Journal, acknowledged
@@ -158,8 +157,9 @@ def _in_child(worker: Worker, work: Callable[[], None]) -> None:
 
 def tidy(worker: Worker) -> None:
     """Verify, reindex, compact, collect, look at statistics: whatever comes up."""
+    chores = CHORES | CHORES_THAT_LOSE if worker.is_limited else CHORES
     while True:
-        name, chore = worker.dice.choice(list(CHORES.items()))
+        name, chore = worker.dice.choice(list(chores.items()))
         try:
             chore(worker)
             worker.journal.counts[name] += 1
@@ -182,8 +182,12 @@ def _open_and_close(worker: Worker) -> None:
 
 
 def _compact(worker: Worker) -> None:
-    assert isinstance(worker.db.store, LmdbStore)
     worker.db.store.compact()
+
+
+def _collect(worker: Worker) -> None:
+    live_nbytes = worker.db.store.usage().live_nbytes
+    worker.db.collector.collect(to_nbytes=int(live_nbytes * worker.dice.uniform(0.5, 1.0)))
 
 
 CHORES: dict[str, Callable[[Worker], object]] = {
@@ -193,6 +197,7 @@ CHORES: dict[str, Callable[[Worker], object]] = {
     "statistics": lambda worker: gather(worker.place),
     "openings in a row": _open_and_close,
 }
+CHORES_THAT_LOSE: dict[str, Callable[[Worker], object]] = {"collections": _collect}
 ROLES = {"writer": write, "reader": read, "janitor": tidy}
 
 
