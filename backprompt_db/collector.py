@@ -22,7 +22,7 @@ from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.failpoints import reach
 from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.pending import Pending, keys_of_mark
-from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.contract import Key, Store, beyond_limit
 from backprompt_db.store.locks import exclusive_lock
 from backprompt_db.store.sharing import Modes
 
@@ -96,27 +96,29 @@ class Collector:
         except Exception as error:  # noqa: BLE001 - the thread that writes must not die of it
             logger.info("nothing was collected: %s", error)
 
-    def make_room(self, nbytes: int) -> bool:
-        """Remove parts until `nbytes` more may be live; whether they may now.
+    def make_room(self, nbytes: int, *, spare_nbytes: int = 0) -> None:
+        """Remove parts until `nbytes` more may be live, and if there is as much to remove `spare_nbytes` more.
 
-        Raises `StoreLocked` when another process has been collecting, or writing, for too long, and `CatalogError`
-        where nobody knows what to remove.
+        For one who is `alone`. Raises `StoreFull` where there is no room, `StoreLocked` when others have been writing
+        for too long, and `CatalogError` where nobody knows what to remove.
         """
         high, low = self.max_live_nbytes, self.low_live_nbytes
-        if high is None or low is None or nbytes > high:  # then all that is there would go in vain
-            return high is None
-        with self._alone():
-            if self._live_nbytes() + nbytes > high:  # else somebody has made room meanwhile
-                self._collect(min(low, high - nbytes), None)
-                self._shrink()
-        return self._live_nbytes() + nbytes <= high
+        if high is None or low is None:
+            return
+        if nbytes > high:  # all that is there would go in vain
+            raise beyond_limit(high)
+        if self._live_nbytes() + nbytes + spare_nbytes > high:  # else somebody has made room meanwhile
+            self._collect(min(low, max(0, high - nbytes - spare_nbytes)), None)
+            self._shrink()
+        if self._live_nbytes() + nbytes > high:
+            raise beyond_limit(high)
 
     def collect(self, *, to_nbytes: int | None = None, selection: Selection | None = None) -> Collection:
         """Remove what is expired, then the least valuable of what is selected until no more than `to_nbytes` are live.
 
-        Raises the same errors as `make_room`.
+        Raises the same errors as `make_room` and `alone`.
         """
-        with self._alone():
+        with self.alone():
             return self._collect(self._live_nbytes() if to_nbytes is None else to_nbytes, selection)
 
     def catch_up(self) -> None:
@@ -129,6 +131,15 @@ class Collector:
                 self._enter(catalog, keys_of_mark(mark))
                 with contextlib.suppress(OSError):
                     mark.unlink()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let nobody else collect in the block. Raises `StoreLocked` when somebody has been at it for too long."""
+        if self._lock_path is None:
+            yield
+            return
+        with exclusive_lock(self._lock_path, mode=self._modes.lock, timeout_seconds=_WAIT_SECONDS):
+            yield
 
     def _share(self, share: float) -> int | None:
         max_nbytes = self.limits.config.max_nbytes
@@ -195,14 +206,6 @@ class Collector:
 
     def _live_nbytes(self) -> int:
         return self._store.usage().live_nbytes
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        if self._lock_path is None:
-            yield
-            return
-        with exclusive_lock(self._lock_path, mode=self._modes.lock, timeout_seconds=_WAIT_SECONDS):
-            yield
 
 
 def _batches(victims: Sequence[Victim]) -> Iterator[list[Victim]]:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _GROUPS_PER_LIMIT = 16
 """No group is larger than this share of what may be live: room is made in small steps."""
 
-_NUM_TRIES = 4
-"""How often a group is tried: other processes may take the room that was made for it."""
+_NUM_TRIES = 8
+"""How often room is made for a group: others, who need not make any, may take it."""
 
 _SECONDS_BETWEEN_COUNTS = 1.0
 """How often the catalog is told what was counted, while parts are stored."""
@@ -58,15 +58,24 @@ class Storage:
 
         Raises the `StoreError` that fits, and then nothing was stored, or `CatalogMissed`, and then everything was.
         """
+        try:
+            return self._store_and_record(blobs, origins)
+        except StoreFull as error:
+            if _is_disk_full(error):
+                raise
+        return self._make_room_and_keep(blobs, origins)
+
+    def _make_room_and_keep(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
         nbytes = sum(blob.nbytes + _RECORD_NBYTES for blob in blobs)
-        for num_left in reversed(range(_NUM_TRIES)):
-            try:
-                return self._store_and_record(blobs, origins)
-            except StoreFull as error:
-                is_disk_full = error.__cause__ is not None
-                if is_disk_full or not num_left or not self.collector.make_room(nbytes):
-                    raise
-                nbytes += nbytes // 4  # pages are not filled to the brim
+        with self.collector.alone():  # until the room is used: of several who make room, each would take the others'
+            for num_tries in range(1, _NUM_TRIES + 1):
+                # Pages are not filled to the brim.
+                self.collector.make_room(nbytes, spare_nbytes=(num_tries - 1) * nbytes // _NUM_TRIES)
+                try:
+                    return self._store_and_record(blobs, origins)
+                except StoreFull as error:
+                    if _is_disk_full(error) or num_tries == _NUM_TRIES:
+                        raise
         raise AssertionError("the last try returns or raises")
 
     def _store_and_record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
@@ -103,3 +112,7 @@ class Storage:
         if now >= self._tell_at:
             self._tell_at = now + _SECONDS_BETWEEN_COUNTS
             self._tally.record(catalog)
+
+
+def _is_disk_full(error: StoreFull) -> bool:
+    return error.__cause__ is not None
