@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeAlias
 
 from sqlalchemy import ColumnElement, Connection, Integer, and_, case, false, func, or_, select, type_coerce
@@ -33,6 +34,8 @@ _REASONS = {_EXPIRED: "expired", _OLD: "value", _YOUNG: "value"}
 _SAMPLE_SHARE = 256
 _SAMPLE_END = b"\1"
 """One in so many has an address below this. Addresses are digests: that is a random sample."""
+
+_MANY = 10_000
 
 _Rank: TypeAlias = tuple[int, float]
 _Ranked: TypeAlias = tuple[_Rank, Victim]
@@ -86,7 +89,7 @@ def choose_victims(
     only_expired = [] if nbytes else [choice.is_expired]
     found = [_ranked(connection, part, nbytes, choice, [*among, *only_expired]) for part in Part]
     chosen, sum_nbytes = list[Victim](), 0
-    for (group, _), victim in heapq.merge(*found, key=lambda ranked: ranked[0]):
+    for (group, _), victim in heapq.merge(*found, key=itemgetter(0)):
         if len(chosen) == choice.limit or (group != _EXPIRED and sum_nbytes >= nbytes):
             break
         chosen.append(victim)
@@ -100,18 +103,17 @@ def _ranked(
     """Return as many of one kind of parts as may have to go, first those that go first."""
     # Sorting all takes most of the time, and no index can do it: the order changes while time goes by.
     last = _likely_last(connection, part, nbytes, choice, among)
-    if last is not None:
-        found = _fetch(connection, part, choice, [*among, choice.is_before(part, last)])
-        if len(found) == choice.limit or sum(victim.nbytes for _, victim in found) >= nbytes:
-            return found
-    return _fetch(connection, part, choice, among)
+    found = [] if last is None else _up_to(connection, part, last, choice, among)
+    is_enough = len(found) == choice.limit or sum(victim.nbytes for _, victim in found) >= nbytes > 0
+    return found if is_enough else _in_order(connection, part, choice, among)
 
 
 def _likely_last(
     connection: Connection, part: Part, nbytes: int, choice: Choice, among: Sequence[ColumnElement[bool]]
 ) -> _Rank | None:
     """Return a rank up to which there are enough parts, as a sample has it; None where all may be needed."""
-    sample = _fetch(connection, part, choice, [*among, Representation.address < _SAMPLE_END]) if nbytes else []
+    is_in_sample = Representation.address < _SAMPLE_END
+    sample = _in_order(connection, part, choice, [*among, is_in_sample]) if nbytes else []
     sum_nbytes = 0
     for number, (rank, victim) in enumerate(sample, start=1):
         sum_nbytes += victim.nbytes
@@ -121,12 +123,31 @@ def _likely_last(
     return None
 
 
-def _fetch(connection: Connection, part: Part, choice: Choice, among: Sequence[ColumnElement[bool]]) -> list[_Ranked]:
+def _up_to(
+    connection: Connection, part: Part, last: _Rank, choice: Choice, among: Sequence[ColumnElement[bool]]
+) -> list[_Ranked]:
+    """Return those of one kind of parts that go no later than `last`; none where they are too many to sort here."""
+    most = 2 * choice.limit + _MANY
+    statement = _candidates(part, choice, [*among, choice.is_before(part, last)])
+    found = _fetch(connection, part, statement.limit(most))
+    found.sort(key=itemgetter(0))  # in a third of the time that it takes SQLite
+    return found[: choice.limit] if len(found) < most else []
+
+
+def _in_order(
+    connection: Connection, part: Part, choice: Choice, among: Sequence[ColumnElement[bool]]
+) -> list[_Ranked]:
     """Return those of one kind of parts that may go, first those that go first."""
-    found = connection.execute(_candidates(part, choice, among)).all()
+    statement = _candidates(part, choice, among)
+    return _fetch(connection, part, statement.order_by("goes", "worth").limit(choice.limit))
+
+
+def _fetch(
+    connection: Connection, part: Part, statement: Select[Address, int, float, float, int, float]
+) -> list[_Ranked]:
     return [
         ((group, value), Victim(address, part, nbytes, seconds, used_at, _REASONS[group]))
-        for address, nbytes, seconds, used_at, group, value in found
+        for address, nbytes, seconds, used_at, group, value in connection.execute(statement).all()
     ]
 
 
@@ -134,10 +155,8 @@ def _candidates(
     part: Part, choice: Choice, among: Sequence[ColumnElement[bool]]
 ) -> Select[Address, int, float, float, int, float]:
     nbytes, group, value = type_coerce(NBYTES[part], Integer), choice.group.label("goes"), choice.value(part)
-    found = select(
-        Representation.address, nbytes, Representation.compute_seconds, USED_AT, group, value.label("worth")
-    ).where(*_may_go(part), *among)
-    return found.order_by("goes", "worth").limit(choice.limit)
+    columns = (Representation.address, nbytes, Representation.compute_seconds, USED_AT, group, value.label("worth"))
+    return select(*columns).where(*_may_go(part), *among)
 
 
 def removable(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> set[tuple[Address, Part]]:
