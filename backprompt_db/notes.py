@@ -32,7 +32,7 @@ class Notes:
         """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or is forged."""
         for catalog in (self._files.catalog, self._files.base_catalog):
             found = None if catalog is None else _read(catalog, read)
-            if found is not None and self._is_genuine(found):
+            if found is not None and not _is_empty(found) and self._is_genuine(found):
                 return found
         return None
 
@@ -59,6 +59,11 @@ class Notes:
         from backprompt_db.sealing import sealed
 
         return sealed(record, self._seal)
+
+
+def _is_empty(found: ModelRecord | Source | CutsRecord) -> bool:
+    """Whether nothing is known of a model but that there are representations: the catalog below may know more."""
+    return getattr(found, "verdict", None) == "unchecked"
 
 
 def _read(catalog: Catalog, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:

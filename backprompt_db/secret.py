@@ -51,12 +51,14 @@ def find_secret(directory: Path) -> bytes | None:
     secret, source = os.environ.get(VARIABLE, "").encode(errors="surrogateescape"), f"${VARIABLE}"
     if not secret and (name := os.environ.get(FILE_VARIABLE)):
         secret, source = _read(Path(name), directory), f"${FILE_VARIABLE}"
-    if secret and len(secret) < _MIN_NBYTES:
+    elif not secret:
+        return None
+    if len(secret) < _MIN_NBYTES:  # an empty file too: it is no way to say that there is none
         raise FormatError(
             f"the secret in {source} has {len(secret)} bytes, {_MIN_NBYTES} are needed",
             hint="Make one with `openssl rand -hex 32`.",
         )
-    return secret or None
+    return secret
 
 
 def secret_id(secret: bytes) -> str:

@@ -19,7 +19,7 @@ from backprompt_db.maintenance.integrity import catalog_flaws
 from backprompt_db.maintenance.probe import probe
 from backprompt_db.maintenance.reindex import reindex
 from backprompt_db.maintenance.room import room_of
-from backprompt_db.manifest import Manifest
+from backprompt_db.secret import digest_of
 
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
 _LEFT_SECONDS = 3600
@@ -28,8 +28,6 @@ _LEFT_SECONDS = 3600
 _FUTURE_SECONDS = 60
 """By how much clocks of several machines may differ."""
 _IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > ? OR last_used_at > ?"
-
-_SECRETS = ("BACKPROMPT_DB_SECRET", "BACKPROMPT_DB_SECRET_FILE")
 
 
 def writing(subject: Subject) -> Finding:
@@ -93,21 +91,9 @@ def limit(subject: Subject) -> Finding:
 
 
 def secret(subject: Subject) -> Finding:
-    """Whether the secret that digests are keyed with is at hand, where they are."""
-    is_keyed = subject.manifest.digest != Manifest().digest
-    is_given = any(os.environ.get(name) for name in _SECRETS)
-    if is_keyed and not is_given:
-        return Finding(
-            Status.PROBLEM,
-            "Digests are keyed with a secret that is not at hand: nothing that is stored can be read.",
-            f"Set {' or '.join(_SECRETS)}.",
-        )
-    if is_given and not is_keyed:
-        return Finding(
-            Status.WARNING,
-            "A secret is set, but the digests of this database are not keyed: it protects nothing here.",
-            "Make another database with the secret, and `merge` this one into it if it is to be trusted.",
-        )
+    """Whether the secret is the one that digests are keyed with; nobody can open the database otherwise."""
+    digest_of(subject.manifest, subject.directory)  # which says what is wrong, as for one who opens it
+    is_keyed = subject.manifest.secret_id is not None
     return fine("Digests are keyed with a secret." if is_keyed else "Digests find damage; they are not keyed.")
 
 
