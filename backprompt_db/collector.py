@@ -107,10 +107,12 @@ class Collector:
             return
         if nbytes > high:  # all that is there would go in vain
             raise beyond_limit(high)
-        if self._live_nbytes() + nbytes + spare_nbytes > high:  # else somebody has made room meanwhile
-            self._collect(min(low, max(0, high - nbytes - spare_nbytes)), None)
-            self._shrink()
-        if self._live_nbytes() + nbytes > high:
+        if self._live_nbytes() + nbytes + spare_nbytes <= high:  # somebody has made room meanwhile
+            return
+        removed = self._collect(min(low, max(0, high - nbytes - spare_nbytes)), None)
+        self._shrink()
+        # Where others have taken the room that was made, there is more to be made.
+        if not removed.num_parts and self._live_nbytes() + nbytes > high:
             raise beyond_limit(high)
 
     def collect(self, *, to_nbytes: int | None = None, selection: Selection | None = None) -> Collection:

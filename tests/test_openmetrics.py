@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import backprompt_db as bp
+from backprompt_db.config import Config, write_config
 from backprompt_db.maintenance.metrics import exposition
 from backprompt_db.maintenance.stats import gather
 from backprompt_db.representation import Part
@@ -105,6 +106,7 @@ def test_any_namespace_is_a_label(open_db: Callable[..., bp.Database], tmp_path:
 
 def test_what_is_not_known_is_left_out(directory: Path) -> None:
     catalog_of(directory).unlink()
+    write_config(directory, Config(max_nbytes=None))
     found = families(exposition(gather(directory)))
     assert "backprompt_db_representations" in found
     assert not {"backprompt_db_tokens", "backprompt_db_part_hits", "backprompt_db_limit_bytes"} & found.keys()

@@ -331,7 +331,9 @@ def test_a_child_that_is_forked_meanwhile_changes_nothing(
 
     def work() -> tuple[Logprobs, int]:
         db.flights.patience_seconds = 0.1
-        return lm(text).token_logprobs.numpy(), db.counters.num_waits
+        logprobs = lm(text).token_logprobs.numpy()
+        store.may_write.set()  # its own, for which the end of this process waits
+        return logprobs, db.counters.num_waits
 
     logprobs, num_waits = start(work).result()
     assert np.array_equal(logprobs[1:], here.token_logprobs.numpy()[1:])
