@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -125,8 +125,9 @@ class Selection:
 
     @property
     def is_everything(self) -> bool:
-        """Whether nothing is given."""
-        return self == Selection()
+        """Whether nothing is given, or nothing but empty strings, with which every text begins."""
+        given = replace(self, text_prefix=self.text_prefix or None, text_contains=self.text_contains or None)
+        return given == Selection()
 
 
 class Victim(NamedTuple):

@@ -122,10 +122,10 @@ def purge(
         older_than=older_than,
     )
     with open_quietly(db) as database:
-        addresses = purging.doomed(database, selection)
         if not yes:
-            typer.confirm(f"Remove {len(addresses):,} representations for good?", abort=True, err=True)
-        done = purging.purge(database, addresses)
+            num_doomed = len(purging.doomed(database, selection))
+            typer.confirm(f"Remove {num_doomed:,} representations for good?", abort=True, err=True)
+        done = purging.purge(database, selection)
     if as_json:
         emit_json(done)
     else:

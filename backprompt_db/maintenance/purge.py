@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backprompt_db.errors import PromptError
-from backprompt_db.keys import Address
+from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.maintenance.annotation import writable_catalog
 from backprompt_db.maintenance.existing import CATALOG
+from backprompt_db.maintenance.reindex import reindex
 from backprompt_db.representation import Part
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog import Catalog, Selection
     from backprompt_db.database import Database
 
 _ADDRESSES_PER_TRANSACTION = 300
@@ -32,45 +33,71 @@ class Purged:
 def doomed(db: Database, selection: Selection) -> list[Address]:
     """Return the addresses of what is selected and of all that follows it: those hold the text too, in other forms.
 
-    Raises `PromptError` for a selection of nothing or of everything, `CatalogError` without a catalog to go by.
+    The catalog is reindexed first: what it does not list would stay. Raises `PromptError` for a selection of nothing or
+    of everything, `CatalogError` without a catalog to go by, and what `reindex` raises.
     """
     catalog = writable_catalog(db)
     if selection.is_everything:
         raise PromptError("nothing says what to purge", hint="Select it; to purge everything, delete the directory.")
     db.flush()
     db.collector.catch_up()
-    segments = {row.segment_id for row in catalog.select(selection)}
-    if not segments:
+    reindex(db)
+    found = _selected(catalog, selection)
+    if not found:
         raise PromptError("nothing is selected", hint="See what there is with `backprompt-db ls`.")
-    chosen = {row.address for row in catalog.select(selection)}
-    return sorted(chosen | {row.address for row in catalog.of_segments(catalog.descendants(segments))})
+    return sorted(found)
 
 
-def purge(db: Database, addresses: Iterable[Address]) -> Purged:
-    """Remove representations, pinned or not, and every trace of them from the files of the database.
+def purge(db: Database, selection: Selection) -> Purged:
+    """Remove what is `doomed`, pinned or not, and every trace of it from the files of the database.
 
     The store is compacted and the catalog is rewritten, so that deleted pages do not keep anything, and catalogs that
-    a reindexing has moved aside are deleted. Killed in between, it can be repeated: rows go last. Raises `StoreFull`
-    without room for a copy of what stays, and `StoreLocked` when others have been writing for too long.
+    a reindexing has moved aside are deleted. Killed in between, it can be repeated: rows go last. Raises what `doomed`
+    raises, `StoreFull` without room for a copy of what stays, and `StoreLocked` when others have been writing for too
+    long.
     """
     catalog = writable_catalog(db)
-    gone = list(addresses)
+    gone, left, num_parts = set[Address](), set(doomed(db, selection)), 0
     db.memory.clear()
-    num_parts = sum(_delete(db, some) for some in _chunks(gone))
+    while left:
+        num_parts += sum(_delete(db, some) for some in _chunks(left))
+        gone |= left
+        left = _selected(catalog, selection) - gone  # what somebody has stored meanwhile
     db.store.compact()
     for some in _chunks(gone):
-        catalog.erase([(address, part) for address in some for part in Part])
+        _erase(db, catalog, some)
     catalog.vacuum()
     _delete_damaged_catalogs(db)
     return Purged(len(gone), num_parts)
 
 
+def _selected(catalog: Catalog, selection: Selection) -> set[Address]:
+    """Return the addresses of what is selected, and of what follows it under the same model."""
+    segments: dict[tuple[WeightsId, TokenizerId], set[SegmentId]] = {}
+    for row in catalog.select(selection):
+        segments.setdefault((row.weights_id, row.tokenizer_id), set()).add(row.segment_id)
+    found = set[Address]()
+    for ids, some in segments.items():
+        rows = catalog.of_segments(some | catalog.descendants(some))
+        found |= {row.address for row in rows if (row.weights_id, row.tokenizer_id) == ids}
+    return found
+
+
 def _delete(db: Database, addresses: list[Address]) -> int:
     with db.collector.pending.nobody_writing():
-        return db.store.delete(Key(address, part) for address in addresses for part in Part)
+        return db.store.delete(_keys(addresses))
 
 
-def _chunks(addresses: list[Address]) -> Iterator[list[Address]]:
+def _erase(db: Database, catalog: Catalog, addresses: list[Address]) -> None:
+    with db.collector.pending.nobody_writing():  # what somebody has stored again meanwhile stays listed
+        catalog.erase([key for key in _keys(addresses) if not db.store.has(key)])
+
+
+def _keys(addresses: Iterable[Address]) -> Iterator[Key]:
+    return (Key(address, part) for address in addresses for part in Part)
+
+
+def _chunks(addresses: Iterable[Address]) -> Iterator[list[Address]]:
     remaining = iter(addresses)
     while some := list(itertools.islice(remaining, _ADDRESSES_PER_TRANSACTION)):
         yield some
