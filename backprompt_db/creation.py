@@ -26,6 +26,8 @@ from backprompt_db.store.sharing import Sharing
 
 STORE = "store"
 _LOCK = "manifest.lock"
+_NO_GROUP = 2**32 - 1
+"""The first number that no group can have: it asks the kernel to change nothing."""
 
 
 def create_database(
@@ -59,9 +61,15 @@ def create_database(
 def group_id(name: str) -> int:
     """Return the number of a group, given by name or number. Raises `UnsafeLocation` for an unknown one."""
     try:
-        return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        return _checked(int(name)) if name.isdecimal() else grp.getgrnam(name).gr_gid
     except KeyError:
         raise UnsafeLocation(f"there is no group {name!r}", hint="`getent group` lists the groups.") from None
+
+
+def _checked(number: int) -> int:
+    if number >= _NO_GROUP:
+        raise KeyError(number)
+    return number
 
 
 def _give(directory: Path, sharing: Sharing, group: str | None) -> None:

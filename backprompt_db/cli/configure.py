@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -16,16 +16,25 @@ if TYPE_CHECKING:
     from backprompt_db.config import Config
     from backprompt_db.store.sharing import Sharing
 
+_Number = TypeVar("_Number", int, float)
+
 _NONE = "none"
 _SHARED_HELP = "Who may use it: private, group[:NAME] or readers[:NAME]."
 
 
 def _size_or_none(given: str) -> int:
-    return 0 if given == _NONE else size_nbytes(given)
+    return 0 if given == _NONE else _positive(size_nbytes(given), given)
 
 
 def _duration_or_none(given: str) -> float:
-    return 0.0 if given == _NONE else duration_seconds(given)
+    return 0.0 if given == _NONE else _positive(duration_seconds(given), given)
+
+
+def _positive(number: _Number, given: str) -> _Number:
+    """Return what was given; 0 stands for `none` from here on, and is what nobody can have meant."""
+    if not number:
+        raise typer.BadParameter(f"{given!r} leaves nothing: give more, or none for no limit.")
+    return number
 
 
 MaxSizeOption = Annotated[
@@ -92,7 +101,8 @@ def config(
 ) -> None:
     """Show what may be changed about a database, and change what is given. Processes that have it open follow.
 
-    --shared gives all files the permissions that it asks for; only their owner, or root, may do that.
+    --shared gives all files the permissions that it asks for; only their owner, or root, may do that. Files that
+    processes make which have it open by then are as before: `doctor --fix` mends those.
     """
     from backprompt_db.config import write_config
 
