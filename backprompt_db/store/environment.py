@@ -67,6 +67,8 @@ class Environment:
                     finally:
                         if self._is_lockless:
                             self._check_overtaken(transaction)
+                if write:
+                    self._lengthen()
             finally:
                 self._leave(turn)
 
@@ -171,6 +173,18 @@ class Environment:
             except BaseException:
                 self._leave(turn)
                 raise
+
+    def _lengthen(self) -> None:
+        """Let the file hold free pages at its end that were counted and never written: one who opens it need not ask.
+
+        For who has the turn among the writers.
+        """
+        assert self._env is not None  # noqa: S101 - a transaction has just ended
+        data = self.directory / "data.mdb"
+        nbytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        with suppress(OSError):  # it need not be
+            if data.stat().st_size < nbytes and self._is_current():
+                os.truncate(data, nbytes)
 
     def _check_alone(self) -> None:
         """Raise `StoreLocked` while anybody has the store open who may write.

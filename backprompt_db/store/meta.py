@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from backprompt_db.errors import StoreCorrupt
 from backprompt_db.store.faults import store_errors
+from backprompt_db.store.freelist import free_pages
 
-_META = struct.Struct("=16x II 16x I 76x Q 8x QQ".replace(" ", ""))
+_META = struct.Struct("=16x II 16x I 36x Q 32x Q 8x QQ".replace(" ", ""))
 _BODY_BEGIN = 16
 _TRANSACTION_BEGIN = _META.size - 8
 _MAGIC = 0xBEEFC0DE
@@ -35,6 +36,7 @@ class Meta(NamedTuple):
     """What a meta page says."""
 
     page_nbytes: int
+    free_root: int
     num_records: int
     last_page: int
     transaction_id: int
@@ -52,16 +54,32 @@ def newest_meta(data: Path) -> Meta | None:
 
 
 def check_length(data: Path) -> None:
-    """Raise `StoreCorrupt` unless the file holds all pages that its newest meta page counts."""
+    """Raise `StoreCorrupt` unless the file holds all pages that its newest meta page counts and that are in use.
+
+    A transaction that takes pages at the end and gives them back, as deleting does, counts them and never writes them.
+    """
     meta = newest_meta(data)
     with store_errors(data):
         nbytes = data.stat().st_size
     expected = 0 if meta is None else (meta.last_page + 1) * meta.page_nbytes
-    if meta is None or expected > nbytes:
+    if meta is None or (expected > nbytes and not _are_free(data, meta, nbytes // meta.page_nbytes)):
         raise StoreCorrupt(
             f"{data} is not a whole LMDB file: {nbytes} bytes of {expected}",
             hint=_RESTORE,
         )
+
+
+def _are_free(data: Path, meta: Meta, first: int) -> bool:
+    """Whether all pages from the first one on are free."""
+    try:
+        check_pages(data, however_many=True)
+    except StoreCorrupt:
+        return False
+    if newest_meta(data) != meta:  # somebody else has the file open, and so it was whole
+        return True
+    with store_errors(data):
+        free = free_pages(data, root=meta.free_root, page_nbytes=meta.page_nbytes)
+        return set(range(first, meta.last_page + 1)) <= set(free)
 
 
 def check_pages(data: Path, *, however_many: bool = False) -> None:
