@@ -66,7 +66,8 @@ class Writer:
 
     def _reset(self) -> None:
         """Begin with nothing queued. A child process does too: what its parent had queued is the parent's to write."""
-        self._changed = threading.Condition()
+        self._mutex = threading.RLock()  # taken by itself: a condition's own methods may be interrupted in between
+        self._changed = threading.Condition(self._mutex)
         self._queue: dict[Key, NewPart] = {}
         self._queued_nbytes = 0
         self._num_queued = 0
@@ -87,14 +88,15 @@ class Writer:
 
         Raises `StoreClosed` after `close`.
         """
-        with self._changed:
+        with self._mutex:
             self._changed.wait_for(lambda: self._queued_nbytes <= MAX_QUEUED_NBYTES or self._is_closing)
             if self._is_closing:
                 raise StoreClosed("the database was closed", hint="Open it again with backprompt_db.open(...).")
             for part in parts:
-                if part.key not in self._queue:
+                nbytes = part.nbytes
+                if part.key not in self._queue:  # nothing is called from here on: an interrupt cannot come in between
                     self._queue[part.key] = part
-                    self._queued_nbytes += part.nbytes
+                    self._queued_nbytes += nbytes
                     self._num_queued += 1
             self._changed.notify_all()
             has_thread = self._thread is not None or self._start_thread()
@@ -103,7 +105,7 @@ class Writer:
 
     def flush(self) -> None:
         """Wait until everything queued by now is stored. Raises the first failure since the last flush."""
-        with self._changed:
+        with self._mutex:
             goal = self._num_queued
             self._changed.wait_for(lambda: self._num_done >= goal)
             failure, self._failure = self._failure, None
@@ -112,13 +114,13 @@ class Writer:
 
     def when_done(self, then: Callable[[], None]) -> None:
         """Call `then`, which must not raise, as soon as everything queued by now is stored or given up."""
-        with self._changed:
+        with self._mutex:
             self._awaited.append((self._num_queued, then))
         self._tell()
 
     def close(self) -> None:
         """Store what is queued and end the thread."""
-        with self._changed:
+        with self._mutex:
             self._is_closing = True
             self._changed.notify_all()
         if self._thread is not None:
@@ -145,7 +147,7 @@ class Writer:
         try:
             self._store_group(group)
         finally:
-            with self._changed:
+            with self._mutex:
                 for part in group:
                     # Without a thread, several callers may have stored the same group.
                     if self._queue.pop(part.key, None) is not None:
@@ -156,7 +158,7 @@ class Writer:
         return bool(group)
 
     def _tell(self) -> None:
-        with self._changed:
+        with self._mutex:
             due = []
             while self._awaited and self._awaited[0][0] <= self._num_done:
                 due.append(self._awaited.popleft()[1])
@@ -164,7 +166,7 @@ class Writer:
             then()
 
     def _next_group(self) -> list[NewPart]:
-        with self._changed:
+        with self._mutex:
             self._changed.wait_for(lambda: self._queue or self._is_closing or self._thread is None)
             group, nbytes = list[NewPart](), 0
             max_nbytes = self._storage.max_group_nbytes(_GROUP_NBYTES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +27,7 @@ MAX_READERS = 2048
 _MAP_NBYTES = 1 << 40
 _MIN_MAP_NBYTES = 1 << 28
 _FORK_SECONDS = 10
+_LOOK_SECONDS = 0.1
 
 _NUM_META_PAGES = 2
 _LOCK_HEADER_NBYTES, _READER_NBYTES = 192, 64
@@ -46,8 +49,9 @@ class Environment:
         self.num_users = 0
         self.data_identity: Identity | None = None
         self.lock_identity: Identity | None = None
-        self._idle = threading.Condition()
-        self._num_active = 0
+        self._mutex = threading.RLock()  # taken by itself: a condition's own methods may be interrupted in between
+        self._idle = threading.Condition(self._mutex)
+        self._active = set[object]()  # not their number: an interrupt could come before it is taken back
         self._num_gates = 0
         self._was_forked_in_use = False
         self._is_lockless = False
@@ -58,9 +62,10 @@ class Environment:
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[memoryview]]:
         """Run one transaction; commit at the end, abort on an exception. Values are views that die with it."""
+        use, turn = object(), None
         with store_errors(self.directory):
-            transaction, turn = self._begin(write=write)
             try:
+                transaction, turn = self._begin(use, write=write)
                 with transaction:
                     try:
                         yield transaction
@@ -70,17 +75,19 @@ class Environment:
                 if write:
                     self._lengthen()
             finally:
-                self._leave(turn)
+                self._active.discard(use)  # before any call of ours, which an interrupt could prevent
+                self._leave(use, turn)
 
     def usage(self) -> Usage:
         """Return the bytes of the pages in use, and of the file."""
         with store_errors(self.directory):
-            env = self._enter(write=False)
+            use = object()
             try:
-                stat = env.stat()
+                stat = self._enter(use, write=False).stat()
                 nbytes = (self.directory / "data.mdb").stat().st_size
             finally:
-                self._leave()
+                self._active.discard(use)
+                self._leave(use)
         return Usage(live_nbytes(stat), nbytes)
 
     def copy_to(self, directory: Path) -> None:
@@ -90,7 +97,7 @@ class Environment:
 
     def make_writable(self) -> None:
         """Open for writing what was open for reading."""
-        with self._idle, store_errors(self.directory):
+        with self._mutex, store_errors(self.directory):
             self._wait_until_idle()
             if self.readonly:
                 self.readonly = False
@@ -101,7 +108,7 @@ class Environment:
 
         Raises `StoreCorrupt` for any other file, and where there is none.
         """
-        with self._idle, store_errors(self.directory):
+        with self._mutex, store_errors(self.directory):
             if self._is_current():
                 return
             self._wait_until_idle()
@@ -116,7 +123,7 @@ class Environment:
 
     def close(self) -> None:
         """Close the environment when no transaction is running."""
-        with self._idle:
+        with self._mutex:
             self._wait_until_idle()
             if self._env is not None and not self._was_forked_in_use:
                 self._env.close()
@@ -138,13 +145,14 @@ class Environment:
 
     def after_fork_in_child(self) -> None:
         """Let go of the parent's environment; the next transaction opens the child's own."""
-        self._idle = threading.Condition()
-        self._was_forked_in_use = self._was_forked_in_use or self._num_active > 0
-        self._num_active = self._num_gates = 0
+        self._mutex = threading.RLock()
+        self._idle = threading.Condition(self._mutex)
+        self._was_forked_in_use = self._was_forked_in_use or bool(self._active)
+        self._active, self._num_gates = set(), 0
         if self._env is not None and not self._was_forked_in_use:
             self._env.close()
 
-    def _begin(self, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
+    def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
         """Return a transaction, and its turn among the writers.
 
         The kernel gives turns, and only who has one asks for LMDB's mutex. When a process is killed while it waits for
@@ -152,7 +160,7 @@ class Environment:
         one for the holder, and would let in the next while the holder is still writing.
         """
         while True:
-            env = self._enter(write=write)
+            env = self._enter(use, write=write)
             turn = None
             try:
                 turn = take_turn(self.directory) if write else None
@@ -162,16 +170,16 @@ class Environment:
                 if not write or self._is_current():
                     return transaction, turn
                 transaction.abort()  # the file was compacted while this waited for its turn to write
-                self._leave(turn)
+                self._leave(use, turn)
             except lmdb.MapResizedError:
-                self._leave(turn)
+                self._leave(use, turn)
                 self._adopt_map_size(env)
             except lmdb.ReadersFullError:
-                self._leave(turn)
+                self._leave(use, turn)
                 if not env.reader_check():
                     raise
             except BaseException:
-                self._leave(turn)
+                self._leave(use, turn)
                 raise
 
     def _lengthen(self) -> None:
@@ -213,8 +221,8 @@ class Environment:
             hint="Ask the owner to let you: `backprompt-db config --shared readers`; or wait until nobody has it open.",
         )
 
-    def _enter(self, *, write: bool) -> lmdb.Environment:
-        with self._idle:
+    def _enter(self, use: object, *, write: bool) -> lmdb.Environment:
+        with self._mutex:
             self._idle.wait_for(lambda: not self._num_gates)
             if self._env is not None and not self._was_forked_in_use and self._pid == os.getpid():
                 self._follow(write=write)
@@ -227,7 +235,7 @@ class Environment:
                 )
             if self._pid != os.getpid():
                 self._env, self._pid = self._open(), os.getpid()
-            self._num_active += 1
+            self._active.add(use)
             return self._env
 
     def _follow(self, *, write: bool) -> None:
@@ -238,24 +246,28 @@ class Environment:
             if write:
                 raise
 
-    def _leave(self, turn: int | None = None) -> None:
+    def _leave(self, use: object, turn: int | None = None) -> None:
+        self._active.discard(use)
         give_turn(turn)
-        with self._idle:
-            self._num_active -= 1
+        with self._mutex:
             self._idle.notify_all()
 
     def _adopt_map_size(self, env: lmdb.Environment) -> None:
         """Another process enlarged the map: take its size over as soon as no transaction of ours is running."""
-        with self._idle:
+        with self._mutex:
             self._wait_until_idle()
             env.set_mapsize(0)
 
     def _wait_until_idle(self, *, timeout: float | None = None) -> None:
         """Wait until no transaction is running; none begins until the caller lets go of the condition."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         self._num_gates += 1  # without it, busy threads would take turns and never all be idle
-        self._idle.wait_for(lambda: not self._num_active, timeout)
-        self._num_gates -= 1
-        self._idle.notify_all()
+        try:
+            while self._active and (seconds := deadline - time.monotonic()) > 0:
+                self._idle.wait(min(seconds, _LOOK_SECONDS))  # whoever was interrupted tells nobody that it is done
+        finally:
+            self._num_gates -= 1
+            self._idle.notify_all()
 
     def _is_current(self) -> bool:
         """Whether the file that is open is still the one in the directory."""
