@@ -25,7 +25,18 @@ from backprompt_db.representation import Part
 from backprompt_db.store.sharing import Sharing
 
 from .conftest import tiny_gpt2
-from .fault_parts import TOGETHER, child, keys_of, new_parts, next_line, prompt, put_prompts, run_together, wanted_of
+from .fault_parts import (
+    TOGETHER,
+    child,
+    keys_of,
+    new_parts,
+    next_line,
+    prompt,
+    put_prompts,
+    run_together,
+    segments,
+    wanted_of,
+)
 from .layer_parts import snapshot
 from .limit_parts import assert_whole, put, stored
 from .maintenance_parts import flip_a_bit

@@ -67,7 +67,7 @@ def evict(
     with open_quietly(db) as database:
         if dry_run:
             victims = eviction.victims(database, to_nbytes=to, selection=selection)
-            emit_json(victims) if as_json else _print_victims(victims)
+            emit_json([victim._asdict() for victim in victims]) if as_json else _print_victims(victims)
             return
         done = eviction.evict(database, to_nbytes=to, selection=selection)
         live_nbytes = database.store.usage().live_nbytes

@@ -5,26 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from backprompt_db.errors import StoreError
 from backprompt_db.maintenance.annotation import writable_catalog
 from backprompt_db.representation import Part
+from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
     from backprompt_db.database import Database
     from backprompt_db.text import Segment
 
+_NUM_TRIES = 3
+"""How often what was evicted, before it could be pinned, is computed again."""
+
 
 def pin(engine: Engine, db: Database, segments: Sequence[Segment], *, label: str | None) -> None:
     """Compute what is missing of segments, pin them, and label them if there is a label.
 
-    Raises `StoreReadOnly` and `CatalogError` where nothing can be pinned, and what `Database.flush` raises.
+    Raises `StoreReadOnly` and `CatalogError` where nothing can be pinned, what `Database.flush` raises, and
+    `StoreError` where others remove it faster than it can be pinned.
     """
     catalog = writable_catalog(db)
     names = engine.names()
-    engine.represent(dict.fromkeys(segments, frozenset(Part)), keep={}, names=names)
-    db.flush()
     addresses = [names.address(segment) for segment in segments]
-    catalog.pin(addresses)
+    for _ in range(_NUM_TRIES):
+        engine.represent(dict.fromkeys(segments, frozenset(Part)), keep={}, names=names)
+        db.flush()
+        catalog.pin(addresses)
+        if all(db.has(Key(address, part)) for address in addresses for part in Part):
+            break
+    else:
+        raise StoreError("not all that was to be pinned could be kept", hint="Look at `backprompt-db stats`.")
     if label is not None:
         catalog.label(addresses, label)
 
