@@ -17,11 +17,13 @@ from backprompt_db.text import Runner, register_pair_runner
 if TYPE_CHECKING:
     from backprompt_db import errors as errors
     from backprompt_db.counting import Counters as Counters
+    from backprompt_db.counting import ModelCounters as ModelCounters
     from backprompt_db.database import Database as Database
     from backprompt_db.errors import BackpromptError as BackpromptError
+    from backprompt_db.explanation import Explanation as Explanation
+    from backprompt_db.explanation import SegmentExplanation as SegmentExplanation
     from backprompt_db.generated import Generated as Generated
     from backprompt_db.model import LanguageModel as LanguageModel
-    from backprompt_db.model import ModelCounters as ModelCounters
     from backprompt_db.opening import open_database
     from backprompt_db.representation import ModelRepr as ModelRepr
     from backprompt_db.text import Seam as Seam
@@ -37,11 +39,13 @@ _HOMES = {
     "BackpromptError": "errors",
     "Counters": "counting",
     "Database": "database",
+    "Explanation": "explanation",
     "Generated": "generated",
     "LanguageModel": "model",
-    "ModelCounters": "model",
+    "ModelCounters": "counting",
     "ModelRepr": "representation",
     "Seam": "text",
+    "SegmentExplanation": "explanation",
     "Text": "text",
     "open": "opening",
     "parallel": "text",

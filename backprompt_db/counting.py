@@ -89,6 +89,17 @@ class Counters:
     """Computations of another process that this one waited for instead of repeating them."""
 
 
+@dataclass(frozen=True, slots=True)
+class ModelCounters:
+    """What one `LanguageModel` did since it was made."""
+
+    num_model_calls: int
+    """Forward passes that computed representations; a self-check is not counted."""
+    num_computed_tokens: int
+    num_cached_tokens: int
+    """Tokens of the segments that were asked for and found."""
+
+
 class Incident(NamedTuple):
     """One thing that went wrong, for people to look at."""
 
@@ -135,6 +146,12 @@ class Tally:
         with self._lock:
             totals: dict[str, Any] = self._totals()
         return Counters(**totals)
+
+    @property
+    def untold(self) -> list[Incident]:
+        """What went wrong and the catalog was not told yet, the oldest first."""
+        with self._lock:
+            return list(self._incidents)
 
     def has_news(self) -> bool:
         """Whether there is something that the catalog was not told."""

@@ -22,6 +22,7 @@ from backprompt_db.errors import (
     StoreClosed,
     StoreError,
 )
+from backprompt_db.explanation import Place
 from backprompt_db.fidelity import Fidelity, restore_into
 from backprompt_db.files import OpenFiles
 from backprompt_db.filling import Filling, KVSpan
@@ -33,7 +34,6 @@ from backprompt_db.storage import Storage
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.digests import Digest
 from backprompt_db.store.layered import own_store
-from backprompt_db.store.sharing import PRIVATE, Modes
 from backprompt_db.tier import MemoryTier, default_budget_nbytes
 from backprompt_db.writer import NewPart, at_end_of_forked_process
 
@@ -69,7 +69,6 @@ class Database:
         fidelity: Fidelity = Fidelity.EXACT,
         memory_nbytes: int | None = None,
         flights: Flights | None = None,
-        modes: Modes = PRIVATE,
         seal: Digest | None = None,
         base: Path | None = None,
     ) -> None:
@@ -83,7 +82,7 @@ class Database:
         self._layers = store
         self.store = own_store(store)
         """What is kept here; what is found may also lie in the database below."""
-        self._files = OpenFiles(store, directory, readonly=readonly, fidelity=fidelity, modes=modes, base=base)
+        self._files = OpenFiles(store, directory, readonly=readonly, fidelity=fidelity, base=base)
         self.notes = Notes(self._files, seal=seal)
         self._writer = self._files.writer
         self.tally = self._files.tally
@@ -98,6 +97,11 @@ class Database:
     def catalog(self) -> Catalog | None:
         """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
         return self._files.catalog
+
+    @property
+    def catalogs(self) -> list[Catalog]:
+        """The catalogs that can be read: its own, then that of the database below."""
+        return [catalog for catalog in (self._files.catalog, self._files.base_catalog) if catalog is not None]
 
     @property
     def storage(self) -> Storage:
@@ -149,6 +153,23 @@ class Database:
         except StoreError as error:
             self._read_failed(error)
             return False
+
+    def look(self, key: Key) -> tuple[Place, int] | None:
+        """Return where a part would be found and its size, without reading or counting it; None for a miss."""
+        self._check_open()
+        queued = self._writer.get(key)
+        if queued is not None:
+            return Place.MEMORY, sum(array.nbytes for array in queued.values())
+        held_nbytes = self.memory.size(key)
+        if held_nbytes is not None:
+            return Place.MEMORY, held_nbytes - _OVERHEAD_NBYTES
+        try:
+            own_nbytes, nbytes = self.store.size(key), self._layers.size(key)
+        except StoreError as error:
+            self._read_failed(error)
+            return None
+        here = Place.MEMORY if self.directory is None else Place.DISK
+        return None if nbytes is None else (Place.BASE if own_nbytes is None else here, nbytes)
 
     def put(self, parts: Sequence[NewPart]) -> None:
         """Queue parts for writing; a database opened read-only drops them. Raises `StoreClosed` after `close`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, overload
 
@@ -15,11 +14,14 @@ from backprompt_db.catalog import Source
 from backprompt_db.compute import pins
 from backprompt_db.compute.cuts import pieces
 from backprompt_db.compute.engine import Engine
+from backprompt_db.compute.explanation import explain_run
 from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
+from backprompt_db.counting import ModelCounters
 from backprompt_db.database import MEMORY, Database
 from backprompt_db.errors import ModelMismatch, PromptError
+from backprompt_db.explanation import Explanation
 from backprompt_db.fidelity import Fidelity
 from backprompt_db.generated import Generated
 from backprompt_db.keys import TokenizerId, WeightsId
@@ -28,17 +30,6 @@ from backprompt_db.representation import Arrays, ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
 
 _SCORES = frozenset({Part.SCORES})
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCounters:
-    """What one `LanguageModel` did since it was made."""
-
-    num_model_calls: int
-    """Forward passes that computed representations; a self-check is not counted."""
-    num_computed_tokens: int
-    num_cached_tokens: int
-    """Tokens of the segments that were asked for and found."""
 
 
 class LanguageModel:
@@ -300,6 +291,10 @@ class LanguageModel:
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
         return self._source.tokenizer.seams(self._own(text).segments(self.namespace))
+
+    def explain(self, text: Text | str) -> Explanation:
+        """Return what running a text would find, and what it would compute and why; see `Text.explain`."""
+        return explain_run(self._answering_db, self._source, self._own(text).tips(self.namespace))
 
     def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
         """Return a transformers `Cache` of a text's keys and values, on the model's device if it is loaded.

@@ -15,6 +15,7 @@ from backprompt_db.errors import InvalidText, PromptError
 from backprompt_db.keys import SegmentId, TokenizerId, WeightsId, namespace_id, segment_id
 
 if TYPE_CHECKING:
+    from backprompt_db.explanation import Explanation
     from backprompt_db.representation import ModelRepr
 
 
@@ -96,6 +97,9 @@ class Runner(Protocol):
 
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of `text` that change tokens."""
+
+    def explain(self, text: Text) -> Explanation:
+        """Return what running `text` would find, and what it would compute and why."""
 
     def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
         """Return a transformers `Cache` of the keys and values of `text`, under the model that has these ids."""
@@ -259,6 +263,13 @@ class Text:
         Such a text is legal: each segment is tokenised alone. Loads the tokenizer, not the model.
         """
         return self.model.seams(self)
+
+    def explain(self) -> Explanation:
+        """Return where each segment would be found, or why it must be computed, as a table when it is printed.
+
+        With tokens, bytes and seconds. Nothing is computed, written or counted. Loads the tokenizer, not the model.
+        """
+        return self.model.explain(self)
 
     def _known_left(self, namespace: str) -> Text | None:
         """The left side, unless this text is no concatenation or its tips are known already."""

@@ -56,6 +56,17 @@ class MemoryTier:
             self._entries.move_to_end(key)
             return entry.value
 
+    def size(self, key: Hashable) -> int | None:
+        """Return the bytes of the value under a key, None where there is none. It is not thereby used."""
+        with self._lock:
+            entry = self._entries.get(key)
+            return None if entry is None else entry.nbytes
+
+    def grouped(self) -> list[Any]:
+        """Return the values that were put with a group, which are not thereby used."""
+        with self._lock:
+            return [value for members in self._groups.values() for value in members.values()]
+
     def put(self, key: Hashable, value: object, *, nbytes: int, group: Hashable = None) -> None:
         """Keep a value; those used longest ago go until all fit. One beyond the whole budget is not kept.
 

@@ -77,6 +77,7 @@ class StoreContract:
     def test_a_miss_is_none(self, store: Store) -> None:
         assert read(store, key(1)) is None
         assert not store.has(key(1))
+        assert store.size(key(1)) is None
         assert list(store.keys()) == []
         assert store.delete([key(1)]) == 0
         assert store.put([]) == []
@@ -85,6 +86,7 @@ class StoreContract:
     def test_a_blob_of_any_size_comes_back_exactly(self, store: Store, nbytes: int) -> None:
         assert store.put([Blob(key(1), data(nbytes))]) == [key(1)]
         assert read(store, key(1)) == data(nbytes)
+        assert store.size(key(1)) == nbytes
         assert list(store.keys()) == [(key(1), nbytes)]
         assert store.delete([key(1)]) == 1
         assert read(store, key(1)) is None

@@ -21,7 +21,7 @@ import backprompt_db
 ROOT = Path(backprompt_db.__file__).parent
 LAYERS = [
     ["errors", "failpoints"],
-    ["text", "keys", "representation", "generated"],
+    ["text", "keys", "representation", "generated", "display", "explanation", "explanation_views"],
     ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement", "secret"],
     [
         *("access", "collector", "counting", "creation", "database", "files", "filesystem", "flights", "maintenance"),

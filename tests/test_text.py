@@ -46,6 +46,9 @@ class RecordingRunner:
     def seams(self, text: Text) -> list[Seam]:
         return [Seam(str(text), "", (), ())]
 
+    def explain(self, text: Text) -> Any:
+        return None
+
     def past_key_values(self, text: Text, *, ids: object = None) -> Any:
         return [segment.string for segment in text.segments()]
 

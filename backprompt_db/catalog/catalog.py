@@ -28,7 +28,7 @@ from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Sums, T
 from backprompt_db.catalog.victims import Choice, choose_victims, removable
 from backprompt_db.errors import CatalogError
 from backprompt_db.failpoints import reach
-from backprompt_db.keys import Address, SegmentId, WeightsId
+from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.representation import Part
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sqlalchemy import ColumnElement
+
+    from backprompt_db.text import Segment
 
 _KEYS_PER_PAGE = 5_000
 _ROWS_PER_PAGE = 1_000
@@ -347,6 +349,21 @@ class Catalog:
         """Return the ids of the segments that directly follow a segment or open a namespace, ascending."""
         with self._connections.reading() as connection:
             return queries.children(connection, segment_id)
+
+    def namesakes(
+        self, strings: Iterable[str], ids: tuple[WeightsId, TokenizerId], among: Sequence[Segment]
+    ) -> dict[Segment, bool]:
+        """Return the newest segments with one of these texts, rebuilt, and whether these ids have them represented.
+
+        The namespace, and the order of parallel branches, are those of `among`.
+        """
+        with self._connections.reading() as connection:
+            return queries.namesakes(connection, strings, ids, among)
+
+    def seconds_per_token(self, weights_id: WeightsId) -> float | None:
+        """Return what computing a token took lately under one model; None where nothing was recorded."""
+        with self._connections.reading() as connection:
+            return queries.seconds_per_token(connection, weights_id)
 
     def keys(self) -> Iterator[tuple[Address, Part]]:
         """Iterate over every part that the catalog believes to be in the store, by address.

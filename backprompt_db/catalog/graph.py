@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from graphlib import TopologicalSorter
 from itertools import islice
 from typing import TypeVar
 
-from sqlalchemy import Connection, bindparam, exists, select
+from sqlalchemy import Connection, Select, bindparam, exists, select
 
+from backprompt_db import text
 from backprompt_db.catalog.tables import Parent, Segment
 from backprompt_db.keys import SegmentId
 
@@ -32,6 +34,29 @@ def children(connection: Connection, ids: list[SegmentId]) -> Iterable[SegmentId
     return connection.execute(_CHILDREN, {"ids": ids}).scalars()
 
 
+def placed(
+    connection: Connection, ids: Iterable[SegmentId], *, order: Sequence[SegmentId]
+) -> dict[SegmentId, text.Segment]:
+    """Return segments and all that they follow, as far as known, rebuilt.
+
+    Nobody knows in which order parallel branches were written: those in `order` come first, in that order.
+    """
+    rows = {row.id: row for some in chunks(ids) for row in connection.execute(_WITH_ANCESTORS, {"ids": some})}
+    numbers = {segment_id: number for number, segment_id in enumerate(order)}
+    parents: dict[SegmentId, list[SegmentId]] = {segment_id: [] for segment_id in rows}
+    for some in chunks(rows):
+        for segment_id, parent_id in connection.execute(_EDGES, {"ids": some}):
+            if parent_id in rows:
+                parents[segment_id].append(parent_id)
+    built: dict[SegmentId, text.Segment] = {}
+    for segment_id in TopologicalSorter(parents).static_order():
+        row = rows[segment_id]
+        ordered = sorted(parents[segment_id], key=lambda each: (numbers.get(each, len(numbers)), each))
+        before = tuple(built[each] for each in ordered)
+        built[segment_id] = text.Segment(segment_id, row.text, before, row.start, row.namespace)
+    return built
+
+
 def chunks(items: Iterable[_Item]) -> Iterator[list[_Item]]:
     """Divide items into lists that one statement can take."""
     remaining = iter(items)
@@ -52,3 +77,14 @@ _CHILDREN = select(Parent.segment_id).where(Parent.parent_id.in_(bindparam("ids"
 _PARENTS = select(Parent.parent_id).where(
     Parent.segment_id.in_(bindparam("ids", expanding=True)), exists().where(Segment.id == Parent.parent_id)
 )
+
+
+def _with_ancestors() -> Select[SegmentId, str, int | None, str]:
+    reached = select(Segment.id).where(Segment.id.in_(bindparam("ids", expanding=True))).cte("reached", recursive=True)
+    reached = reached.union(select(Parent.parent_id).join(reached, Parent.segment_id == reached.c.id))
+    columns = (Segment.id, Segment.text, Segment.start, Segment.namespace)
+    return select(*columns).join(reached, reached.c.id == Segment.id)
+
+
+_WITH_ANCESTORS = _with_ancestors()
+_EDGES = select(Parent.segment_id, Parent.parent_id).where(Parent.segment_id.in_(bindparam("ids", expanding=True)))

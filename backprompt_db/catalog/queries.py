@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, TypeVar
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Integer,
     RowMapping,
     Select,
     SQLColumnExpression,
     distinct,
+    exists,
     func,
     literal_column,
     or_,
@@ -19,20 +21,28 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import InstrumentedAttribute
 
+from backprompt_db.catalog import graph
 from backprompt_db.catalog.records import GroupTotals, Row, Totals
 from backprompt_db.catalog.tables import NBYTES, Model, Namespace, Parent, Representation, Segment, Sums
 from backprompt_db.errors import PromptError
-from backprompt_db.keys import ID_NBYTES, Address, SegmentId
+from backprompt_db.keys import ID_NBYTES, Address, SegmentId, TokenizerId, WeightsId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from backprompt_db import text
     from backprompt_db.representation import Part
 
 _Group = TypeVar("_Group")
 
 MAX_FOUND = 50
 """How many rows a search by prefix returns at most."""
+
+MAX_NAMESAKES = 300
+"""How many segments with the same text are looked at: the newest."""
+
+_NUM_TIMED = 1_000
+"""The seconds per token of a model are those of so many of its representations: the newest."""
 
 # Rows of one transaction have the same time; their row ids keep the order in which they were recorded.
 _AGE: tuple[SQLColumnExpression[float], ...] = (Representation.created_at, literal_column("representations.rowid"))
@@ -154,3 +164,39 @@ def page_of_keys(connection: Connection, *, after: Address, num_rows: int) -> li
         (address, [part for part, size in zip(NBYTES, sizes, strict=True) if size is not None])
         for address, *sizes in found
     ]
+
+
+def namesakes(
+    connection: Connection, strings: Iterable[str], ids: tuple[WeightsId, TokenizerId], among: Sequence[text.Segment]
+) -> dict[text.Segment, bool]:
+    """Return the newest segments whose text is one of `strings`, 300 of each, with all that they follow.
+
+    And whether they have a representation under the model and the tokenizer that have these ids. The namespace, and the
+    order of parallel branches, are those of the segments `among`. Looks at every text.
+    """
+    newest_first = literal_column("segments.rowid", Integer).desc()
+    place = func.row_number().over(partition_by=Segment.text, order_by=newest_first).label("place")
+    known = (
+        select(Segment.id, place)
+        .where(Segment.text.in_(set(strings)), Segment.namespace == among[0].namespace)
+        .subquery()
+    )
+    is_represented = exists().where(
+        Representation.segment_id == known.c.id,
+        Representation.weights_id == ids[0],
+        Representation.tokenizer_id == ids[1],
+    )
+    # Asked only of those that are left: of a text that thousands of prompts have it would take longer than the rest.
+    newest = connection.execute(select(known.c.id, is_represented).where(known.c.place <= MAX_NAMESAKES))
+    found = {segment_id: bool(is_own) for segment_id, is_own in newest}
+    placed = graph.placed(connection, found, order=[segment.id for segment in among])
+    return {placed[segment_id]: is_own for segment_id, is_own in found.items()}
+
+
+def seconds_per_token(connection: Connection, weights_id: WeightsId) -> float | None:
+    """Return what computing a token took lately under one model; None where nothing was recorded."""
+    newest = select(Representation.compute_seconds, Representation.num_tokens).order_by(_AGE[0].desc())
+    timed = newest.where(Representation.weights_id == weights_id).limit(_NUM_TIMED).subquery()
+    total = select(func.total(timed.c.compute_seconds), func.total(timed.c.num_tokens))
+    seconds, num_tokens = connection.execute(total).one()
+    return seconds / num_tokens if num_tokens else None

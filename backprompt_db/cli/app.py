@@ -16,6 +16,7 @@ from backprompt_db.cli.configure import config, init
 from backprompt_db.cli.demo import demo, demo_run
 from backprompt_db.cli.doctor import doctor
 from backprompt_db.cli.evict import compact, evict, purge
+from backprompt_db.cli.explain import PiecesCommand, explain
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
 from backprompt_db.cli.output import visible
@@ -61,6 +62,7 @@ app.command("path")(path)
 app.command("stats")(stats)
 app.command("ls")(ls)
 app.command("show")(show)
+app.command("explain", cls=PiecesCommand)(explain)
 app.command("verify")(verify)
 app.command("reindex")(reindex)
 app.command("doctor")(doctor)

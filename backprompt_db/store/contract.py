@@ -82,6 +82,9 @@ class Store(Protocol):
     def has(self, key: Key) -> bool:
         """Whether a blob is stored under `key`; its bytes are not verified."""
 
+    def size(self, key: Key) -> int | None:
+        """Return how many bytes a blob has, None where there is none; nothing is verified, and nothing counted."""
+
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store all of `blobs` in one transaction and return the keys that were new.
 

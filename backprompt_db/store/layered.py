@@ -47,6 +47,11 @@ class LayeredStore:
         """Whether a blob is stored in either."""
         return self.own.has(key) or self._base_has(key)
 
+    def size(self, key: Key) -> int | None:
+        """Return how many bytes a blob has, in whichever store has it."""
+        nbytes = self.own.size(key)
+        return self._base.size(key) if nbytes is None and self._base_has(key) else nbytes
+
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store blobs here; what they need may lie in the base."""
         return self.own.put([self._freed(blob) for blob in blobs], max_nbytes=max_nbytes)

@@ -79,6 +79,12 @@ class LmdbStore:
         with self._open_environment().transaction() as transaction:
             return transaction.get(record_key(key)) is not None
 
+    def size(self, key: Key) -> int | None:
+        """Return how many bytes a blob has, as its head claims; None where there is none."""
+        with self._open_environment().transaction() as transaction:
+            value = transaction.get(record_key(key))
+            return None if value is None else blob_nbytes(value)
+
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store all of `blobs` in one synced transaction and return the keys that were new.
 

@@ -35,6 +35,11 @@ class MemoryStore:
         """Whether a blob is stored under `key`."""
         return key in self._open_blobs()
 
+    def size(self, key: Key) -> int | None:
+        """Return how many bytes a blob has, None where there is none."""
+        blob = self._open_blobs().get(key)
+        return None if blob is None else len(blob)
+
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
         """Store the blobs whose keys are free, all at once; return those keys."""
         with self._lock:

@@ -1,0 +1,130 @@
+"""`explain`: where the segments of a prompt were found, or why not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from backprompt_db.cli.location import DbOption, directory_of, quietly
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.errors import InvalidText, PromptError
+
+if TYPE_CHECKING:
+    from backprompt_db.explanation import Explanation
+    from backprompt_db.text import Text
+
+_FILE = "\0"
+"""Begins a piece that is a file's name: no argument of a process can hold it."""
+
+_STDIN = "-"
+
+
+class PiecesCommand(TyperCommand):
+    """A command that takes `--file FILE` among its texts, and keeps them in the order in which they were given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put files among the texts."""
+        return super().parse_args(ctx, list(_in_order(args)))
+
+
+def _in_order(arguments: Iterable[str]) -> Iterator[str]:
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, has_value, value = argument.partition("=")
+        if argument == "--":
+            yield argument
+            yield from remaining
+        elif option == "--file":
+            name = value if has_value else next(remaining, None)
+            yield argument if name is None else _FILE + name
+        else:
+            yield argument
+
+
+def explain(
+    pieces: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of the prompt; - is stdin."),
+    ] = None,
+    *,
+    db: DbOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="A name or directory, or 8 digits or more of a weights id, if several are."
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompt is run in.")
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Show where each segment of a prompt would be found, or why it would have to be computed.
+
+    Each piece is a segment of its own, as in a concatenation. Nothing is computed, and no model is loaded. What was
+    never computed has a number of tokens only where MODEL is a directory, or a name whose files are on this machine,
+    with a tokenizer.json.
+    """
+    del file  # it is among the pieces
+    text = _text(pieces or [])
+    with quietly():
+        explanation = _explain(directory_of(db), text, model=model, namespace=namespace)
+    if as_json:
+        emit_json(explanation)
+        return
+    emit(explanation)
+    if explanation.seams is None:
+        emit("Give --model a directory with a tokenizer.json to see them.")
+
+
+def _text(pieces: Iterable[str]) -> Text:
+    from backprompt_db.text import Text
+
+    text = Text("")
+    for piece in pieces:
+        text += _content(piece)
+    if not text:
+        raise PromptError("the prompt is empty", hint="Give at least one character.")
+    return text
+
+
+def _content(piece: str) -> str:
+    if piece == _STDIN:
+        return _decoded(sys.stdin.buffer.read(), "stdin")
+    if not piece.startswith(_FILE):
+        return piece
+    path = Path(piece.removeprefix(_FILE))
+    try:
+        return _decoded(path.read_bytes(), str(path))
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}", hint="Give another file.") from error
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidText(
+            f"{name} is not UTF-8: {error.reason}", hint="Convert it, for instance with iconv."
+        ) from error
+
+
+def _explain(directory: Path, text: Text, *, model: str | None, namespace: str) -> Explanation:
+    from backprompt_db.compute.explanation import explain as explain_text
+    from backprompt_db.compute.recorded import recorded_names, recorded_tokenizer
+    from backprompt_db.maintenance.existing import manifest_of, open_catalog
+    from backprompt_db.opening import READ, open_database
+
+    manifest_of(directory)
+    with open_catalog(directory) as catalog, open_database(directory, mode=READ, memory_nbytes=0) as database:
+        names = recorded_names(database, catalog, model)
+        tokenizer = None if model is None else recorded_tokenizer(catalog, names, model)
+        return explain_text(database, names, text.tips(namespace), tokenizer=tokenizer)
