@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING
 from backprompt_db.errors import PromptError
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.maintenance.annotation import writable_catalog
+from backprompt_db.maintenance.differences import differences
 from backprompt_db.maintenance.existing import CATALOG
-from backprompt_db.maintenance.reindex import reindex
+from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.representation import Part
 from backprompt_db.store.contract import Key
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from backprompt_db.database import Database
 
 _ADDRESSES_PER_TRANSACTION = 300
+_PARTS_PER_TRANSACTION = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +36,16 @@ class Purged:
 def doomed(db: Database, selection: Selection) -> list[Address]:
     """Return the addresses of what is selected and of all that follows it: those hold the text too, in other forms.
 
-    The catalog is reindexed first: what it does not list would stay. Raises `PromptError` for a selection of nothing or
-    of everything, `CatalogError` without a catalog to go by, and what `reindex` raises.
+    What the catalog does not list is entered first, or it would stay. What only the catalog lists counts too: a purge
+    that was killed has left traces of it. Raises `PromptError` for a selection of nothing or of everything,
+    `CatalogError` without a catalog to go by, and `StoreLocked` when others have been writing for too long.
     """
     catalog = writable_catalog(db)
     if selection.is_everything:
         raise PromptError("nothing says what to purge", hint="Select it; to purge everything, delete the directory.")
     db.flush()
     db.collector.catch_up()
-    reindex(db)
+    _enter_unlisted(db, catalog)
     found = _selected(catalog, selection)
     if not found:
         raise PromptError("nothing is selected", hint="See what there is with `backprompt-db ls`.")
@@ -69,6 +73,22 @@ def purge(db: Database, selection: Selection) -> Purged:
     catalog.vacuum()
     _delete_damaged_catalogs(db)
     return Purged(len(gone), num_parts)
+
+
+def _enter_unlisted(db: Database, catalog: Catalog) -> None:
+    """Enter what is stored and not listed. Unlike a reindexing, forget nothing."""
+    from backprompt_db.catalog import StoredPart
+
+    unlisted = (found for found in differences(db.store, catalog) if found.is_stored)
+    while some := list(itertools.islice(unlisted, _PARTS_PER_TRANSACTION)):
+        with db.collector.pending.nobody_writing():  # nor removing what is entered here
+            origins = {found: read_origin(db.store, found.key) for found in some}
+            parts = [
+                StoredPart(*found.key, found.nbytes or 0, origin)
+                for found, origin in origins.items()
+                if origin is not None
+            ]
+            catalog.record(parts, at=time.time())
 
 
 def _selected(catalog: Catalog, selection: Selection) -> set[Address]:
