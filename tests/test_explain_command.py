@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import backprompt_db as bp
 from backprompt_db.catalog import Catalog
 from backprompt_db.cli.app import app
+from backprompt_db.explanation import Reason
 
 from .cli_parts import run, run_json
 from .conftest import tiny_gpt2
@@ -89,6 +90,13 @@ class TestAnswer:
         before = contents()
         run_json("explain", "--db", directory, "--model", model, *PIECES, "more")
         assert contents() == before
+
+
+def test_the_documentation_names_every_field_and_reason() -> None:
+    documentation = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = documentation.partition("## `explain`")[2].partition("\n## ")[0]
+    names = [*EXPLANATION_FIELDS, *SEGMENT_FIELDS, *MISS_FIELDS, *(reason.value for reason in Reason)]
+    assert [name for name in names if f"`{name}`" not in section] == []
 
 
 class TestPieces:

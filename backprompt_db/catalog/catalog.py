@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import select
@@ -24,7 +23,7 @@ from backprompt_db.catalog.records import (
     Victim,
 )
 from backprompt_db.catalog.selection import conditions, conditions_but_prefix, segments_of_prefix
-from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Sums, Tokenizer
+from backprompt_db.catalog.tables import Cuts, Model, SourceFiles, Sums, Tokenizer
 from backprompt_db.catalog.victims import Choice, choose_victims, removable
 from backprompt_db.errors import CatalogError
 from backprompt_db.failpoints import reach
@@ -127,7 +126,12 @@ class Catalog:
     def evicted_at(self, address: Address) -> float | None:
         """Return when something of a representation was evicted the last time, `None` if that is not known."""
         with self._connections.reading() as connection:
-            return journal.evicted_at(connection, address)
+            return journal.evictions(connection, [address]).get(address)
+
+    def evictions(self, addresses: Iterable[Address]) -> dict[Address, float]:
+        """Return what `evicted_at` returns, of those of many representations of which it is known."""
+        with self._connections.reading() as connection:
+            return journal.evictions(connection, addresses)
 
     def victims(
         self,
@@ -268,7 +272,7 @@ class Catalog:
     def save(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
         """Save what is known of a model, a tokenizer, a model's files or a long string, over what was known before."""
         with self._connections.writing() as connection:
-            changes.replace(connection, _TABLES[type(record)], asdict(record))
+            changes.save(connection, record)
 
     def model(self, weights_id: WeightsId) -> ModelRecord | None:
         """Return one model, `None` if it is unknown.
@@ -381,12 +385,6 @@ class _Undone(Exception):
     """Takes back what a transaction has changed."""
 
 
-_TABLES: dict[type, type[Base]] = {
-    ModelRecord: Model,
-    TokenizerRecord: Tokenizer,
-    Source: SourceFiles,
-    CutsRecord: Cuts,
-}
 _MODELS = select(*Model.__table__.columns)
 _TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 

@@ -70,9 +70,11 @@ def remember_evictions(connection: Connection, addresses: Iterable[Address], *, 
 _ROW_ID = literal_column("evictions.rowid", Integer)
 
 
-def evicted_at(connection: Connection, address: Address) -> float | None:
-    """Return when something of a representation was evicted the last time, None if that is not known."""
-    return connection.execute(select(Eviction.at).where(Eviction.address == address)).scalar_one_or_none()
+def evictions(connection: Connection, addresses: Iterable[Address]) -> dict[Address, float]:
+    """Return when something of representations was evicted the last time, as far as that is known."""
+    chosen = select(Eviction.address, Eviction.at)
+    found = (connection.execute(chosen.where(Eviction.address.in_(some))) for some in chunks(addresses))
+    return {row.address: row.at for rows in found for row in rows}
 
 
 def forget_evictions(connection: Connection, addresses: Iterable[Address]) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from backprompt_db.errors import CatalogError
-from backprompt_db.explanation import Difference, Miss, Reason, SeenUnder
+from backprompt_db.explanation import Miss, Reason, SeenUnder
 from backprompt_db.keys import Address
 from backprompt_db.maintenance.lineage import Ids
+from backprompt_db.maintenance.nearness import Near, StoredPrompts
 from backprompt_db.representation import Part
-from backprompt_db.text import Segment, ancestry
+from backprompt_db.text import Segment
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, ModelRecord, Row
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_EVENTS = 1_000
 _QUARANTINE = "quarantine"
-_NUM_CONTEXT_CHARACTERS = 24
 
 _Answer = TypeVar("_Answer")
 
@@ -58,9 +57,7 @@ class Records:
         self._db = db
         self._ids = ids
         self._segments = segments
-        self._by_segment: dict[SegmentId, list[Row]] = {}
-        for row in self._rows([segment.id for segment in segments]):
-            self._by_segment.setdefault(row.segment_id, []).append(row)
+        self._by_segment = _by_segment(self._rows([segment.id for segment in segments]))
 
     def row(self, segment: Segment) -> Row | None:
         """Return the row of a segment under the model and tokenizer of the text, the database's own first."""
@@ -79,30 +76,32 @@ class Records:
 
     def misses(self, absences: Sequence[Absence]) -> dict[Segment, Miss]:
         """Return why each is absent. Only where nothing else explains it are all texts looked at, once."""
-        found = {absence.segment: self._own_miss(absence) or self._miss_elsewhere(absence) for absence in absences}
+        removals = self._removals([absence.address for absence in absences])
+        found = {
+            absence.segment: self._own_miss(absence, removals.get(absence.address, ())) or self._miss_elsewhere(absence)
+            for absence in absences
+        }
         rest = [absence for absence in absences if found[absence.segment] is None]
         moved = self._moved(rest)
         return {segment: miss or moved[segment] for segment, miss in found.items()}
 
-    def _own_miss(self, absence: Absence) -> Miss | None:
+    def _own_miss(self, absence: Absence, removals: Iterable[_Removal]) -> Miss | None:
         """Say what became of what was stored under this very address."""
         row = self.row(absence.segment)
-        removals = [each for each in self._removals(absence.address) if row is None or each.at >= row.created_at]
-        if removals:
-            last = max(removals, key=lambda removal: removal.at)
+        recent = [removal for removal in removals if row is None or removal.at >= row.created_at]
+        if recent:
+            last = max(recent, key=lambda removal: removal.at)
             return Miss(needed=absence.needed, reason=last.reason, at=last.at, detail=last.detail)
         if row is not None and any(part in row.nbytes for part in absence.needed):
             return Miss(needed=absence.needed, reason=Reason.LOST)
         return Miss(needed=absence.needed, reason=Reason.NOT_KEPT) if absence.present else None
 
-    def _removals(self, address: Address) -> list[_Removal]:
-        evictions = self._ask(lambda catalog: catalog.evicted_at(address))
-        evicted = [_Removal(at, Reason.EVICTED, None) for at in evictions if at is not None]
-        return evicted + self._quarantines.get(address, [])
-
-    @cached_property
-    def _quarantines(self) -> dict[Address, list[_Removal]]:
+    def _removals(self, addresses: Sequence[Address]) -> dict[Address, list[_Removal]]:
+        """Return when something of representations was evicted or quarantined, of some of many others, too."""
         found: dict[Address, list[_Removal]] = {}
+        for evictions in self._ask(lambda catalog: catalog.evictions(addresses)):
+            for evicted, at in evictions.items():
+                found.setdefault(evicted, []).append(_Removal(at, Reason.EVICTED, None))
         told = self._ask(lambda catalog: catalog.events(limit=_NUM_EVENTS))
         for at, kind, address, detail in itertools.chain(*told, self._db.tally.untold):
             if kind == _QUARANTINE and address is not None:
@@ -136,28 +135,22 @@ class Records:
             return {}
         strings = {absence.segment.string for absence in absences}
         answers = self._ask(lambda catalog: catalog.namesakes(strings, self._ids, self._segments))
-        known: dict[str, dict[Segment, bool]] = {}
-        for segment, is_own in itertools.chain(*(answer.items() for answer in answers)):
-            known.setdefault(segment.string, {})[segment] = is_own
-        nearest: dict[Segment, Segment] = {}
-        for absence in absences:  # parents before children
-            segment = absence.segment
-            namesakes = known.get(segment.string, {})
-            if namesakes:
-                nearest[segment] = _nearest(segment, namesakes, {nearest.get(parent) for parent in segment.parents})
-        return {each.segment: self._moved_miss(each, nearest.get(each.segment)) for each in absences}
+        stored = StoredPrompts(dict(itertools.chain(*(answer.items() for answer in reversed(answers)))))
+        nearest = {absence.segment: stored.nearest(absence.segment) for absence in absences}  # parents before children
+        rows = _by_segment(self._rows([near.segment.id for near in nearest.values() if near is not None]))
+        return {each.segment: self._moved_miss(each, nearest[each.segment], rows) for each in absences}
 
-    def _moved_miss(self, absence: Absence, nearest: Segment | None) -> Miss:
-        if nearest is None:
+    def _moved_miss(self, absence: Absence, near: Near | None, rows: Mapping[SegmentId, Sequence[Row]]) -> Miss:
+        if near is None:
             is_known = self._db.catalog is not None
             return Miss(needed=absence.needed, reason=Reason.NEVER_SEEN if is_known else Reason.UNKNOWN)
-        seen = self._seen_under(self._rows([nearest.id]))
-        is_own = any((under.weights_id, under.tokenizer_id) == self._ids for under in seen)
+        found = rows.get(near.segment.id, ())
+        is_own = any((row.weights_id, row.tokenizer_id) == self._ids for row in found)
         return Miss(
             needed=absence.needed,
             reason=Reason.OTHER_PARENTS,
-            seen_under=() if is_own else seen,
-            difference=_difference(_joined(nearest), _joined(absence.segment)),
+            seen_under=() if is_own else self._seen_under(found),
+            difference=near.difference,
         )
 
     def _rows(self, ids: Sequence[SegmentId]) -> list[Row]:
@@ -174,33 +167,9 @@ class Records:
         return answers
 
 
-def _nearest(segment: Segment, namesakes: Mapping[Segment, bool], after: Collection[Segment | None]) -> Segment:
-    """Return the segment with the same string whose prompt is the same for longest.
-
-    Best is one that goes on from the prompt that was nearest so far, `after`; next best one under the same ids.
-    """
-    given = _joined(segment)
-    following = [each for each in namesakes if not set(after).isdisjoint(each.parents)]
-    own = [each for each, is_own in namesakes.items() if is_own]
-    return max(following or own or namesakes, key=lambda each: _num_common(_joined(each), given))
-
-
-def _joined(segment: Segment) -> str:
-    return "".join(each.string for each in ancestry([segment]))
-
-
-def _num_common(one: str, other: str) -> int:
-    """Return how many characters two strings have in common at their beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:  # slices are compared many characters at a time
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low
-
-
-def _difference(stored: str, given: str) -> Difference | None:
-    if stored == given:
-        return None
-    at = _num_common(stored, given)
-    end = at + _NUM_CONTEXT_CHARACTERS
-    return Difference(at, stored[max(0, at - _NUM_CONTEXT_CHARACTERS) : at], stored[at:end], given[at:end])
+def _by_segment(rows: Iterable[Row]) -> dict[SegmentId, list[Row]]:
+    """Group rows by their segments."""
+    groups: dict[SegmentId, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.segment_id, []).append(row)
+    return groups
