@@ -24,7 +24,6 @@ from backprompt_db.maintenance.origins import read_origin
 from backprompt_db.pending import Pending, keys_of_mark
 from backprompt_db.store.contract import Key, Store, beyond_limit
 from backprompt_db.store.locks import exclusive_lock
-from backprompt_db.store.sharing import Modes
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, Selection, Victim
@@ -40,6 +39,9 @@ _BATCH_NBYTES = 8 << 20
 
 Pages that the latest transaction has freed are used again only by the one after the next, so batches are small.
 """
+
+_LISTED_SHARE = 0.3
+"""What is listed is less than what is live, by all that storing it takes, but for tiny parts not by so much."""
 
 _MAX_FILE_SHARE = 1.15
 """A file beyond this share of the limit is compacted: much of it is free, in pieces too small to be used again."""
@@ -66,15 +68,14 @@ class Collector:
         catalog: Callable[[], Catalog | None],
         *,
         directory: Path | None,
-        modes: Modes,
         tally: Tally,
     ) -> None:
         self.limits = Limits(directory)
-        self.pending = Pending(directory, modes)
+        self.pending = Pending(directory, self.limits)
         self._store = store
         self._catalog = catalog
         self._lock_path = None if directory is None else directory / _LOCK
-        self._modes = modes
+        self._has_looked_for_more = False
         self._tally = tally
 
     @property
@@ -130,7 +131,10 @@ class Collector:
         catalog = self._required_catalog()
         with self.pending.nobody_writing():
             for mark in self.pending.leftovers():
-                self._enter(catalog, keys_of_mark(mark))
+                keys = keys_of_mark(mark)
+                if keys is None:  # somebody else will
+                    continue
+                self._enter(catalog, keys)
                 with contextlib.suppress(OSError):
                     mark.unlink()
 
@@ -140,7 +144,7 @@ class Collector:
         if self._lock_path is None:
             yield
             return
-        with exclusive_lock(self._lock_path, mode=self._modes.lock, timeout_seconds=_WAIT_SECONDS):
+        with exclusive_lock(self._lock_path, mode=self.limits.modes.lock, timeout_seconds=_WAIT_SECONDS):
             yield
 
     def _share(self, share: float) -> int | None:
@@ -149,6 +153,7 @@ class Collector:
 
     def _collect(self, goal_nbytes: int, selection: Selection | None) -> Collection:
         self.catch_up()
+        self._look_for_more()
         total = Collection()
         while victims := self._victims(max(0, self._live_nbytes() - goal_nbytes), selection):
             removed = [self._remove(batch) for batch in _batches(victims)]
@@ -156,6 +161,21 @@ class Collector:
                 break
             total = sum(removed, total)
         return total
+
+    def _look_for_more(self) -> None:
+        """Enter what is stored and not listed when that is most of it: the catalog was deleted, or is of a newer store.
+
+        Else what is listed would go again and again, to make room beside what nobody knows of. Once, as it takes time.
+        """
+        if self._has_looked_for_more:
+            return
+        self._has_looked_for_more = True
+        catalog = self._required_catalog()
+        listed_nbytes = sum(catalog.totals().nbytes.values())
+        if listed_nbytes < _LISTED_SHARE * self._live_nbytes():
+            from backprompt_db.maintenance.reindex import reconcile
+
+            reconcile(self._store, catalog)
 
     def _shrink(self) -> None:
         max_file_nbytes = self._share(_MAX_FILE_SHARE)

@@ -13,7 +13,7 @@ from typing import Any
 
 from backprompt_db.errors import FormatError
 from backprompt_db.replacement import replace_file
-from backprompt_db.store.sharing import Sharing
+from backprompt_db.store.sharing import Modes, Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class Limits:
         self._directory = directory
         self._state: tuple[int, int, int] | None = None
         self._config = Config()
+
+    @property
+    def modes(self) -> Modes:
+        """The permissions that files get which are made now."""
+        return self.config.sharing.modes
 
     @property
     def config(self) -> Config:

@@ -47,9 +47,10 @@ def create_database(
     Raises `UnsafeLocation` where no database can be, or may be made by this user.
     """
     require_local(directory)
+    gid = None if group is None else group_id(group)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _give(directory, sharing, group)
+        _give(directory, sharing, gid)
         with filelock.FileLock(directory / _LOCK, mode=sharing.modes.lock):
             return read_manifest(directory) or _fill(directory, sharing, fidelity, limits)
     except OSError as error:
@@ -72,14 +73,14 @@ def _checked(number: int) -> int:
     return number
 
 
-def _give(directory: Path, sharing: Sharing, group: str | None) -> None:
+def _give(directory: Path, sharing: Sharing, gid: int | None) -> None:
     """Give the directory to those who shall share it."""
     try:
-        if group is not None:
-            os.chown(directory, -1, group_id(group))
+        if gid is not None:
+            os.chown(directory, -1, gid)
         make_directory(directory, sharing.modes.directory)
     except PermissionError as error:
-        given = f"the mode {sharing.modes.directory:04o}" + (f" and the group {group}" if group is not None else "")
+        given = f"the mode {sharing.modes.directory:04o}" + ("" if gid is None else f" and the group {gid}")
         raise UnsafeLocation(
             f"{directory} cannot be given {given}",
             hint="Only its owner may do that, for a group of which they are a member; or give a new directory.",

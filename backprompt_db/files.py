@@ -18,7 +18,6 @@ from backprompt_db.keys import Address
 from backprompt_db.storage import Storage
 from backprompt_db.store.contract import Store
 from backprompt_db.store.layered import own_store
-from backprompt_db.store.sharing import Modes
 from backprompt_db.writer import Writer
 
 if TYPE_CHECKING:
@@ -39,17 +38,15 @@ class OpenFiles:
         *,
         readonly: bool,
         fidelity: Fidelity,
-        modes: Modes,
         base: Path | None,
     ) -> None:
         self._store = store
         self.readonly = readonly
-        self.modes = modes
         self.uses: Counter[Address] = Counter()
         """Of representations, since they were last recorded."""
         self.tally = Tally(store)
         own = own_store(store)  # what lies below a layered one is not this database's to collect
-        self.collector = Collector(own, lambda: self.catalog, directory=directory, modes=modes, tally=self.tally)
+        self.collector = Collector(own, lambda: self.catalog, directory=directory, tally=self.tally)
         self.storage = Storage(store, lambda: self.catalog, self.collector, tally=self.tally)
         self.writer = Writer(self.storage, fidelity=fidelity, tally=self.tally)
         self._catalog_path = None if directory is None else directory / _CATALOG
@@ -63,7 +60,7 @@ class OpenFiles:
         from backprompt_db.catalog import Catalog
 
         try:
-            return Catalog.open(self._catalog_path, readonly=self.readonly, mode=self.modes.file)
+            return Catalog.open(self._catalog_path, readonly=self.readonly, mode=self.collector.limits.modes.file)
         except CatalogError as error:
             logger.warning("working without the catalog: %s", error)
             return None

@@ -98,7 +98,6 @@ def open_database(
         readonly=readonly,
         fidelity=manifest.fidelity,
         flights=Flights(directory / _FLIGHTS if single_flight and not readonly else None, mode=sharing.modes.lock),
-        modes=sharing.modes,
         seal=None if manifest.secret_id is None else digest,
         **options,
     )

@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from backprompt_db.config import Limits
 from backprompt_db.errors import StoreError, StoreLocked
 from backprompt_db.keys import ID_NBYTES, Address
 from backprompt_db.representation import Part
@@ -34,9 +35,9 @@ _numbers = itertools.count()
 class Pending:
     """The groups that all processes are writing into the database in `directory`; None for one in memory."""
 
-    def __init__(self, directory: Path | None, modes: Modes) -> None:
+    def __init__(self, directory: Path | None, limits: Limits) -> None:
         self._directory = directory
-        self._modes = modes
+        self._limits = limits
 
     @property
     def is_shared(self) -> bool:
@@ -92,7 +93,7 @@ class Pending:
     def _lock(self, name: str, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
         assert self._directory is not None  # noqa: S101 - the callers have looked
         lock = exclusive_lock if is_alone else shared_lock
-        return lock(self._directory / name, mode=self._modes.lock, timeout_seconds=_WAIT_SECONDS)
+        return lock(self._directory / name, mode=self._limits.modes.lock, timeout_seconds=_WAIT_SECONDS)
 
     def _make_mark(self, keys: Iterable[Key]) -> Path | None:
         """Write down what is about to be stored; None on a full disk: a mark is not worth failing for."""
@@ -100,11 +101,11 @@ class Pending:
         mark = self._directory / _MARKS / f"{os.getpid()}-{os.urandom(4).hex()}-{next(_numbers)}"
         content = b"".join(key.address + key.part.value for key in keys)
         try:
-            _write_new(mark, content, mode=self._modes.file)
+            _write_new(mark, content, mode=self._limits.modes.file)
         except FileNotFoundError:
             with contextlib.suppress(OSError, StoreError):
-                make_marks_directory(self._directory, self._modes)
-                _write_new(mark, content, mode=self._modes.file)
+                make_marks_directory(self._directory, self._limits.modes)
+                _write_new(mark, content, mode=self._limits.modes.file)
                 return mark
             return None
         except OSError:
@@ -117,11 +118,13 @@ def make_marks_directory(directory: Path, modes: Modes) -> None:
     make_directory(directory / _MARKS, modes.directory)
 
 
-def keys_of_mark(mark: Path) -> list[Key]:
-    """Return what a mark says; nothing for one that is cut off or is none, or gone."""
+def keys_of_mark(mark: Path) -> list[Key] | None:
+    """Return what a mark says, nothing for one that is cut off or is none, or gone; None where it may not be read."""
     try:
         with mark.open("rb") as file:
             content = file.read(_MAX_MARK_NBYTES)
+    except PermissionError:
+        return None
     except OSError:
         return []
     codes = {part.value: part for part in Part}

@@ -20,7 +20,8 @@ from backprompt_db.config import read_config, write_config
 from backprompt_db.database import Database
 from backprompt_db.errors import CatalogError, StoreFull
 from backprompt_db.maintenance.verify import verify
-from backprompt_db.representation import Part
+from backprompt_db.representation import Arrays, Part
+from backprompt_db.store.contract import Key
 from backprompt_db.store.sharing import Sharing
 
 from .fault_parts import (
@@ -92,7 +93,7 @@ class TestStaysBelow:
     def test_what_is_stored_is_right_and_what_is_gone_is_a_miss_and_computed_again(self, db: Database) -> None:
         for number in range(40):
             put(db, prompt(number))
-        found = {}
+        found: dict[Key, Arrays] = {}
         for number in range(40):
             found |= db.fetch(wanted_of(prompt(number)))
         assert 0 < len(found) < 3 * 40 * 3
@@ -256,6 +257,18 @@ class TestRefused:
             assert db.counters.num_write_failures > 0
             assert_sound(db, high_nbytes=19_000)
         assert caplog.text.count("parts could not be stored") == 1
+
+    def test_what_a_deleted_catalog_had_listed_goes_too(self, tmp_path: Path) -> None:
+        place = make_limited(tmp_path / "db")
+        with open_limited(place) as db:
+            for number in range(30):
+                put(db, prompt(number, author="before"))
+        (place / "catalog.sqlite").unlink()
+        with open_limited(place) as db:
+            for number in range(30):
+                put(db, prompt(number, author="after"))
+            assert db.counters.num_write_failures == 0
+            assert verify(db).is_clean  # and so lists all that is stored
 
     def test_without_a_catalog_nobody_knows_what_to_remove(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture

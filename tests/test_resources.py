@@ -190,7 +190,7 @@ def test_on_a_full_disk_deleting_fails_aloud_or_makes_room(disk: Disk) -> None:
 
 
 MAINTENANCE: dict[str, Callable[[Database], object]] = {
-    "compacting": lambda db: db.store.compact(),  # type: ignore[attr-defined]
+    "compacting": lambda db: db.store.compact(),
     "reindexing": reindex,
 }
 

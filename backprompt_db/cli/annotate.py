@@ -59,9 +59,11 @@ def label(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the label NAME from them instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Label representations, so that other commands can select them by --label. Each has one label at most."""
+    """Label what the options select, so that other commands can select them by --label. Each has one label at most."""
     from backprompt_db.maintenance import annotation
 
+    if not name:
+        raise typer.BadParameter("a label has at least one character.")
     selection = selected(
         address_prefix=address,
         text_prefix=text_prefix,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from backprompt_db.cli.location import DbOption, directory_of
+from backprompt_db.cli.location import DbOption, directory_of, open_quietly
 from backprompt_db.cli.options import duration_seconds, size_nbytes
 from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, grid, literal, size
 
@@ -77,6 +77,8 @@ def init(
         raise UnsafeLocation(f"there is a database in {place}", hint="`backprompt-db config` changes it.")
     limits = _limits(max_size, ttl)
     create_database(place, sharing=sharing, group=group, fidelity=Fidelity(fidelity), limits=limits)
+    with open_quietly(place) as database:
+        _ = database.catalog  # which is made now, so that there is one to look into
     emit(literal(f"Made {place}: {sharing.value}."), wrap=False)
     config(db=directory)
 

@@ -45,6 +45,8 @@ def writable_catalog(db: Database) -> Catalog:
 
 
 def _chosen(catalog: Catalog, selection: Selection) -> list[Row]:
+    if selection.is_everything:
+        raise PromptError("nothing says which representations are meant", hint="Select them, or one --namespace.")
     rows = list(catalog.select(selection))
     if not rows:
         raise PromptError("nothing is selected", hint="See what there is with `backprompt-db ls`.")

@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -57,7 +57,7 @@ class Reindexing:
     """Parts that were in the catalog but not in the store."""
     num_unreadable: int
     """Parts in the store that cannot be used, and are not entered."""
-    moved_aside: Path | None
+    moved_aside: Path | None = None
     """Where a damaged catalog was moved to; None when the catalog could be kept."""
 
 
@@ -107,17 +107,22 @@ def _alone(directory: Path, *, mode: int) -> Iterator[None]:
 def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:
     from backprompt_db.catalog import Catalog
 
-    num_added = num_forgotten = num_unreadable = 0
     with Catalog.open(path, mode=mode) as catalog:
         _check_integrity(path)
-        for batch in _batches(differences(store, catalog)):
-            missing = {key: nbytes for key, nbytes in batch if nbytes is not None}
-            added = _add(store, catalog, missing)
-            num_forgotten += _forget(store, catalog, [found.key for found in batch if not found.is_stored])
-            num_added += added
-            num_unreadable += len(missing) - added
-            reach("reindex.batch")
-    return Reindexing(num_added, num_forgotten, num_unreadable, moved_aside)
+        return replace(reconcile(store, catalog), moved_aside=moved_aside)
+
+
+def reconcile(store: Store, catalog: Catalog) -> Reindexing:
+    """Enter in a whole catalog what it lacks, and forget what the store lacks."""
+    num_added = num_forgotten = num_unreadable = 0
+    for batch in _batches(differences(store, catalog)):
+        missing = {key: nbytes for key, nbytes in batch if nbytes is not None}
+        added = _add(store, catalog, missing)
+        num_forgotten += _forget(store, catalog, [found.key for found in batch if not found.is_stored])
+        num_added += added
+        num_unreadable += len(missing) - added
+        reach("reindex.batch")
+    return Reindexing(num_added, num_forgotten, num_unreadable)
 
 
 def _add(store: Store, catalog: Catalog, sizes: Mapping[Key, int]) -> int:
