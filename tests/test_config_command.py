@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import backprompt_db as bp
 from backprompt_db.cli.app import app
 from backprompt_db.config import read_config
+from tests.fault_parts import put_prompts
 
 
 def test_none_is_no_limit_and_for_ever(tmp_path: Path) -> None:
@@ -36,3 +37,15 @@ def test_a_number_that_no_group_can_have_is_an_unknown_group(tmp_path: Path, num
     result = CliRunner().invoke(app, ["config", "--db", str(tmp_path / "db"), "--shared", f"group:{number}"])
     assert result.exit_code == 2
     assert f"there is no group '{number}'" in result.stderr
+
+
+def test_a_process_that_has_the_database_open_follows_a_change_of_sharing(tmp_path: Path) -> None:
+    place = tmp_path / "db"
+    with bp.open(place) as db:
+        put_prompts(db, [0])
+        assert CliRunner().invoke(app, ["config", "--db", str(place), "--shared", "group"]).exit_code == 0
+        (place / "writing.lock").unlink()
+        put_prompts(db, [1])
+        assert (place / "writing.lock").stat().st_mode & 0o777 == 0o660
+        db.collector.collect(to_nbytes=0)
+        assert (place / "collect.lock").stat().st_mode & 0o777 == 0o660

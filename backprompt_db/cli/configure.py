@@ -103,8 +103,7 @@ def config(
 ) -> None:
     """Show what may be changed about a database, and change what is given. Processes that have it open follow.
 
-    --shared gives all files the permissions that it asks for; only their owner, or root, may do that. Files that
-    processes make which have it open by then are as before: `doctor --fix` mends those.
+    --shared gives all files the permissions that it asks for; only their owner, or root, may do that.
     """
     from backprompt_db.config import write_config
 
