@@ -233,6 +233,42 @@ class TestReasons:
         assert reasons(found) == [Reason.NEVER_SEEN, Reason.OTHER_PARENTS]
         assert [seen.weights_id for seen in last_miss(found).seen_under] == [lm.weights_id]
 
+    def test_the_catalog_of_the_database_below_is_asked_too(
+        self, open_db: Open, make_lm: MakeLM, tmp_path: Path
+    ) -> None:
+        with open_db(tmp_path / "team") as db:
+            lm = make_lm(db=db)
+            run(lm)
+            gone = key_of(lm, prompt(lm), Part.SCORES)
+            assert db.catalog is not None
+            db.store.delete([gone])
+            db.catalog.evict([gone], at=(evicted_at := time.time()))
+        mine = make_lm(db=open_db(tmp_path / "mine", base=tmp_path / "team"))
+        assert reasons(prompt(mine).explain()) == [None, None, Reason.EVICTED]
+        assert last_miss(prompt(mine).explain()).at == evicted_at
+        moved = prompt(mine, CONTEXT, "Request: who left?", ENDING).explain()
+        assert reasons(moved) == [None, Reason.NEVER_SEEN, Reason.OTHER_PARENTS]
+        assert mine.db.counters.num_base_hits == 0
+
+    def test_what_came_back_after_an_eviction_is_not_called_evicted(self, lm: bp.LanguageModel) -> None:
+        run(lm, CONTEXT, REQUEST)
+        assert lm.db.catalog is not None
+        tip = [key_of(lm, prompt(lm), part) for part in Part]
+        run(lm)
+        lm.db.store.delete(tip)
+        lm.db.catalog.evict(tip, at=time.time())
+        lm.db.memory.clear()
+        lm.score(prompt(lm, CONTEXT, REQUEST), [ENDING])
+        lm.db.flush()
+        assert reasons(prompt(lm).explain()) == [None, None, Reason.NOT_KEPT]
+
+    def test_thousands_of_pieces_are_explained(self, lm: bp.LanguageModel) -> None:
+        strings = [f"Piece {number}. " for number in range(2000)]
+        run(lm, "Piece 1. ")
+        found = prompt(lm, "Other. ", *strings[1:]).explain()
+        assert len(found.segments) == 2000
+        assert reasons(found)[:3] == [Reason.NEVER_SEEN, Reason.OTHER_PARENTS, Reason.NEVER_SEEN]
+
     def test_what_was_evicted_says_when(self, lm: bp.LanguageModel) -> None:
         run(lm)
         before = time.time()
