@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, Selection
+from backprompt_db.catalog import Catalog, Selection, Victim
 from backprompt_db.keys import Address
 from backprompt_db.maintenance import reindex as reindexing
 from backprompt_db.maintenance.stats import gather
@@ -88,29 +88,32 @@ def stats(directory: Path, num_representations: int) -> Answer:
 
 def victims(directory: Path, num_representations: int) -> Answer:
     """Time choosing a tenth of the bytes: as far as one call goes, and all of it; against the formula over all rows."""
-    path, at, answer = directory / "catalog.sqlite", time.time(), Answer()
-    worths, sum_nbytes = _worths(path, at=at)
+    path, at = directory / "catalog.sqlite", time.time()
+    limits = {"one call": 10_000, "all": num_representations}
+    chosen, answer = dict[str, list[Victim]](), Answer()
     with Catalog.open(path) as catalog:
-        for name, limit in (("one call", 10_000), ("all", num_representations)):
+        sum_nbytes = catalog.totals().nbytes[Part.SCORES]
+        for name, limit in limits.items():
             began = time.perf_counter()
-            chosen = catalog.victims(sum_nbytes // 10, at=at, grace_seconds=_GRACE_SECONDS, limit=limit)
+            chosen[name] = catalog.victims(sum_nbytes // 10, at=at, grace_seconds=_GRACE_SECONDS, limit=limit)
             answer[name] = time.perf_counter() - began
-            expected = sorted(worths.values())[: len(chosen)]
-            assert [worths[victim.address] for victim in chosen] == expected
-            nbytes = sum(victim.nbytes for victim in chosen)
-            assert len(chosen) == limit or sum_nbytes // 10 <= nbytes < sum_nbytes // 10 + 2_000
+    worths = _worths(path, at=at)  # not before: the garbage collector would look at a million of them meanwhile
+    expected = sorted(worths.values())
+    for name, limit in limits.items():
+        assert [worths[victim.address] for victim in chosen[name]] == expected[: len(chosen[name])]
+        nbytes = sum(victim.nbytes for victim in chosen[name])
+        assert len(chosen[name]) == limit or sum_nbytes // 10 <= nbytes < sum_nbytes // 10 + 2_000
     return answer
 
 
-def _worths(path: Path, *, at: float) -> tuple[dict[bytes, tuple[bool, float]], int]:
-    """Return what each representation's scores are worth, those of the last hour the most, and the bytes of all."""
+def _worths(path: Path, *, at: float) -> dict[bytes, tuple[bool, float]]:
+    """Return what each representation's scores are worth, those of the last hour the most."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         rows = connection.execute(_USES).fetchall()
-    worths = {
+    return {
         address: (at - _GRACE_SECONDS < used_at, seconds / nbytes / (1.0 + (at - used_at) / _DAY))
         for address, nbytes, seconds, used_at in rows
     }
-    return worths, sum(nbytes for _, nbytes, _, _ in rows)
 
 
 def listing(directory: Path, num_representations: int) -> Answer:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from backprompt_db.catalog import Catalog
-    from backprompt_db.keys import Address
     from backprompt_db.store.contract import Store
-
-_ADDRESSES_PER_PAGE = 5_000
 
 
 class Difference(NamedTuple):
@@ -35,45 +34,20 @@ def differences(store: Store, catalog: Catalog) -> Iterator[Difference]:
 
     Parts that are stored or deleted meanwhile may appear or not.
     """
-    recorded = _Recorded(catalog)
-    for sizes in _pages(store):
-        last = next(reversed(sizes)).address
-        yield from _compare(sizes, recorded.up_to(last))
-    yield from recorded.rest()
+    stored = (Difference(*found) for found in store.keys())
+    recorded = (Difference(key, None) for key in _recorded_keys(catalog))
+    merged = heapq.merge(stored, recorded, key=lambda found: _order(found.key))
+    for _, found in itertools.groupby(merged, key=itemgetter(0)):
+        sides = list(found)
+        if len(sides) == 1:
+            yield sides[0]
 
 
-def _compare(stored: Mapping[Key, int], recorded: set[Key]) -> list[Difference]:
-    apart = stored.keys() ^ recorded
-    return [Difference(key, stored.get(key)) for key in sorted(apart, key=_order)]
-
-
-def _pages(store: Store) -> Iterator[dict[Key, int]]:
-    """Yield what is stored under the next addresses: all parts of one together, as the catalog has them too."""
-    by_address = itertools.groupby(store.keys(), key=lambda found: found[0].address)
-    while page := {key: size for _, found in itertools.islice(by_address, _ADDRESSES_PER_PAGE) for key, size in found}:
-        yield page
-
-
-class _Recorded:
-    """What the catalog lists, from one address to the next."""
-
-    def __init__(self, catalog: Catalog) -> None:
-        self._keys = itertools.starmap(Key, catalog.keys())
-        self._next = next(self._keys, None)
-
-    def up_to(self, address: Address) -> set[Key]:
-        """Return what comes next, up to an address."""
-        found = set[Key]()
-        while self._next is not None and self._next.address <= address:
-            found.add(self._next)
-            self._next = next(self._keys, None)
-        return found
-
-    def rest(self) -> Iterator[Difference]:
-        """Yield what comes after all that is stored."""
-        while self._next is not None:
-            address = self._next.address
-            yield from _compare({}, self.up_to(address))
+def _recorded_keys(catalog: Catalog) -> Iterator[Key]:
+    """Yield the catalog's keys in the store's order: it has the parts of an address in another one."""
+    keys = itertools.starmap(Key, catalog.keys())
+    for _, parts in itertools.groupby(keys, key=itemgetter(0)):
+        yield from sorted(parts, key=_order)
 
 
 def _order(key: Key) -> tuple[bytes, bytes]:
