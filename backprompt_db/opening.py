@@ -24,7 +24,6 @@ from backprompt_db.store.digests import Digest
 from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
-from backprompt_db.store.sharing import Sharing
 
 logger = logging.getLogger(__name__)
 
@@ -79,28 +78,35 @@ def open_database(
         raise PromptError(f"there is no mode {mode!r}", hint='Give "r" to read only, or "a" to read and write.')
     asked = None if fidelity is None else _fidelity(fidelity)
     below = None if base is None else _below(_absolute(base), asked)
+    default = Fidelity.EXACT if below is None else below.manifest.fidelity
     options: dict[str, Any] = {"namespace": namespace, "strict": strict, "memory_nbytes": memory_nbytes}
     options["base"] = None if below is None else below.directory
-    default = Fidelity.EXACT if below is None else below.manifest.fidelity
     if location == MEMORY:
-        store, kept = _layered(MemoryStore(), below), asked or default
-        seal = None if below is None else below.seal
-        return Database(store, directory=None, readonly=mode == READ, fidelity=kept, seal=seal, **options)
+        store, seal = _layered(MemoryStore(), below), None if below is None else below.seal
+        is_reader = mode == READ
+        return Database(store, directory=None, readonly=is_reader, fidelity=asked or default, seal=seal, **options)
     directory = _absolute(location if location is not None else default_location())
     manifest = _manifest(directory, asked, default=None if mode == READ else default)
     _require_match(directory, manifest, below)
-    sharing, digest = sharing_of(directory), digest_of(manifest, directory)
-    readonly = not _may_write(directory, sharing, mode)
-    own = LmdbStore(directory / STORE, readonly=readonly, digest=digest)
+    readonly = not _may_write(directory, mode)
+    options["flights"] = _flights(directory) if single_flight and not readonly else None
+    return _open(directory, manifest, below, readonly=readonly, **options)
+
+
+def _open(directory: Path, manifest: Manifest, below: _Below | None, *, readonly: bool, **options: Any) -> Database:
+    digest = digest_of(manifest, directory)
     return Database(
-        _layered(own, below),
+        _layered(LmdbStore(directory / STORE, readonly=readonly, digest=digest), below),
         directory=directory,
         readonly=readonly,
         fidelity=manifest.fidelity,
-        flights=Flights(directory / _FLIGHTS if single_flight and not readonly else None, mode=sharing.modes.lock),
         seal=None if manifest.secret_id is None else digest,
         **options,
     )
+
+
+def _flights(directory: Path) -> Flights:
+    return Flights(directory / _FLIGHTS, mode=sharing_of(directory).modes.lock)
 
 
 class _Below(NamedTuple):
@@ -120,7 +126,7 @@ def _below(directory: Path, asked: Fidelity | None) -> _Below:
     """Look at a base, before anything is made in front of it."""
     manifest = _manifest(directory, asked, default=None)
     digest = digest_of(manifest, directory)
-    _may_write(directory, sharing_of(directory), READ)
+    _may_write(directory, READ)
     return _Below(directory, manifest, digest)
 
 
@@ -147,8 +153,9 @@ def _manifest(directory: Path, asked: Fidelity | None, *, default: Fidelity | No
     return manifest
 
 
-def _may_write(directory: Path, sharing: Sharing, mode: str) -> bool:
+def _may_write(directory: Path, mode: str) -> bool:
     """Whether to write: where this user may not, it is said why. Raises for what cannot be read, or not be trusted."""
+    sharing = sharing_of(directory)
     unreadable = access_problem(directory, sharing, readonly=True)
     if unreadable is not None:
         raise unreadable
