@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
-import threading
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 import safetensors
@@ -22,11 +18,10 @@ from hypothesis import strategies as st
 
 import backprompt_db as bp
 from backprompt_db.catalog import ModelRecord, Row, Selection
-from backprompt_db.codec import encode
 from backprompt_db.database import MEMORY, Database
 from backprompt_db.errors import CatalogError, FormatError, PromptError, StoreReadOnly
 from backprompt_db.keys import Address, WeightsId, namespace_id
-from backprompt_db.maintenance.transfer import export_bundle, import_bundle
+from backprompt_db.maintenance.transfer import export_bundle
 from backprompt_db.representation import Origin, Part
 from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.memory import MemoryStore
@@ -51,7 +46,6 @@ from .bundle_parts import (
     stored,
     tar_of,
 )
-from .codec_parts import array
 from .database_copies import copies_after
 from .maintenance_parts import flip_a_bit, put_blob, verified
 
@@ -343,59 +337,3 @@ def test_any_database_comes_out_as_it_went_in_but_for_what_nobody_could_use(
         arrivals = imported(target, stream.getvalue())
         assert (arrivals.num_stored, arrivals.num_orphaned, arrivals.num_known) == (len(usable), 0, 0)
         assert stored(target) == usable
-
-
-class _Zeros(MemoryStore):
-    """Large logits of zeros, made when they are read, none of which is kept when it is put."""
-
-    def __init__(self, num_parts: int) -> None:
-        super().__init__()
-        self._origins = {origin.address: origin for text in range(num_parts) for origin in chain(str(text))}
-
-    def keys(self) -> Iterator[tuple[Key, int]]:
-        return ((Key(address, Part.LOGITS), LARGE_NBYTES) for address in sorted(self._origins))
-
-    def has(self, key: Key) -> bool:
-        return key.part is Part.LOGITS and key.address in self._origins
-
-    def get(self, key: Key) -> memoryview | None:
-        if not self.has(key):
-            return None
-        logits = {"logits": array("F32", LARGE_NBYTES // 4)}
-        return memoryview(encode(Part.LOGITS, logits, self._origins[key.address]))
-
-    def put(self, blobs: Any, *, max_nbytes: int | None = None) -> list[Key]:
-        return [blob.key for blob in blobs]
-
-
-LARGE_NBYTES = 8 << 20
-
-
-@contextlib.contextmanager
-def piped(write: Callable[[BinaryIO], object]) -> Iterator[BinaryIO]:
-    """The other end of a pipe that something is written to meanwhile."""
-    reading, writing = os.pipe()
-
-    def run() -> None:
-        with os.fdopen(writing, "wb", buffering=0) as stream:
-            write(stream)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    with os.fdopen(reading, "rb", buffering=0) as stream:
-        yield stream
-    thread.join()
-
-
-def test_memory_holds_a_batch_and_not_the_bundle() -> None:
-    num_parts = 50
-    source = Database(_Zeros(num_parts), directory=None)
-    target = Database(_Zeros(0), directory=None)
-    tracemalloc.start()
-    with piped(lambda stream: export_bundle(source, stream)) as stream:
-        done = import_bundle(target, stream)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert done.num_orphaned == 0
-    assert done.num_stored == num_parts
-    assert peak < num_parts * LARGE_NBYTES // 2

@@ -20,7 +20,7 @@ from backprompt_db.explanation import Reason
 
 from .cli_parts import run, run_json
 from .conftest import tiny_gpt2
-from .test_explain import CONTEXT, ENDING, EXPLANATION_FIELDS, HOSTILE, MISS_FIELDS, REQUEST, SEGMENT_FIELDS
+from .explain_parts import CONTEXT, ENDING, EXPLANATION_FIELDS, HOSTILE, MISS_FIELDS, REQUEST, SEGMENT_FIELDS
 
 PIECES = (CONTEXT, REQUEST, ENDING)
 MakeLM = Callable[..., bp.LanguageModel]

@@ -3,78 +3,46 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
-import torch
 
 import backprompt_db as bp
-from backprompt_db.compute.forward import Computed
-from backprompt_db.compute.plan import Pack
-from backprompt_db.compute.runtime import Runtime
 from backprompt_db.database import Database
-from backprompt_db.errors import StoreError
 from backprompt_db.flights import PATIENCE, SWITCH, Claims, Flights
-from backprompt_db.keys import Address, address
-from backprompt_db.representation import Part
-from backprompt_db.store.contract import Key
-from tests.conftest import plain_logprobs, tiny_gpt2
-from tests.database_parts import BROKEN, FaultyStore
+from tests.conftest import tiny_gpt2
+from tests.database_parts import FaultyStore
+from tests.flight_parts import (
+    CONTEXT,
+    ENDINGS,
+    FORK,
+    LOCK,
+    LONG,
+    Answer,
+    Child,
+    Logprobs,
+    addresses_of,
+    assert_right,
+    hold,
+    in_thread,
+    is_free,
+    num_descriptors,
+    prompts_of,
+    take,
+    until,
+)
 from tests.maintenance_parts import back_door
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-
-LONG = 30.0
-LOCK = "flights.lock"
-CONTEXT = "0123456789" * 20
-"""200 tokens: the tokenizer never saw a digit beside another."""
-ENDINGS = ["show me everyone", "create an order", "the lazy dog", "the quick brown fox", "x", "yy", "zzz", "GET /users"]
-FORK: Any = multiprocessing.get_context("fork")
-
-
-Logprobs = npt.NDArray[np.float32]
-"""Arrays, because tensors are not sent through a pipe but shared."""
-
-
-class Answer(NamedTuple):
-    """What a process has to tell of its prompts."""
-
-    logprobs: list[Logprobs]
-    num_computed_tokens: int
-    num_waits: int
-
-
-class Child:
-    """A process that does one thing and tells what came of it."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._pipe, theirs = FORK.Pipe()
-        self.process = FORK.Process(target=lambda: theirs.send(work()))
-        self.process.start()
-        theirs.close()
-
-    def result(self) -> Any:
-        assert self._pipe.poll(LONG), "the child hangs"
-        answer = self._pipe.recv()
-        self.process.join(LONG)
-        return answer
-
-    def signal(self, number: signal.Signals) -> None:
-        os.kill(self.process.pid, number)
 
 
 @pytest.fixture
@@ -111,59 +79,6 @@ def run(place: Path, gpt2: Any, tokenizer: Any) -> Callable[..., Answer]:
             return Answer(logprobs, lm.counters.num_computed_tokens, db.counters.num_waits)
 
     return answer
-
-
-def prompts_of(endings: Sequence[str]) -> list[bp.Text]:
-    return [bp.Text(CONTEXT) + ending for ending in endings]
-
-
-def addresses_of(lm: bp.LanguageModel, text: bp.Text) -> list[Address]:
-    return [address(segment.id, lm.weights_id, lm.tokenizer_id) for segment in text.segments()]
-
-
-def take(path: Path, addresses: Sequence[Address]) -> Claims:
-    """Claim something as another process would."""
-    claims = Flights(path).claims()
-    assert all(claims.take(each) for each in addresses)
-    return claims
-
-
-def is_free(path: Path, one: Address) -> bool:
-    with closing(Flights(path).claims()) as claims:
-        is_taken = claims.take(one)
-        claims.give_back([one])
-    return is_taken
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def hold(place: Path, text: bp.Text, begin: Any, gpt2: Any, tokenizer: Any) -> None:
-    """Let a process begin and wait until it has claimed a text's segments."""
-    begin.set()
-    here = addresses_of(bp.LanguageModel(gpt2, tokenizer), text)
-    until(lambda: not any(is_free(place / LOCK, each) for each in here))
-
-
-def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(work()))
-    thread.start()
-    return thread, results
-
-
-def assert_right(gpt2: Any, tokenizer: Any, text: bp.Text, logprobs: Logprobs) -> None:
-    ids = [token for segment in text.segments() for token in tokenizer(segment.string)["input_ids"]]
-    assert np.allclose(logprobs[1:], plain_logprobs(gpt2, torch.tensor(ids))[0][1:], atol=1e-3)
-
-
-def num_descriptors() -> int:
-    """How many this process has of lock files."""
-    return sum(link.is_symlink() and str(link.readlink()).endswith(LOCK) for link in Path("/proc/self/fd").iterdir())
 
 
 @pytest.mark.parametrize("pace", ["at once", "while nobody can commit"])
@@ -260,65 +175,6 @@ def test_waiting_in_vain_is_said(
     holder.close()
 
 
-def test_a_computation_that_fails_is_nobody_elses_problem(
-    lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = bp.Text(CONTEXT) + "x"
-    lm("Something else.")
-    with monkeypatch.context() as patch:
-        patch.setattr(Runtime, "compute", lambda *_, **__: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            lm(text)
-    assert lm.db.directory is not None
-    assert all(is_free(lm.db.directory / LOCK, each) for each in addresses_of(lm, text))
-    until(lambda: num_descriptors() == 0)
-    assert lm(text).num_computed_tokens == 201
-
-
-def test_what_a_failed_call_had_not_computed_is_free_before_the_rest_is_written(
-    tmp_path: Path, make_lm: Callable[..., bp.LanguageModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = FaultyStore()
-    db = Database(store, directory=None, flights=Flights(tmp_path / LOCK))
-    lm = make_lm(db=db, deterministic=True)  # a pass for each segment
-    store.may_write.clear()
-    text = bp.Text("a") + "b"
-    compute = Runtime.compute
-
-    def fail_at_second(runtime: Runtime, pack: Pack, **arguments: Any) -> Computed:
-        if pack.segments[0].string == "b":
-            raise KeyboardInterrupt
-        return compute(runtime, pack, **arguments)
-
-    monkeypatch.setattr(Runtime, "compute", fail_at_second)
-    with pytest.raises(KeyboardInterrupt):
-        lm(text)
-    assert [is_free(tmp_path / LOCK, each) for each in addresses_of(lm, text)] == [False, True]
-    store.may_write.set()
-    db.close()
-    assert is_free(tmp_path / LOCK, addresses_of(lm, text)[0])
-
-
-@pytest.mark.parametrize("error", [None, BROKEN], ids=["written", "given up"])
-def test_what_is_computed_is_claimed_until_it_is_written_or_given_up(
-    tmp_path: Path, make_lm: Callable[..., bp.LanguageModel], error: StoreError | None
-) -> None:
-    store = FaultyStore()
-    db = Database(store, directory=None, flights=Flights(tmp_path / LOCK))
-    lm = make_lm(db=db)
-    store.may_write.clear()
-    lm(bp.Text("a") + "b")
-    here = addresses_of(lm, bp.Text("a") + "b")
-    assert not any(is_free(tmp_path / LOCK, each) for each in here)
-    store.error = error
-    store.may_write.set()
-    with pytest.raises(StoreError) if error else nullcontext():
-        db.flush()
-    until(lambda: all(is_free(tmp_path / LOCK, each) for each in here))
-    store.error = None
-    db.close()
-
-
 def test_a_child_that_is_forked_meanwhile_changes_nothing(
     tmp_path: Path, make_lm: Callable[..., bp.LanguageModel], start: Any
 ) -> None:
@@ -343,45 +199,6 @@ def test_a_child_that_is_forked_meanwhile_changes_nothing(
     db.flush()
     until(lambda: all(is_free(tmp_path / LOCK, each) for each in addresses_of(lm, text)))
     db.close()
-
-
-def test_threads_with_one_database_compute_what_they_share_once(
-    gpt2: Any, make_lm: Callable[..., bp.LanguageModel], db: Database
-) -> None:
-    make_lm(db=db)("Something else.")
-    before = db.counters.num_computed_tokens
-    barrier = threading.Barrier(4)
-    models = [make_lm(db=db) for _ in range(4)]
-    texts = prompts_of(["x", "x", "y", "z"])
-
-    def work(lm: bp.LanguageModel, text: bp.Text) -> Logprobs:
-        barrier.wait(LONG)
-        return lm(text).token_logprobs.numpy()
-
-    threads = [in_thread(partial(work, lm, text)) for lm, text in zip(models, texts, strict=True)]
-    for (thread, results), text in zip(threads, texts, strict=True):
-        thread.join(LONG)
-        assert_right(gpt2, models[0].tokenizer, text, results[0])
-    assert db.counters.num_computed_tokens - before == 203
-
-
-def test_what_nobody_else_computes_is_not_held_up(lm: bp.LanguageModel) -> None:
-    assert lm.db.directory is not None
-    lm("Something else.")
-    context = bp.Text("Pick one.\n")
-    busy, free = context + "The quick brown fox", context + "jumps over"
-    (busy_address,) = addresses_of(lm, busy)[1:]
-    holder = take(lm.db.directory / LOCK, [busy_address])
-    thread, results = in_thread(lambda: lm([busy + " and more", free]))
-    until(lambda: all(lm.db.has(Key(each, Part.KV)) for each in addresses_of(lm, free)))
-    until(lambda: lm.db.counters.num_waits == 1)
-    assert not lm.db.has(Key(busy_address, Part.KV))
-    assert is_free(lm.db.directory / LOCK, addresses_of(lm, busy + " and more")[-1])  # who waits holds nothing
-    holder.close()
-    thread.join(LONG)
-    assert lm.db.counters.num_waits == 1
-    for text, result in zip([busy + " and more", free], results[0], strict=True):
-        assert_right(lm.model, lm.tokenizer, text, result.token_logprobs.numpy())
 
 
 def test_parts_that_the_other_has_not_kept_are_computed(
