@@ -1,5 +1,7 @@
 """Run the benchmarks: `python -m benchmarks`, or some of them: `python -m benchmarks reads trees`.
 
+The longest, `churn` and `scale`, only run when they are named.
+
 Each part runs in a process of its own, so that what one leaves in memory does not help the next. The figures of a whole
 run are written to `results/latest.json`, those of some parts to `results/reads-trees.json`.
 """
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.batches import unrelated_prompts
+from benchmarks.churn import churn
 from benchmarks.exactness import exactness
 from benchmarks.fidelity import lossy_databases
 from benchmarks.flights import single_flight
@@ -46,8 +49,12 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "startup": (startup,),
     "exactness": (exactness,),
     "limits": (limits,),
+    "churn": (churn,),
 }
 """Each function gets a directory with `model`, `db`, which holds a prefix, and `scratch`, which is removed after it."""
+
+LONG_PARTS = frozenset({"churn", "scale"})
+"""Run only when they are named: each takes a quarter of an hour or longer."""
 
 
 def main() -> int:
@@ -63,7 +70,7 @@ def main() -> int:
         directory = Path(name)
         in_fresh_process(save_gpt2, directory / "model")
         in_fresh_process(store_prefix, directory)
-        for part in names or PARTS:
+        for part in names or [part for part in PARTS if part not in LONG_PARTS]:
             began = time.perf_counter()
             measurements[part] = [each for run in PARTS[part] for each in _run(run, directory)]
             part_seconds[part] = time.perf_counter() - began
