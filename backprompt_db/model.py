@@ -282,11 +282,11 @@ class LanguageModel:
         `label` is for the command line, where it selects them. Raises `StoreReadOnly` where nothing may be written, and
         `CatalogError` where there is no catalog, as in memory.
         """
-        pins.pin(self._engine, self.db, self._segments(texts), label=label)
+        pins.pin(self._engine, self._answering_db, self._segments(texts), label=label)
 
     def unpin(self, texts: Text | str | Iterable[Text | str]) -> None:
         """Let texts be evicted again, with what others share with them. Raises the same errors as `pin`."""
-        pins.unpin(self._engine, self.db, self._segments(texts))
+        pins.unpin(self._engine, self._answering_db, self._segments(texts))
 
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
