@@ -16,7 +16,8 @@ from backprompt_db.errors import StoreLocked
 from backprompt_db.store.faults import store_errors
 
 _FIRST_WAIT_SECONDS = 0.001
-_LONGEST_WAIT_SECONDS = 0.05
+_LONGEST_WAIT_SECONDS = 0.005
+"""Short, as the kernel keeps no place for one who asks again and again: others would slip in between."""
 
 _FLOCK = struct.Struct("hhqqi4x")
 """`struct flock`: type, whence, start, length, pid."""
