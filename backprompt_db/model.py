@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from backprompt_db.catalog import Source
-from backprompt_db.compute import pins
+from backprompt_db.compute import answers, pins
 from backprompt_db.compute.cuts import pieces
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explanation import explain_run
-from backprompt_db.compute.job import Need
 from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
 from backprompt_db.counting import ModelCounters
@@ -26,10 +25,8 @@ from backprompt_db.fidelity import Fidelity
 from backprompt_db.generated import Generated
 from backprompt_db.keys import TokenizerId, WeightsId
 from backprompt_db.opening import open_database
-from backprompt_db.representation import Arrays, ModelRepr, Part
+from backprompt_db.representation import ModelRepr, Part
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
-
-_SCORES = frozenset({Part.SCORES})
 
 
 class LanguageModel:
@@ -314,60 +311,11 @@ class LanguageModel:
         return assemble(KVShape.of(parts[0]), parts, capacity=num_tokens, device=device).cache()
 
     def _run(self, texts: Sequence[Text | str]) -> list[ModelRepr]:
-        bound = [self._own(text) for text in texts]
-        segments = [text.segments(self.namespace) for text in bound]
-        tips = [text.tips(self.namespace) for text in bound]
-        wanted = dict.fromkeys([segment for each in segments for segment in each], _SCORES)
-        wanted.update({tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1})
-        names = self._engine.names()
-        found, computed = self._engine.represent(wanted, keep={}, names=names)
-        return [
-            self._result(text, each, tip, found, computed, names.ids)
-            for text, each, tip in zip(bound, segments, tips, strict=True)
-        ]
-
-    def _result(
-        self,
-        text: Text,
-        segments: list[Segment],
-        tips: tuple[Segment, ...],
-        found: Mapping[Need, Arrays],
-        computed: set[Segment],
-        ids: tuple[WeightsId, TokenizerId],
-    ) -> ModelRepr:
-        """Collect the parts of one text. A computed segment counts for the first text that has it."""
-        scores = tuple(found[segment, Part.SCORES] for segment in segments)
-        num_tokens = {segment: part["input_ids"].shape[0] for segment, part in zip(segments, scores, strict=True)}
-        num_computed = sum(num_tokens[segment] for segment in segments if segment in computed)
-        computed.difference_update(segments)
-        return ModelRepr(
-            text=text,
-            scores=scores,
-            last_logits=found[tips[0], Part.LOGITS]["logits"] if len(tips) == 1 else None,
-            num_cached_tokens=sum(num_tokens.values()) - num_computed,
-            num_computed_tokens=num_computed,
-            ids=ids,
-            fidelity=self._answering_db.fidelity.value,
-        )
+        return answers.run(self._engine, [self._own(text) for text in texts], namespace=self.namespace)
 
     def _score(self, prompts: Sequence[Text | str], completions: Sequence[Text | str]) -> npt.NDArray[np.float64]:
-        endings = [as_text(completion).on(self) for completion in completions]
-        pairs: list[list[Segment]] = []
-        for prompt in map(self._own, prompts):
-            tips, known = prompt.tips(self.namespace), prompt.segments(self.namespace)
-            pairs += [ancestry(ending.place(tips, self.namespace), without=known) for ending in endings]
-        if not all(pairs) or any(len(segment.parents) != 1 for pair in pairs for segment in pair):
-            raise PromptError(
-                "a completion is empty, or directly follows parallel branches, where nothing predicts its first token",
-                hint="Put the text that asks for the completion after the branches.",
-            )
-        wanted = dict.fromkeys([segment for pair in pairs for segment in pair], _SCORES)
-        found, _ = self._engine.represent(wanted, keep=wanted)
-        sums = [
-            sum(float(found[segment, Part.SCORES]["token_logprobs"].numpy().sum(dtype=np.float64)) for segment in pair)
-            for pair in pairs
-        ]
-        return np.array(sums).reshape(len(prompts), len(completions))
+        own, endings = [self._own(prompt) for prompt in prompts], [as_text(each).on(self) for each in completions]
+        return answers.score(self._engine, own, endings, namespace=self.namespace)
 
     def _segments(self, texts: Text | str | Iterable[Text | str]) -> list[Segment]:
         """Return the segments of texts, each once, parents before children."""

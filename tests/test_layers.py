@@ -21,7 +21,7 @@ import backprompt_db
 ROOT = Path(backprompt_db.__file__).parent
 LAYERS = [
     ["errors", "failpoints"],
-    ["text", "keys", "representation", "generated", "display", "explanation", "explanation_views"],
+    ["text", "keys", "representation", "generated", "display", "explanation", "explanation_views", "pictures"],
     ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement", "secret"],
     [
         *("access", "collector", "counting", "creation", "database", "files", "filesystem", "flights", "maintenance"),
@@ -29,7 +29,7 @@ LAYERS = [
     ],
     ["compute"],
     ["model"],
-    ["cli", "demo", "__init__", "__main__"],
+    ["cli", "demo", "integrations", "__init__", "__main__"],
 ]
 """From the bottom. A name stands for a module or for a package with all that is in it."""
 

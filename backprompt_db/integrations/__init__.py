@@ -1,0 +1,1 @@
+"""Where people already work: adapters to other projects, each of which is imported only when it is used."""
