@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types bench torture clean
+.PHONY: demo test lint types docs bench torture clean
 
 demo: $(READY)
 	$(BIN)/backprompt-db demo
 
-test: lint types
+test: lint types docs
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -18,6 +18,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
