@@ -125,8 +125,7 @@ class Catalog:
 
     def evicted_at(self, address: Address) -> float | None:
         """Return when something of a representation was evicted the last time, `None` if that is not known."""
-        with self._connections.reading() as connection:
-            return journal.evictions(connection, [address]).get(address)
+        return self.evictions([address]).get(address)
 
     def evictions(self, addresses: Iterable[Address]) -> dict[Address, float]:
         """Return what `evicted_at` returns, of those of many representations of which it is known."""
@@ -353,6 +352,11 @@ class Catalog:
         """Return the ids of the segments that directly follow a segment or open a namespace, ascending."""
         with self._connections.reading() as connection:
             return queries.children(connection, segment_id)
+
+    def edges(self, ids: Iterable[SegmentId]) -> list[tuple[SegmentId, SegmentId]]:
+        """Return segments, each with each of its direct parents, which may be unknown to the catalog."""
+        with self._connections.reading() as connection:
+            return graph.edges(connection, ids)
 
     def namesakes(
         self, strings: Iterable[str], ids: tuple[WeightsId, TokenizerId], among: Sequence[Segment]

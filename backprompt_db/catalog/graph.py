@@ -34,6 +34,13 @@ def children(connection: Connection, ids: list[SegmentId]) -> Iterable[SegmentId
     return connection.execute(_CHILDREN, {"ids": ids}).scalars()
 
 
+def edges(connection: Connection, ids: Iterable[SegmentId]) -> list[tuple[SegmentId, SegmentId]]:
+    """Return segments, each with each of its direct parents, whether or not these are known."""
+    return [
+        (row.segment_id, row.parent_id) for some in chunks(ids) for row in connection.execute(_EDGES, {"ids": some})
+    ]
+
+
 def placed(
     connection: Connection, ids: Iterable[SegmentId], *, order: Sequence[SegmentId]
 ) -> dict[SegmentId, text.Segment]:
@@ -44,10 +51,9 @@ def placed(
     rows = {row.id: row for some in chunks(ids) for row in connection.execute(_WITH_ANCESTORS, {"ids": some})}
     numbers = {segment_id: number for number, segment_id in enumerate(order)}
     parents: dict[SegmentId, list[SegmentId]] = {segment_id: [] for segment_id in rows}
-    for some in chunks(rows):
-        for segment_id, parent_id in connection.execute(_EDGES, {"ids": some}):
-            if parent_id in rows:
-                parents[segment_id].append(parent_id)
+    for segment_id, parent_id in edges(connection, rows):
+        if parent_id in rows:
+            parents[segment_id].append(parent_id)
     built: dict[SegmentId, text.Segment] = {}
     for segment_id in TopologicalSorter(parents).static_order():
         row = rows[segment_id]

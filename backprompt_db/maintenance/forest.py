@@ -1,0 +1,149 @@
+"""The prompt trees of a whole database: every representation among those that it follows and that follow it."""
+
+from __future__ import annotations
+
+import enum
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from graphlib import TopologicalSorter
+from typing import TYPE_CHECKING
+
+from backprompt_db.catalog import Row
+from backprompt_db.keys import SegmentId, TokenizerId, WeightsId, namespace_id
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog, Selection
+
+
+class Measure(enum.Enum):
+    """What a node counts for. The value is its name on command lines and pages."""
+
+    TOKENS = "tokens"
+    NBYTES = "bytes"
+    """Of all parts that are stored."""
+    SAVED_SECONDS = "seconds"
+    """Uses times what the computation took."""
+    RECENCY = "recency"
+    """1 for what is used now, and half of it with every `Forest.half_life_seconds` since it was used or made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node(Row):
+    """One representation in its place among others: under another model, a segment is another node."""
+
+    parents: tuple[int, ...]
+    """Indexes of the nodes that it directly follows, ascending."""
+    num_absent_parents: int
+    """How many more it was computed after, which are not stored or not selected."""
+
+    @property
+    def saved_seconds(self) -> float:
+        """The computation that its uses have saved."""
+        return self.num_hits * self.compute_seconds
+
+    @property
+    def used_at(self) -> float:
+        """When it was last used, or made if it never was."""
+        return self.created_at if self.last_used_at is None else self.last_used_at
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """Nodes that follow each other. In the tree, each stands below the first of its parents and nowhere else."""
+
+    nodes: tuple[Node, ...]
+    """Parents before children; else in the order in which they were recorded."""
+    at: float
+    """When it was read, in POSIX seconds."""
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """For each node, the indexes of those of which it is the first parent."""
+        found: list[list[int]] = [[] for _ in self.nodes]
+        for index, node in enumerate(self.nodes):
+            if node.parents:
+                found[node.parents[0]].append(index)
+        return tuple(map(tuple, found))
+
+    @cached_property
+    def roots(self) -> tuple[int, ...]:
+        """The indexes of the nodes without parents."""
+        return tuple(index for index, node in enumerate(self.nodes) if not node.parents)
+
+    @cached_property
+    def half_life_seconds(self) -> float:
+        """The median time since a node was used, at least a second."""
+        return max(1.0, statistics.median([self.at - node.used_at for node in self.nodes] or [0]))
+
+    def weights(self, measure: Measure) -> list[float]:
+        """Return what each node counts for by itself."""
+        match measure:
+            case Measure.TOKENS:
+                return [node.num_tokens for node in self.nodes]
+            case Measure.NBYTES:
+                return [sum(node.nbytes.values()) for node in self.nodes]
+            case Measure.SAVED_SECONDS:
+                return [node.saved_seconds for node in self.nodes]
+            case Measure.RECENCY:
+                ages = (max(0.0, self.at - node.used_at) for node in self.nodes)
+                return [0.5 ** (age / self.half_life_seconds) for age in ages]
+
+    def sums(self, weights: Sequence[float]) -> list[float]:
+        """Return for each node the sum of the weights of all nodes below it in the tree, and its own.
+
+        So those of the roots sum up all nodes, each once, however many parents it has.
+        """
+        totals = list(weights)
+        for index in reversed(range(len(totals))):
+            if parents := self.nodes[index].parents:
+                totals[parents[0]] += totals[index]
+        return totals
+
+
+def forest(
+    catalog: Catalog, *, selection: Selection | None = None, limit: int | None = None, at: float | None = None
+) -> Forest:
+    """Read the representations that `selection` means, of which the `limit` newest, and what follows what.
+
+    A few queries, however many there are: a few seconds for a hundred thousand. `at` is now unless it is given.
+    Raises what `Catalog.select` raises.
+    """
+    rows = catalog.rows(selection=selection, limit=limit)[::-1]
+    before = _ids_before(catalog, rows)
+    numbers = {_key(row, row.segment_id): number for number, row in enumerate(rows)}
+    graph = [
+        sorted(numbers[key] for each in before[row.segment_id] if (key := _key(row, each)) in numbers) for row in rows
+    ]
+    order = list(TopologicalSorter(dict(enumerate(graph))).static_order())
+    places = {number: place for place, number in enumerate(order)}
+    nodes = (
+        _node(rows[number], [places[each] for each in graph[number]], num_ids=len(before[rows[number].segment_id]))
+        for number in order
+    )
+    return Forest(tuple(nodes), time.time() if at is None else at)
+
+
+def _key(row: Row, segment_id: SegmentId) -> tuple[SegmentId, WeightsId, TokenizerId]:
+    """Return what tells representations apart: a segment, under the model and the tokenizer of another's."""
+    return segment_id, row.weights_id, row.tokenizer_id
+
+
+def _ids_before(catalog: Catalog, rows: Sequence[Row]) -> Mapping[SegmentId, list[SegmentId]]:
+    """Return the direct parents of all segments; what stands for a namespace is none."""
+    found: dict[SegmentId, list[SegmentId]] = {row.segment_id: [] for row in rows}
+    namespaces = {namespace_id(name) for name in {row.namespace for row in rows}}
+    for segment_id, parent_id in catalog.edges(found):
+        if parent_id not in namespaces:
+            found[segment_id].append(parent_id)
+    return found
+
+
+_FIELDS = [field.name for field in fields(Row)]
+
+
+def _node(row: Row, parents: Sequence[int], *, num_ids: int) -> Node:
+    values = {name: getattr(row, name) for name in _FIELDS}
+    return Node(**values, parents=tuple(sorted(parents)), num_absent_parents=num_ids - len(parents))
