@@ -42,7 +42,7 @@ class Measurement:
 
 def print_table(measurements: Sequence[Measurement]) -> None:
     """Print the figures for people."""
-    table = Table("benchmark", "measured", "target", "met", title=_machine()["cpu"])
+    table = Table("benchmark", "measured", "target", "met", title=machine()["cpu"])
     for each in measurements:
         met = "" if each.is_met is None else "yes" if each.is_met else "[bold]no[/bold]"
         figure = f"{each.measured:,.0f}" if each.measured >= 1000 else f"{each.measured:.3g}"
@@ -58,8 +58,8 @@ def write_json(
     path = RESULTS / f"{name}.json"
     content = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
-        "versions": {library: version(library) for library in _LIBRARIES},
+        "machine": machine(),
+        "versions": versions(),
         "measurements": [
             {"part": part, **asdict(each), "is_met": each.is_met}
             for part, some in measurements.items()
@@ -71,6 +71,11 @@ def write_json(
     return path
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that matter to the figures."""
+    return {library: version(library) for library in _LIBRARIES}
+
+
 def _bound(each: Measurement) -> str:
     if each.target is None:
         return ""
@@ -78,7 +83,8 @@ def _bound(each: Measurement) -> str:
     return f"{'at most' if each.is_lower_better else 'at least'} {each.target:g} {each.unit}{goal}"
 
 
-def _machine() -> dict[str, str]:
+def machine() -> dict[str, str]:
+    """Return what the figures were taken on."""
     cpu = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():

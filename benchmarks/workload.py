@@ -33,10 +33,10 @@ _UNSEEN = "".join(sorted(set(string.digits + string.ascii_uppercase) - set("".jo
 """Characters that the small tokenizer never saw: each is a token of its own, whatever stands beside it."""
 
 
-def gpt2() -> Any:
+def gpt2(*, num_positions: int = 1024) -> Any:
     """Return GPT-2 small with seeded random weights: the same work as the trained one."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config()).eval()
+    return GPT2LMHeadModel(GPT2Config(n_positions=num_positions)).eval()
 
 
 def save_gpt2(directory: Path) -> None:
