@@ -30,6 +30,7 @@ ID_NBYTES = 32
 _SEGMENT = b"backprompt-db/segment/1\0"
 _NAMESPACE = b"backprompt-db/namespace/1\0"
 _ADDRESS = b"backprompt-db/address/1\0"
+_TOKENIZER = b"backprompt-db/tokenizer/1\0"
 
 _MAX_START = 2**63 - 1
 
@@ -66,6 +67,11 @@ def namespace_id(namespace: str) -> SegmentId | None:
 def address(segment: SegmentId, weights: WeightsId, tokenizer: TokenizerId) -> Address:
     """Return the address of the representation of `segment` under one model and one tokenizer."""
     return Address(hashlib.sha256(_ADDRESS + segment + weights + tokenizer).digest())
+
+
+def tokenizer_id(definition: str) -> TokenizerId:
+    """Return the id of the tokenizer that is defined by a JSON text, which `compute/tokens.py` writes."""
+    return TokenizerId(hashlib.sha256(_TOKENIZER + utf8(definition)).digest())
 
 
 def utf8(string: str) -> bytes:

@@ -11,9 +11,11 @@ from backprompt_db.errors import CatalogError
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Source, TokenizerRecord
     from backprompt_db.files import OpenFiles
+    from backprompt_db.keys import TokenizerId
     from backprompt_db.store.digests import Digest
 
     _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
+    _Read = TypeVar("_Read")
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,14 @@ class Notes:
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)
 
+    def describe(self, tokenizer_id: TokenizerId, description: Callable[[], TokenizerRecord]) -> None:
+        """Save what is to be said of a tokenizer, unless it was said before. Calling `description` takes a while."""
+        catalog = self._files.catalog
+        if catalog is not None and not self._files.readonly:
+            is_described = _read(catalog, lambda catalog: catalog.has_definition(tokenizer_id))
+            if is_described is False:
+                self.save(description())
+
     def _is_genuine(self, found: ModelRecord | Source | CutsRecord) -> bool:
         if self._seal is None:
             return True
@@ -66,7 +76,7 @@ def _is_empty(found: ModelRecord | Source | CutsRecord) -> bool:
     return getattr(found, "verdict", None) == "unchecked"
 
 
-def _read(catalog: Catalog, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
+def _read(catalog: Catalog, read: Callable[[Catalog], _Read]) -> _Read | None:
     try:
         return read(catalog)
     except CatalogError as error:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Self
 
-from sqlalchemy import select
-
-from backprompt_db.catalog import changes, graph, journal, migration, queries
+from backprompt_db.catalog import changes, graph, journal, known, migration, queries
 from backprompt_db.catalog.connection import Connections, catalog_errors
 from backprompt_db.catalog.records import (
     CutsRecord,
@@ -23,7 +21,7 @@ from backprompt_db.catalog.records import (
     Victim,
 )
 from backprompt_db.catalog.selection import conditions, conditions_but_prefix, segments_of_prefix
-from backprompt_db.catalog.tables import Cuts, Model, SourceFiles, Sums, Tokenizer
+from backprompt_db.catalog.tables import Sums
 from backprompt_db.catalog.victims import Choice, choose_victims, removable
 from backprompt_db.errors import CatalogError
 from backprompt_db.failpoints import reach
@@ -271,7 +269,7 @@ class Catalog:
     def save(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
         """Save what is known of a model, a tokenizer, a model's files or a long string, over what was known before."""
         with self._connections.writing() as connection:
-            changes.save(connection, record)
+            known.save(connection, record)
 
     def model(self, weights_id: WeightsId) -> ModelRecord | None:
         """Return one model, `None` if it is unknown.
@@ -279,34 +277,37 @@ class Catalog:
         A model that was never saved, but has representations, is `"unchecked"` and has the name `""`.
         """
         with self._connections.reading() as connection:
-            found = connection.execute(_MODELS.where(Model.weights_id == weights_id)).mappings().one_or_none()
-        return None if found is None else ModelRecord(**found)
+            return known.model(connection, weights_id)
 
     def models(self) -> list[ModelRecord]:
         """Return all models, by name."""
         with self._connections.reading() as connection:
-            found = connection.execute(_MODELS.order_by(Model.name, Model.weights_id)).mappings().all()
-        return [ModelRecord(**values) for values in found]
+            return known.models(connection)
 
     def tokenizers(self) -> list[TokenizerRecord]:
         """Return all tokenizers, by name; one that was never saved has the name `""`."""
         with self._connections.reading() as connection:
-            found = connection.execute(_TOKENIZERS).mappings().all()
-        return [TokenizerRecord(**values) for values in found]
+            return known.tokenizers(connection)
+
+    def definition(self, tokenizer_id: TokenizerId) -> bytes | None:
+        """Return a tokenizer's definition as it was saved, unchecked; `None` if none was."""
+        with self._connections.reading() as connection:
+            return known.definition(connection, tokenizer_id)
+
+    def has_definition(self, tokenizer_id: TokenizerId) -> bool:
+        """Whether a tokenizer's definition, or that there is none, was saved."""
+        with self._connections.reading() as connection:
+            return known.has_definition(connection, tokenizer_id)
 
     def source(self, key: bytes) -> Source | None:
         """Return the ids of unchanged files, `None` if they are unknown."""
         with self._connections.reading() as connection:
-            statement = select(*SourceFiles.__table__.columns).where(SourceFiles.key == key)
-            found = connection.execute(statement).mappings().one_or_none()
-        return None if found is None else Source(**found)
+            return known.source(connection, key)
 
     def cuts(self, key: bytes) -> CutsRecord | None:
         """Return where a long string is cut, `None` if that is unknown."""
         with self._connections.reading() as connection:
-            statement = select(Cuts.key, Cuts.offsets, Cuts.signature).where(Cuts.key == key)
-            found = connection.execute(statement).one_or_none()
-        return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
+            return known.cuts(connection, key)
 
     def totals(self, *, namespace: str | None = None) -> Totals:
         """Return the sums over all representations, or over those of a namespace."""
@@ -387,10 +388,6 @@ class Catalog:
 
 class _Undone(Exception):
     """Takes back what a transaction has changed."""
-
-
-_MODELS = select(*Model.__table__.columns)
-_TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 
 
 def _is_current(path: Path, connections: Connections) -> bool:

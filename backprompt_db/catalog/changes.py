@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -11,18 +10,7 @@ from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam,
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.records import CutsRecord, ModelRecord, Source, TokenizerRecord
-from backprompt_db.catalog.tables import (
-    NBYTES,
-    Base,
-    Cuts,
-    Model,
-    Parent,
-    Representation,
-    Segment,
-    SourceFiles,
-    Tokenizer,
-)
+from backprompt_db.catalog.tables import NBYTES, Base, Model, Parent, Representation, Segment, Tokenizer
 from backprompt_db.failpoints import reach
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.representation import Part
@@ -149,19 +137,6 @@ def _upsert() -> Insert:
 
 
 _UPSERT = _upsert()
-
-
-def save(connection: Connection, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
-    """Write what is known of a model, a tokenizer, a model's files or a long string, over what was known before."""
-    replace(connection, _TABLES[type(record)], asdict(record))
-
-
-_TABLES: dict[type, type[Base]] = {
-    ModelRecord: Model,
-    TokenizerRecord: Tokenizer,
-    Source: SourceFiles,
-    CutsRecord: Cuts,
-}
 
 
 def replace(connection: Connection, table: type[Base], values: Mapping[str, object]) -> None:

@@ -12,7 +12,7 @@ from backprompt_db.errors import CatalogError, CatalogTooNew
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in `migrations/versions`. Revisions are numbers of four digits, so their order is their age."""
 
 LOCK_TIMEOUT_SECONDS = 60.0

@@ -53,6 +53,8 @@ class TokenizerRecord:
     name: str
     kind: str
     vocab_size: int
+    definition: bytes | None = None
+    """What its id is the digest of, compressed by zlib; empty if that is not kept, `None` while nobody has saved it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,7 @@ class Tokenizer(Base):
     name: Mapped[str]
     kind: Mapped[str]
     vocab_size: Mapped[int]
+    definition: Mapped[bytes | None]
 
 
 class Segment(Base):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from backprompt_db.catalog import ModelRecord, TokenizerRecord
+from backprompt_db.catalog import TokenizerRecord
 from backprompt_db.compute import plan
 from backprompt_db.compute.job import Job, Need, Wanted
 from backprompt_db.compute.names import Names
@@ -16,6 +16,7 @@ from backprompt_db.compute.turns import Turns
 from backprompt_db.errors import ModelMismatch
 from backprompt_db.fidelity import Fidelity, restore
 from backprompt_db.keys import TokenizerId, WeightsId
+from backprompt_db.maintenance.vocabulary import packed
 from backprompt_db.representation import Arrays, Part
 from backprompt_db.store.contract import Key
 from backprompt_db.text import Seam, Segment, ancestry
@@ -251,15 +252,16 @@ class Engine:
             known = self._db.notes.recall(lambda catalog: catalog.model(names.weights_id))
             record = runtime.prove(names.weights_id, known)
             if record is not None:
-                self._note(record)
+                self._db.notes.save(record)
+            self._db.notes.describe(names.tokenizer_id, self._describe_tokenizer)
         runtime.require_supported()
         return runtime
 
-    def _note(self, record: ModelRecord) -> None:
+    def _describe_tokenizer(self) -> TokenizerRecord:
         tokenizer = self._source.tokenizer
         kind = type(tokenizer.tokenizer).__name__
-        self._db.notes.save(record)
-        self._db.notes.save(TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer)))
+        definition = packed(tokenizer.definition()) if tokenizer.is_fast else b""
+        return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
     def _persist(self, names: Names, job: Job, pack: plan.Pack, result: Computed) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from backprompt_db.errors import InvalidText, UnsupportedModel
-from backprompt_db.keys import SegmentId, TokenizerId
+from backprompt_db.keys import SegmentId, TokenizerId, tokenizer_id
 from backprompt_db.text import Seam, Segment
-
-_TOKENIZER = b"backprompt-db/tokenizer/1\0"
 
 _SEAM_CONTEXT_CHARS = 128
 """Seams are compared within this many characters on either side: merges do not reach further."""
@@ -101,8 +98,17 @@ class SegmentTokenizer:
         """The tokenizer id of the tokenizer as it is now; serialised again only when it has changed."""
         self._refresh()
         if self._id is None:
-            self._id = tokenizer_id(self.tokenizer, self.start_ids)
+            self._id = tokenizer_id(self.definition())
         return self._id
+
+    def definition(self) -> str:
+        """Return all that changes the tokenizer's tokens, as JSON; it is serialised anew."""
+        return definition(self.tokenizer, self.start_ids)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether the definition has the whole tokenizer, so that it can be made again from that alone."""
+        return bool(getattr(self.tokenizer, "is_fast", False))
 
     def _refresh(self) -> None:
         """Learn the tokenizer again if it was changed in place."""
@@ -153,7 +159,7 @@ class SegmentTokenizer:
         characters after, so strings with a common beginning share its pieces. A boundary at which a cut would change
         tokens is passed over.
         """
-        if not getattr(self.tokenizer, "is_fast", False):
+        if not self.is_fast:
             raise UnsupportedModel(
                 f"{type(self.tokenizer).__name__} cannot tell where its tokens lie in a string",
                 hint="Use the fast tokenizer, or cut the string yourself.",
@@ -236,8 +242,8 @@ def encode_strings(tokenizer: Any, strings: Sequence[str]) -> list[list[int]]:
     return [list(ids) for ids in encoding["input_ids"]]
 
 
-def tokenizer_id(tokenizer: Any, start_ids: Iterable[int]) -> TokenizerId:
-    """Return the id of a tokenizer: its serialisation, its special tokens, and what it puts before a prompt."""
+def definition(tokenizer: Any, start_ids: Iterable[int]) -> str:
+    """Return what a tokenizer's id is the digest of: the tokenizer, special tokens, what it puts before a prompt."""
     facts: dict[str, Any] = {
         "start_ids": list(start_ids),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -252,8 +258,7 @@ def tokenizer_id(tokenizer: Any, start_ids: Iterable[int]) -> TokenizerId:
     if facts["start_ids"]:
         # Before this rule, such a prompt had them twice. The ids of tokenizers without them stay what they were.
         facts["start_ids_are_put"] = "unless the prompt begins with them"
-    text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
-    return TokenizerId(hashlib.sha256(_TOKENIZER + text.encode()).digest())
+    return json.dumps(facts, sort_keys=True, ensure_ascii=True)
 
 
 def _signature(tokenizer: Any) -> object:
