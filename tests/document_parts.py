@@ -19,8 +19,9 @@ CODE = {"python", "console", "bash", "sh", "shell", "pycon"}
 DATA = {"text", "output", "json", "yaml", "ini"}
 """Languages of what is only read. `output` is what the block before prints."""
 
-_FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"\n]+)")?\n(.*?)^\1```$', flags=re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"<!-- not run: (\S.*?) -->\s*\Z")
+_ROOT = Path(__file__).parents[1]
 _TIMEOUT_SECONDS = 300
 _CHECKER = doctest.OutputChecker()
 
@@ -33,6 +34,8 @@ class Block(NamedTuple):
     line: int
     reason: str | None
     """Why it is not run, where the page says so."""
+    title: str | None
+    """The file that it is, where the page says so: it is written, not run."""
     output: str | None
     """What the page shows that it prints."""
 
@@ -42,14 +45,14 @@ def blocks(markdown: str) -> list[Block]:
     found: list[Block] = []
     end = 0
     for match in _FENCE.finditer(markdown):
-        content = re.sub(rf"^{match[1]}", "", match[3], flags=re.MULTILINE)
+        content = re.sub(rf"^{match[1]}", "", match[4], flags=re.MULTILINE)
         between, end = markdown[end : match.start()], match.end()
         if match[2] == "output" and found and not between.strip():
             found[-1] = found[-1]._replace(output=content)
             continue
         marker = _MARKER.search(between)
         line = markdown.count("\n", 0, match.start()) + 1
-        found.append(Block(match[2], content, line, marker and marker[1], None))
+        found.append(Block(match[2], content, line, marker and marker[1], match[3], None))
     return found
 
 
@@ -62,14 +65,15 @@ class Reader:
     """Runs blocks in one directory: Python in one namespace, commands in one shell."""
 
     def __init__(self, directory: Path, *, name: str) -> None:
-        self._name = name
+        self._name, self._directory = name, directory
         self._namespace: dict[str, Any] = {"__name__": name}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        home = {"HOME": str(directory), "XDG_CACHE_HOME": str(directory / ".cache")}
+        settings = {"HOME": str(directory), "XDG_CACHE_HOME": str(directory / ".cache"), "PYTHONPATH": str(_ROOT)}
+        quiet = {"COLUMNS": "110", "TERM": "dumb", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         self._shell = subprocess.Popen(
             ["bash", "--norc"],  # noqa: S607 - wherever it is
             cwd=directory,
-            env=os.environ | home | {"PATH": path, "COLUMNS": "110", "TERM": "dumb", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | settings | quiet | {"PATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -77,8 +81,10 @@ class Reader:
         )
 
     def run(self, block: Block) -> None:
-        """Run a block; it fails where its page shows another output."""
-        if block.language == "python":
+        """Run a block, or write it where it is a file; it fails where its page shows another output."""
+        if block.title is not None:
+            (self._directory / block.title).write_text(block.content, encoding="utf-8")
+        elif block.language == "python":
             printed = self._python(block)
             self._compare(block.output, printed, block)
         elif block.language == "console":
@@ -115,11 +121,10 @@ class Reader:
         raise AssertionError(f"{self._name}: the shell ended at {command}\n{''.join(lines)}")
 
     def _compare(self, expected: str | None, printed: str, block: Block) -> None:
-        """`...` stands for anything; white space at the ends of lines does not count."""
-        if expected is None:
-            return
-        wanted, got = (re.sub(r"[ \t]+$", "", text.rstrip() + "\n", flags=re.MULTILINE) for text in (expected, printed))
-        assert _CHECKER.check_output(wanted, got, doctest.ELLIPSIS), f"{self._name}:{block.line} prints\n{got}"
+        """`...` stands for anything, and any white space for any other: tables are as wide as what is in them."""
+        if expected is not None:
+            is_same = _CHECKER.check_output(expected, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+            assert is_same, f"{self._name}:{block.line} prints\n{printed}"
 
 
 def commands(content: str) -> Iterator[tuple[str, str | None]]:
