@@ -16,6 +16,7 @@ from backprompt_db.text import Runner, register_pair_runner
 
 if TYPE_CHECKING:
     from backprompt_db import errors as errors
+    from backprompt_db.compute.adoption import Adopted as Adopted
     from backprompt_db.counting import Counters as Counters
     from backprompt_db.counting import ModelCounters as ModelCounters
     from backprompt_db.database import Database as Database
@@ -36,6 +37,7 @@ __version__ = version("backprompt-db")
 
 # Public names load when they are first used: the command line and a run of full hits need neither torch nor SQLAlchemy.
 _HOMES = {
+    "Adopted": "compute.adoption",
     "BackpromptError": "errors",
     "Counters": "counting",
     "Database": "database",

@@ -36,7 +36,18 @@ LAYERS = [
 FORBIDDEN = {"store": {"torch", "sqlalchemy", "sqlite3", "alembic", "text"}, "catalog": {"torch", "lmdb", "store"}}
 MAY_USE_MODELS = {
     f"compute.{name}"
-    for name in ("decoding", "fingerprint", "forward", "head", "kvcache", "limits", "rows", "runtime", "selfcheck")
+    for name in (
+        "crosscheck",
+        "decoding",
+        "fingerprint",
+        "forward",
+        "head",
+        "kvcache",
+        "limits",
+        "rows",
+        "runtime",
+        "selfcheck",
+    )
 }
 MAY_IMPORT_MODELS_LATE = {"compute.source", "compute.pretrained", "compute.tokens", "model"}
 

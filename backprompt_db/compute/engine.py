@@ -105,10 +105,12 @@ class Engine:
         """Whether each segment is computed in a pass of its own."""
         return self._deterministic
 
-    def is_stored(self, segment: Segment, *, ids: tuple[WeightsId, TokenizerId]) -> bool:
-        """Whether all three parts of a segment are stored or queued, under the model that has these ids."""
+    def is_stored(
+        self, segment: Segment, *, ids: tuple[WeightsId, TokenizerId], parts: Iterable[Part] = tuple(Part)
+    ) -> bool:
+        """Whether parts of a segment, all unless said, are stored or queued, under the model that has these ids."""
         names = Names(*ids)
-        return all(self._db.has(names.key(segment, part)) for part in Part)
+        return all(self._db.has(names.key(segment, part)) for part in parts)
 
     def discard(self, needs: Iterable[Need], *, ids: tuple[WeightsId, TokenizerId]) -> None:
         """Remove stored parts that turned out not to be of this model's shape."""
@@ -121,11 +123,11 @@ class Engine:
         parts: Mapping[Part, Arrays],
         *,
         ids: tuple[WeightsId, TokenizerId],
+        num_tokens: int,
         seconds: float,
     ) -> None:
-        """Queue all parts of a segment that something else than a pack computed, in `seconds`."""
+        """Queue parts of a segment that something else than a pack computed, in `seconds`."""
         names = Names(*ids)
-        num_tokens = parts[Part.SCORES]["input_ids"].shape[0]
         origin = names.origin(segment, num_tokens, seconds, versions=self._source.runtime.versions)
         self._db.put([NewPart(names.key(segment, part), arrays, origin) for part, arrays in parts.items()])
 
@@ -230,7 +232,7 @@ class Engine:
         starts = plan.positions(segments, num_tokens)
         runtime = self._proven_runtime(names)
         plan.check_context_length(starts, num_tokens, runtime.max_positions)
-        _check_vocabulary(input_ids.values(), runtime.vocab_size)
+        plan.check_vocabulary(input_ids.values(), runtime.vocab_size)
         self._log_seams(missing)
         max_segments = 1 if self._deterministic or not runtime.takes_packs else None
         packs = plan.packs(
@@ -302,12 +304,3 @@ class Engine:
                 logger.info(
                     "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
                 )
-
-
-def _check_vocabulary(input_ids: Iterable[Sequence[int]], vocab_size: int) -> None:
-    largest = max(max(ids) for ids in input_ids)
-    if largest >= vocab_size:
-        raise ModelMismatch(
-            f"the tokenizer gives token id {largest}, the model reads ids below {vocab_size}",
-            hint="Use the tokenizer that belongs to the model.",
-        )

@@ -135,7 +135,8 @@ def _store(
     for segment, number in missing.items():
         dtype = found[continuations[number].row.prompt.tip, Part.LOGITS]["logits"].torch().dtype
         parts = _parts(outcome, number, dtype)
-        engine.store(segment, parts, ids=ids, seconds=seconds * continuations[number].row.num_kept)
+        num_tokens = continuations[number].row.num_kept
+        engine.store(segment, parts, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
 
 
 def _parts(outcome: Outcome, number: int, dtype: torch.dtype) -> dict[Part, Arrays]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,12 +51,7 @@ class MaskForm:
 def attention_mask(pack: Pack, num_tokens: Mapping[Segment, int]) -> Mask:
     """Return who sees whom in a pack: a token sees its visible segments, itself, and what precedes it in its own."""
     columns = [*pack.context, *pack.segments]
-    index = {segment: number for number, segment in enumerate(columns)}
-    between = np.zeros((len(columns), len(columns)), dtype=bool)
-    for segment in ancestry(pack.segments):
-        for parent in segment.parents:
-            between[index[segment]] |= between[index[parent]]
-            between[index[segment], index[parent]] = True
+    between = _visible(columns, ancestry(pack.segments))
     column_of_token = np.repeat(np.arange(len(columns)), [num_tokens[segment] for segment in columns])
     num_context = sum(num_tokens[segment] for segment in pack.context)
     mask: Mask = between[column_of_token[num_context:]][:, column_of_token]
@@ -64,6 +59,31 @@ def attention_mask(pack: Pack, num_tokens: Mapping[Segment, int]) -> Mask:
         end = begin + num_tokens[segment]
         mask[begin:end, num_context + begin : num_context + end] = np.tri(end - begin, dtype=bool)
     return mask
+
+
+def mask_of_tokens(
+    tokens: npt.NDArray[np.integer], segments: Sequence[Segment], num_tokens: Mapping[Segment, int]
+) -> Mask:
+    """Return which tokens of `segments`, parents before children, each of some of them sees: `[len(tokens), T]`.
+
+    No token counts as seeing itself.
+    """
+    owners = np.repeat(np.arange(len(segments)), [num_tokens[segment] for segment in segments])
+    own = owners[tokens]
+    is_before = np.arange(len(owners)) < tokens[:, None]
+    mask: Mask = _visible(segments, segments)[own][:, owners] | ((owners == own[:, None]) & is_before)
+    return mask
+
+
+def _visible(columns: Sequence[Segment], ordered: Sequence[Segment]) -> Mask:
+    """Return which of `columns` each of them sees, itself not included; `ordered` are they, parents before children."""
+    index = {segment: number for number, segment in enumerate(columns)}
+    between = np.zeros((len(columns), len(columns)), dtype=bool)
+    for segment in ordered:
+        for parent in segment.parents:
+            between[index[segment]] |= between[index[parent]]
+            between[index[segment], index[parent]] = True
+    return between
 
 
 def within_window(mask: Mask, position_ids: npt.NDArray[np.integer], window: int | None) -> Mask:

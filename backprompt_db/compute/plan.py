@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backprompt_db.errors import ContextLengthExceeded
+from backprompt_db.errors import ContextLengthExceeded, ModelMismatch
 from backprompt_db.representation import Part
 from backprompt_db.text import Segment, ancestry
 
@@ -98,6 +98,16 @@ def check_context_length(starts: Mapping[Segment, int], num_tokens: Mapping[Segm
         raise ContextLengthExceeded(
             f"the prompt needs {longest:,} positions, this model takes {limit:,}",
             hint=f"Shorten it by {longest - limit:,} tokens, or use a model with a longer context.",
+        )
+
+
+def check_vocabulary(input_ids: Iterable[Sequence[int]], vocab_size: int) -> None:
+    """Raise `ModelMismatch` for a token id that is not below `vocab_size`."""
+    largest = max(max(ids) for ids in input_ids)
+    if largest >= vocab_size:
+        raise ModelMismatch(
+            f"the tokenizer gives token id {largest}, the model reads ids below {vocab_size}",
+            hint="Use the tokenizer that belongs to the model.",
         )
 
 
