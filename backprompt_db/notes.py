@@ -1,17 +1,19 @@
-"""What catalogs remember of models, their files and long strings. Best effort: all of it can be found out again."""
+"""What catalogs remember of models, their files, strings and prompts. Best effort: it can all be found out again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, TypeVar
 
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, CutsRecord, ModelRecord, Source, TokenizerRecord
+    from backprompt_db.catalog.records import Known
     from backprompt_db.files import OpenFiles
-    from backprompt_db.keys import TokenizerId
+    from backprompt_db.keys import Address, TokenizerId
+    from backprompt_db.sealing import Sealed
     from backprompt_db.store.digests import Digest
 
     _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
@@ -38,11 +40,19 @@ class Notes:
                 return found
         return None
 
-    def save(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
-        """Save a note."""
+    def greedy_paths(self, addresses: Collection[Address]) -> dict[Address, tuple[int, ...]]:
+        """Return the likeliest tokens after prompts that end with these representations, as far as they are known."""
+        paths: dict[Address, tuple[int, ...]] = {}
+        for catalog in (self._files.base_catalog, self._files.catalog):
+            found = None if catalog is None else _read(catalog, lambda catalog: catalog.greedy_paths(addresses))
+            paths |= {path.address: path.token_ids for path in (found or {}).values() if self._is_genuine(path)}
+        return paths
+
+    def save(self, *records: Known) -> None:
+        """Save notes, all in one transaction."""
         try:
             if self._files.catalog is not None and not self._files.readonly:
-                self._files.catalog.save(self._sealed(record))
+                self._files.catalog.save(*map(self._sealed, records))
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)
 
@@ -54,16 +64,14 @@ class Notes:
             if is_described is False:
                 self.save(description())
 
-    def _is_genuine(self, found: ModelRecord | Source | CutsRecord) -> bool:
+    def _is_genuine(self, found: Sealed) -> bool:
         if self._seal is None:
             return True
         from backprompt_db.sealing import is_genuine
 
         return is_genuine(found, self._seal)
 
-    def _sealed(
-        self, record: ModelRecord | TokenizerRecord | Source | CutsRecord
-    ) -> ModelRecord | TokenizerRecord | Source | CutsRecord:
+    def _sealed(self, record: Known) -> Known:
         if self._seal is None:
             return record
         from backprompt_db.sealing import sealed

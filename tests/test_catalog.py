@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backprompt_db.catalog import Catalog, CutsRecord, Row, Source, TokenizerRecord, Totals
+from backprompt_db.catalog import Catalog, CutsRecord, GreedyPath, Row, Source, TokenizerRecord, Totals
 from backprompt_db.errors import CatalogError, PromptError
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, namespace_id
 from backprompt_db.representation import Part
@@ -274,3 +274,25 @@ def test_a_record_that_fails_leaves_nothing_behind(catalog: Catalog) -> None:
         catalog.record([stored(origin_of("good")), stored(origin_of("bad"), nbytes=2**70)], at=1.0)
     assert catalog.rows() == []
     assert catalog.models() == []
+
+
+def test_greedy_paths_are_remembered_many_at_once_until_they_are_erased(catalog: Catalog) -> None:
+    first, second = origin_of("first"), origin_of("second")
+    catalog.record([stored(first), stored(second)], at=1.0)
+    catalog.save(GreedyPath(first.address, (1, 2)), GreedyPath(second.address, ()))
+    catalog.save(GreedyPath(first.address, (1, 2, 2**31)))
+    asked = [first.address, second.address, Address(b"?" * 32)]
+    assert catalog.greedy_paths(asked) == {
+        first.address: GreedyPath(first.address, (1, 2, 2**31)),
+        second.address: GreedyPath(second.address, ()),
+    }
+    catalog.erase([(first.address, stored(first).part)])
+    assert set(catalog.greedy_paths(asked)) == {second.address}
+
+
+def test_erasing_takes_the_greedy_paths_of_what_is_gone_already_too(catalog: Catalog) -> None:
+    catalog.record([stored(origin_of("here"))], at=1.0)
+    gone = Address(b"g" * 32)
+    catalog.save(GreedyPath(gone, (1, 2)), GreedyPath(origin_of("here").address, (3,)))
+    catalog.erase([(Address(b"?" * 32), stored(origin_of("here")).part)])
+    assert set(catalog.greedy_paths([gone, origin_of("here").address])) == {origin_of("here").address}

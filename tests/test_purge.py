@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog import GreedyPath, Selection
 from backprompt_db.cli.app import app
 from backprompt_db.database import Database
 from backprompt_db.errors import PromptError
@@ -55,6 +55,14 @@ def test_nothing_of_a_text_and_of_what_follows_it_stays_in_any_file(tmp_path: Pa
         assert stored(db) == set(kept)
     assert not files_with(tmp_path, b"Jane Doe")
     assert not files_with(tmp_path, b"secret answer")
+
+
+def test_how_a_model_went_on_after_a_text_goes_with_it(tmp_path: Path) -> None:
+    with bp.open(tmp_path / "db") as db:
+        (gone,), (kept,) = put(db, Text("Jane Doe asks.")), put(db, Text("Somebody else."))
+        db.notes.save(GreedyPath(gone.address, (1, 2)), GreedyPath(kept.address, (3,)))
+        purge(db, JANE)
+        assert db.notes.greedy_paths([gone.address, kept.address]) == {kept.address: (3,)}
 
 
 def test_what_the_catalog_does_not_list_is_purged_too(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import backprompt_db as bp
+from backprompt_db.catalog import GreedyPath
 from backprompt_db.codec import encode
 from backprompt_db.errors import FormatError, UnsafeLocation, UnsupportedModel
-from backprompt_db.keys import WeightsId
+from backprompt_db.keys import Address, WeightsId
 from backprompt_db.maintenance.doctor import diagnose
 from backprompt_db.maintenance.findings import Status
 from backprompt_db.maintenance.transfer import export_bundle, import_bundle, merge
@@ -270,6 +271,16 @@ class TestNotes:
         with bp.open(tmp_path / "db") as db:
             assert pieces_of(make_lm(db=db).text(string, split=4)) == right
             assert len(right) > 3
+
+    def test_forged_greedy_paths_are_ignored(self, tmp_path: Path, secret: None) -> None:
+        right = GreedyPath(Address(b"r" * 32), (1, 2))
+        with bp.open(tmp_path / "db") as db:
+            db.notes.save(right, GreedyPath(Address(b"f" * 32), (1, 2)))
+        with catalog_of(tmp_path / "db") as connection:
+            forged = connection.execute("UPDATE greedy_paths SET token_ids = '[1, 3]' WHERE address = ?", (b"f" * 32,))
+            assert forged.rowcount == 1
+        with bp.open(tmp_path / "db") as db:
+            assert db.notes.greedy_paths([right.address, Address(b"f" * 32)]) == {right.address: (1, 2)}
 
     def test_what_is_said_of_tokenizers_has_no_signature(self, tmp_path: Path, secret: None, make_lm: MakeLM) -> None:
         with bp.open(tmp_path / "db") as db:

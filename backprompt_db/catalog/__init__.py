@@ -4,6 +4,7 @@ from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.catalog.records import (
     CutsRecord,
     Event,
+    GreedyPath,
     GroupTotals,
     ModelRecord,
     Row,
@@ -19,6 +20,7 @@ __all__ = [
     "Catalog",
     "CutsRecord",
     "Event",
+    "GreedyPath",
     "GroupTotals",
     "ModelRecord",
     "Row",

@@ -6,11 +6,13 @@ import contextlib
 from typing import TYPE_CHECKING, Self
 
 from backprompt_db.catalog import changes, graph, journal, known, migration, queries
-from backprompt_db.catalog.connection import Connections, catalog_errors
+from backprompt_db.catalog.connection import Connections
 from backprompt_db.catalog.records import (
     CutsRecord,
     Event,
+    GreedyPath,
     GroupTotals,
+    Known,
     ModelRecord,
     Row,
     Selection,
@@ -60,7 +62,7 @@ class Catalog:
         file that is not a catalog.
         """
         connections = Connections(path, readonly=readonly)
-        if not _is_current(path, connections):
+        if not migration.is_current_at(path, connections):
             if readonly:
                 raise CatalogError(
                     f"the catalog {path} is missing or has an older schema, and is opened for reading only",
@@ -120,6 +122,7 @@ class Catalog:
             with self._connections.writing() as connection:
                 changes.forget(connection, gone)
                 journal.forget_evictions(connection, {address for address, _ in gone})
+                known.forget_greedy_paths(connection, {address for address, _ in gone})
 
     def evicted_at(self, address: Address) -> float | None:
         """Return when something of a representation was evicted the last time, `None` if that is not known."""
@@ -266,10 +269,11 @@ class Catalog:
         with self._connections.writing() as connection:
             changes.annotate(connection, addresses, label=label)
 
-    def save(self, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
-        """Save what is known of a model, a tokenizer, a model's files or a long string, over what was known before."""
+    def save(self, *records: Known) -> None:
+        """Save what is known of something, all or nothing of it, over what was known before."""
         with self._connections.writing() as connection:
-            known.save(connection, record)
+            for record in records:
+                known.save(connection, record)
 
     def model(self, weights_id: WeightsId) -> ModelRecord | None:
         """Return one model, `None` if it is unknown.
@@ -308,6 +312,11 @@ class Catalog:
         """Return where a long string is cut, `None` if that is unknown."""
         with self._connections.reading() as connection:
             return known.cuts(connection, key)
+
+    def greedy_paths(self, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
+        """Return how models go on after prompts that end with these representations, as far as that is known."""
+        with self._connections.reading() as connection:
+            return known.greedy_paths(connection, addresses)
 
     def totals(self, *, namespace: str | None = None) -> Totals:
         """Return the sums over all representations, or over those of a namespace."""
@@ -388,11 +397,3 @@ class Catalog:
 
 class _Undone(Exception):
     """Takes back what a transaction has changed."""
-
-
-def _is_current(path: Path, connections: Connections) -> bool:
-    with catalog_errors(path):
-        if not path.exists():
-            return False
-    with connections.reading() as connection:
-        return migration.is_current(connection)

@@ -1,33 +1,38 @@
-"""What is known of models, tokenizers, model files and long strings: plain functions on an open transaction."""
+"""What is known of models, tokenizers, model files, long strings and prompts: plain functions on a transaction."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, exists, select
+from sqlalchemy import Connection, delete, exists, select
 
 from backprompt_db.catalog.changes import replace
-from backprompt_db.catalog.records import CutsRecord, ModelRecord, Source, TokenizerRecord
-from backprompt_db.catalog.tables import Base, Cuts, Model, SourceFiles, Tokenizer
+from backprompt_db.catalog.graph import chunks
+from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
+from backprompt_db.catalog.tables import Base, Cuts, GreedyPathRow, Model, Representation, SourceFiles, Tokenizer
 
 if TYPE_CHECKING:
-    from backprompt_db.keys import TokenizerId, WeightsId
+    from collections.abc import Iterable
+
+    from backprompt_db.keys import Address, TokenizerId, WeightsId
 
 _TABLES: dict[type, type[Base]] = {
     ModelRecord: Model,
     TokenizerRecord: Tokenizer,
     Source: SourceFiles,
     CutsRecord: Cuts,
+    GreedyPath: GreedyPathRow,
 }
 _MODELS = select(*Model.__table__.columns)
 _TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 _SOURCES = select(*SourceFiles.__table__.columns)
 _CUTS = select(Cuts.key, Cuts.offsets, Cuts.signature)
+_PATHS = select(GreedyPathRow.address, GreedyPathRow.token_ids, GreedyPathRow.signature)
 
 
-def save(connection: Connection, record: ModelRecord | TokenizerRecord | Source | CutsRecord) -> None:
-    """Write what is known of a model, a tokenizer, a model's files or a long string, over what was known before."""
+def save(connection: Connection, record: Known) -> None:
+    """Write what is known of something, over what was known of it before."""
     replace(connection, _TABLES[type(record)], asdict(record))
 
 
@@ -70,3 +75,16 @@ def cuts(connection: Connection, key: bytes) -> CutsRecord | None:
     """Return where a long string is cut, `None` if that is unknown."""
     found = connection.execute(_CUTS.where(Cuts.key == key)).one_or_none()
     return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
+
+
+def greedy_paths(connection: Connection, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
+    """Return how models go on after prompts that end with these representations, as far as that is known."""
+    found = (connection.execute(_PATHS.where(GreedyPathRow.address.in_(some))) for some in chunks(addresses))
+    return {row.address: GreedyPath(row.address, tuple(row.token_ids), row.signature) for rows in found for row in rows}
+
+
+def forget_greedy_paths(connection: Connection, addresses: Iterable[Address]) -> None:
+    """Remove how models go on after these, and after prompts of which nothing is there any more."""
+    for some in chunks(addresses):
+        connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.in_(some)))
+    connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.not_in(select(Representation.address))))

@@ -12,7 +12,7 @@ from backprompt_db.errors import CatalogError, CatalogTooNew
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in `migrations/versions`. Revisions are numbers of four digits, so their order is their age."""
 
 LOCK_TIMEOUT_SECONDS = 60.0
@@ -45,6 +45,15 @@ def is_current(connection: Connection) -> bool:
             hint="Upgrade backprompt-db; until then the store works without the catalog.",
         )
     return found == HEAD
+
+
+def is_current_at(path: Path, connections: Connections) -> bool:
+    """Return whether there is a catalog at `path` whose schema is the newest one; raise what `is_current` raises."""
+    with catalog_errors(path):
+        if not path.exists():
+            return False
+    with connections.reading() as connection:
+        return is_current(connection)
 
 
 def upgrade(path: Path, *, mode: int) -> None:

@@ -68,6 +68,16 @@ class CutsRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class GreedyPath:
+    """The tokens that a model goes on with after a prompt, the likeliest each time, as far as they are known."""
+
+    address: Address
+    """Of the representation that the prompt ends with."""
+    token_ids: tuple[int, ...]
+    signature: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """The ids of a model whose files have not changed, so that they need not be digested again."""
 
@@ -77,6 +87,10 @@ class Source:
     weights_id: WeightsId
     tokenizer_id: TokenizerId
     signature: bytes | None = None
+
+
+Known = ModelRecord | TokenizerRecord | Source | CutsRecord | GreedyPath
+"""Something to save: about a model, a tokenizer, a model's files, a long string or a prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,16 @@ class Cuts(Base):
     signature: Mapped[bytes | None]
 
 
+class GreedyPathRow(Base):
+    """The likeliest tokens after a prompt, one after the other. The prompt's representation may be gone by now."""
+
+    __tablename__ = "greedy_paths"
+
+    address: Mapped[Address] = mapped_column(primary_key=True)
+    token_ids: Mapped[list[int]]
+    signature: Mapped[bytes | None]
+
+
 class Count(Base):
     """Something that happened, counted over all processes since the catalog was made."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
 
 _SCORES = frozenset({Part.SCORES})
+_LOGITS = frozenset({Part.LOGITS})
+
+
+class Continuation(NamedTuple):
+    """What was found of one completion after its own prompt."""
+
+    token_logprobs: npt.NDArray[np.float32]
+    """float32 [T]: natural log-probability of each of its tokens."""
+    likeliest: int | None
+    """The token that is likeliest after the prompt, where that was asked for."""
 
 
 def run(engine: Engine, texts: Sequence[Text], *, namespace: str) -> list[ModelRepr]:
@@ -52,6 +62,31 @@ def score(
     return np.array(sums).reshape(len(prompts), len(completions))
 
 
+def continuations(
+    engine: Engine, pairs: Sequence[tuple[Text, Text]], *, likeliest: Sequence[bool], namespace: str
+) -> list[Continuation]:
+    """Return what follows from each pair of a prompt and a completion; all that is missing is computed together.
+
+    Where `likeliest` says so, the token that is likeliest after the prompt is found too. Of completions, and of the
+    last segment of each prompt, only scores are kept: that one usually is a question, and nobody asks it in a longer
+    prompt. Raises `PromptError` as `completion_segments` does.
+    """
+    endings = [completion_segments([prompt], [completion], namespace=namespace)[0] for prompt, completion in pairs]
+    tips = [ending[0].parents[0] for ending in endings]
+    scored = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
+    asked = dict.fromkeys([tip for tip, is_asked in zip(tips, likeliest, strict=True) if is_asked], _LOGITS)
+    found, _ = engine.represent(scored | asked, keep=dict.fromkeys(tips, _SCORES) | scored)
+    argmax = {tip: int(found[tip, Part.LOGITS]["logits"].torch().argmax()) for tip in asked}
+    return [
+        Continuation(np.concatenate([_logprobs(found, segment) for segment in ending]), argmax.get(tip))
+        for ending, tip in zip(endings, tips, strict=True)
+    ]
+
+
+def _logprobs(found: Mapping[Need, Arrays], segment: Segment) -> npt.NDArray[np.float32]:
+    return found[segment, Part.SCORES]["token_logprobs"].numpy().astype(np.float32, copy=False)
+
+
 def completion_segments(prompts: Sequence[Text], completions: Sequence[Text], *, namespace: str) -> list[list[Segment]]:
     """Return the segments of each completion after each prompt, prompt by prompt.
 
@@ -82,6 +117,7 @@ def _result(
     """Collect the parts of one text. A computed segment counts for the first text that has it."""
     scores = tuple(found[segment, Part.SCORES] for segment in segments)
     num_tokens = {segment: part["input_ids"].shape[0] for segment, part in zip(segments, scores, strict=True)}
+    is_computed = tuple(segment in computed for segment in segments)
     num_computed = sum(num_tokens[segment] for segment in segments if segment in computed)
     computed.difference_update(segments)
     return ModelRepr(
@@ -90,6 +126,7 @@ def _result(
         last_logits=found[tips[0], Part.LOGITS]["logits"] if len(tips) == 1 else None,
         num_cached_tokens=sum(num_tokens.values()) - num_computed,
         num_computed_tokens=num_computed,
+        is_computed=is_computed,
         ids=ids,
         fidelity=fidelity,
     )
