@@ -85,7 +85,7 @@ def _cells(number: int, segment: SegmentExplanation) -> tuple[str, ...]:
 
 
 def _found(segment: SegmentExplanation) -> str:
-    reason = [] if segment.miss is None else [_why(segment.miss)]
+    reason = [] if segment.miss is None else [why(segment.miss)]
     return "; ".join(reason + [f"{place.value}: {_names(parts)}" for place, parts in _by_place(segment).items()])
 
 
@@ -96,7 +96,8 @@ def _by_place(segment: SegmentExplanation) -> dict[Place, list[Part]]:
     return parts
 
 
-def _why(miss: Miss) -> str:
+def why(miss: Miss) -> str:
+    """Return the reason of a miss in words, with how long ago that was."""
     needed = _names(miss.needed)
     when = "" if miss.at is None else f" {age(miss.at, now=time.time())} ago"
     match miss.reason:

@@ -22,6 +22,7 @@ from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, addre
 if TYPE_CHECKING:
     import torch
 
+    from backprompt_db.pictures.picture import Picture
     from backprompt_db.text import Text
 
 FORMAT = 1
@@ -165,6 +166,7 @@ class ModelRepr:
         num_cached_tokens: tokens of this text whose representation was found.
         num_computed_tokens: tokens of this text that were computed by the call. A segment shared by several texts of
             one call is counted as computed once, for the first of them.
+        is_computed: of each segment, in the order written, whether its tokens count as computed.
         fidelity: `exact`, or that of the lossy database whose keys and values it may have been computed with.
 
     Tensors are on the CPU (`past_key_values` where the model is) and may be changed freely. Reading `logits` or
@@ -178,6 +180,7 @@ class ModelRepr:
     """The logits part of the last segment; None after parallel branches."""
     num_cached_tokens: int
     num_computed_tokens: int
+    is_computed: tuple[bool, ...] = field(repr=False)
     ids: tuple[WeightsId, TokenizerId]
     """The weights id and tokenizer id that this was computed under."""
     fidelity: str = "exact"
@@ -234,3 +237,15 @@ class ModelRepr:
         `ModelMismatch` when the model has changed since this representation was computed.
         """
         return self.text.model.past_key_values(self.text, ids=self.ids)
+
+    def picture(self) -> Picture:
+        """Return a picture of the prompt, in which what was found and what the call computed have different colours."""
+        from backprompt_db.pictures.subjects import picture_result
+
+        return picture_result(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every token, coloured by how much it surprised the model."""
+        from backprompt_db.pictures.surprise import surprise_view
+
+        return surprise_view(self)

@@ -16,6 +16,8 @@ from backprompt_db.keys import SegmentId, TokenizerId, WeightsId, namespace_id, 
 
 if TYPE_CHECKING:
     from backprompt_db.explanation import Explanation
+    from backprompt_db.pictures.picture import Picture
+    from backprompt_db.pictures.surprise import Vocabulary
     from backprompt_db.representation import ModelRepr
 
 
@@ -100,6 +102,9 @@ class Runner(Protocol):
 
     def explain(self, text: Text) -> Explanation:
         """Return what running `text` would find, and what it would compute and why."""
+
+    def vocabulary(self, tokenizer_id: TokenizerId) -> Vocabulary:
+        """Return the strings of the tokens of the tokenizer that has this id."""
 
     def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
         """Return a transformers `Cache` of the keys and values of `text`, under the model that has these ids."""
@@ -271,6 +276,16 @@ class Text:
         """
         return self.model.explain(self)
 
+    def picture(self, *, after: ModelRepr | None = None) -> Picture:
+        """Return a picture of the prompt graph: what is stored, what was computed just now, and what is missing.
+
+        Just now is what the run that returned `after` computed, the last `text()` unless given. A notebook shows the
+        picture for the text itself. Nothing is computed, written or counted. Without a model, states are unknown.
+        """
+        from backprompt_db.pictures.subjects import picture_text
+
+        return picture_text(self, after=self.model_repr if after is None else after)
+
     def _known_left(self, namespace: str) -> Text | None:
         """The left side, unless this text is no concatenation or its tips are known already."""
         known = self._tips is not None and self._tips[0] == namespace
@@ -328,6 +343,14 @@ class Text:
     def __repr__(self) -> str:
         string = str(self)
         return f"Text({string!r})" if len(string) <= _REPR_CHARS else f"Text({string[:_REPR_CHARS]!r}...)"
+
+    def _repr_svg_(self) -> str:
+        """What a notebook shows where it shows no HTML, as on the web sites that only display one."""
+        return self.picture()._repr_svg_()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.picture()._repr_html_()
 
 
 _REPR_CHARS = 200

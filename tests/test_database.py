@@ -106,7 +106,7 @@ def test_logits_that_a_caller_changes_are_stored_unchanged() -> None:
     array = logits("a")
     found = bp.ModelRepr(
         text=bp.Text("a"), scores=(), last_logits=array, num_cached_tokens=0, num_computed_tokens=1,
-        ids=(WeightsId(bytes(32)), TokenizerId(bytes(32))),
+        is_computed=(), ids=(WeightsId(bytes(32)), TokenizerId(bytes(32))),
     )  # fmt: skip
     found.logits.zero_()
     assert bytes(array.data) == bytes(logits("a").data)

@@ -41,12 +41,17 @@ class RecordingRunner:
 
     def run(self, text: Text) -> ModelRepr:
         self.ran.append(text)
-        return ModelRepr(text=text, scores=(), last_logits=None, num_cached_tokens=0, num_computed_tokens=0, ids=IDS)
+        return ModelRepr(
+            text=text, scores=(), last_logits=None, num_cached_tokens=0, num_computed_tokens=0, is_computed=(), ids=IDS
+        )
 
     def seams(self, text: Text) -> list[Seam]:
         return [Seam(str(text), "", (), ())]
 
     def explain(self, text: Text) -> Any:
+        return None
+
+    def vocabulary(self, tokenizer_id: TokenizerId) -> Any:
         return None
 
     def past_key_values(self, text: Text, *, ids: object = None) -> Any:

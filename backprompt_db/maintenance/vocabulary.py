@@ -42,6 +42,11 @@ def open_vocabulary(catalog: Catalog, tokenizer_id: TokenizerId) -> Vocabulary |
     return None if facts is None else _vocabulary(facts)
 
 
+def vocabulary_of(definition: str) -> Vocabulary | None:
+    """Return the tokens of the tokenizer that a definition, of all of it, defines; `None` where it cannot be made."""
+    return _vocabulary(json.loads(definition))
+
+
 def _facts(kept: bytes, expected: TokenizerId) -> Mapping[str, Any] | None:
     unpacking = zlib.decompressobj()
     try:

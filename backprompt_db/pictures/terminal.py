@@ -1,0 +1,65 @@
+"""A picture in characters: a table of segments with their bars, for a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from backprompt_db.pictures import palette, wording
+from backprompt_db.pictures.layout import lay_out
+
+if TYPE_CHECKING:
+    from rich.bar import Bar
+    from rich.console import Group
+
+    from backprompt_db.pictures.layout import Layout, Row
+    from backprompt_db.pictures.picture import Picture
+
+_NUM_LABEL_CHARACTERS = 60
+_FINENESS = 200
+"""Bars are at least this share of the whole, so that none is too thin to be seen."""
+
+
+def terminal_view(picture: Picture, *, max_rows: int) -> Group:
+    """Return what rich prints."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    layout = lay_out(picture, max_rows=max_rows)
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("segment", ratio=3, no_wrap=True, overflow="ellipsis")
+    table.add_column("", ratio=2, min_width=8)
+    table.add_column(picture.unit.value, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("after", no_wrap=True, overflow="ellipsis")
+    for at, row in enumerate(layout.rows):
+        table.add_row(
+            str(row.number),
+            Text(wording.label(row, num_characters=_NUM_LABEL_CHARACTERS)),
+            _bar(row, layout),
+            wording.measure(sum(segment.size for segment in row.segments), picture.unit).split(" ")[0],
+            Text(wording.state(row), style=palette.TERMINAL[row.state] if row.state else ""),
+            ", ".join(str(layout.rows[parent].number) for parent, child in layout.edges if child == at),
+        )
+    lines = [text for _, text in wording.totals(picture)] + wording.remarks(picture, layout)
+    texts = (Text(line) for line in lines)
+    return Group(table, "", *texts) if layout.rows else Group(*texts)
+
+
+def _bar(row: Row, layout: Layout) -> Bar:
+    from rich.bar import Bar
+
+    end = max(row.end, row.begin + layout.extent / _FINENESS)
+    begin = min(row.begin, end - layout.extent / _FINENESS)
+    return Bar(layout.extent, begin, end, color=palette.TERMINAL[row.state] if row.state else "default")
+
+
+def plain_view(picture: Picture, *, max_rows: int) -> str:
+    """Return the table as text without colours, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        console.print(terminal_view(picture, max_rows=max_rows))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
