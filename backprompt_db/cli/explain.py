@@ -74,9 +74,9 @@ def explain(
     with a tokenizer.json.
     """
     del file  # it is among the pieces
-    text = _text(pieces or [])
+    text = text_of(pieces or [])
     with quietly():
-        explanation = _explain(directory_of(db), text, model=model, namespace=namespace)
+        explanation = explanation_of(directory_of(db), text, model=model, namespace=namespace)
     if as_json:
         emit_json(explanation)
         return
@@ -85,7 +85,8 @@ def explain(
         emit("Give --model a directory with a tokenizer.json to see them.")
 
 
-def _text(pieces: Iterable[str]) -> Text:
+def text_of(pieces: Iterable[str]) -> Text:
+    """Return the text that pieces mean: strings, files and stdin. Raises `PromptError` for an empty one."""
     from backprompt_db.text import Text
 
     text = Text("")
@@ -117,7 +118,8 @@ def _decoded(content: bytes, name: str) -> str:
         ) from error
 
 
-def _explain(directory: Path, text: Text, *, model: str | None, namespace: str) -> Explanation:
+def explanation_of(directory: Path, text: Text, *, model: str | None, namespace: str) -> Explanation:
+    """Explain a text by the database in `directory`, for a model that it knows."""
     from backprompt_db.compute.explanation import explain as explain_text
     from backprompt_db.compute.recorded import recorded_names, recorded_tokenizer
     from backprompt_db.maintenance.existing import manifest_of, open_catalog

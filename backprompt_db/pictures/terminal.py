@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from rich.bar import Bar
     from rich.console import Group
 
-    from backprompt_db.pictures.layout import Layout, Row
-    from backprompt_db.pictures.picture import Picture
+    from backprompt_db.pictures.picture import Picture, State
 
 _NUM_LABEL_CHARACTERS = 60
 _FINENESS = 200
@@ -37,7 +36,7 @@ def terminal_view(picture: Picture, *, max_rows: int) -> Group:
         table.add_row(
             str(row.number),
             Text(wording.label(row, num_characters=_NUM_LABEL_CHARACTERS)),
-            _bar(row, layout),
+            bar(layout.extent, row.begin, row.end, state=row.state),
             wording.measure(sum(segment.size for segment in row.segments), picture.unit).split(" ")[0],
             Text(wording.state(row), style=palette.TERMINAL[row.state] if row.state else ""),
             ", ".join(str(layout.rows[parent].number) for parent, child in layout.edges if child == at),
@@ -47,12 +46,14 @@ def terminal_view(picture: Picture, *, max_rows: int) -> Group:
     return Group(table, "", *texts) if layout.rows else Group(*texts)
 
 
-def _bar(row: Row, layout: Layout) -> Bar:
+def bar(extent: float, begin: float, end: float, *, state: State | None) -> Bar:
+    """Return a bar from `begin` to `end` of a whole of `extent`, never too thin to be seen."""
     from rich.bar import Bar
 
-    end = max(row.end, row.begin + layout.extent / _FINENESS)
-    begin = min(row.begin, end - layout.extent / _FINENESS)
-    return Bar(layout.extent, begin, end, color=palette.TERMINAL[row.state] if row.state else "default")
+    extent = extent or 1
+    end = max(end, begin + extent / _FINENESS)
+    begin = min(begin, end - extent / _FINENESS)
+    return Bar(extent, begin, end, color=palette.TERMINAL[state] if state else "default")
 
 
 def plain_view(picture: Picture, *, max_rows: int) -> str:
