@@ -113,6 +113,7 @@ class TestWhatIsRead:
         newest = forest(catalog, limit=2)
         assert drawn(newest) == {"request 1": [], "request 2": []}
         assert [node.num_absent_parents for node in newest.nodes] == [1, 1]
+        assert [forest(catalog, limit=limit).is_whole for limit in (3, 4, 5, None)] == [False, True, True, True]
 
     def test_a_model_that_nobody_knows_is_an_error(self, catalog: Catalog) -> None:
         with pytest.raises(PromptError, match="no model 'nobody'"):

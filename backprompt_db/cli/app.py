@@ -17,6 +17,7 @@ from backprompt_db.cli.demo import demo, demo_run
 from backprompt_db.cli.doctor import doctor
 from backprompt_db.cli.evict import compact, evict, purge
 from backprompt_db.cli.explain import PiecesCommand, explain
+from backprompt_db.cli.graph import graph
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
 from backprompt_db.cli.output import visible
@@ -63,6 +64,7 @@ app.command("stats")(stats)
 app.command("ls")(ls)
 app.command("show")(show)
 app.command("explain", cls=PiecesCommand)(explain)
+app.command("graph")(graph)
 app.command("verify")(verify)
 app.command("reindex")(reindex)
 app.command("doctor")(doctor)

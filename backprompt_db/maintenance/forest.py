@@ -58,6 +58,8 @@ class Forest:
     """Parents before children; else in the order in which they were recorded."""
     at: float
     """When it was read, in POSIX seconds."""
+    is_whole: bool
+    """Whether a limit has left nothing out."""
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
@@ -111,7 +113,8 @@ def forest(
     A few queries, however many there are: a few seconds for a hundred thousand. `at` is now unless it is given.
     Raises what `Catalog.select` raises.
     """
-    rows = catalog.rows(selection=selection, limit=limit)[::-1]
+    newest = catalog.rows(selection=selection, limit=None if limit is None else limit + 1)
+    rows = newest[:limit][::-1]
     before = _ids_before(catalog, rows)
     numbers = {_key(row, row.segment_id): number for number, row in enumerate(rows)}
     graph = [
@@ -123,7 +126,7 @@ def forest(
         _node(rows[number], [places[each] for each in graph[number]], num_ids=len(before[rows[number].segment_id]))
         for number in order
     )
-    return Forest(tuple(nodes), time.time() if at is None else at)
+    return Forest(tuple(nodes), time.time() if at is None else at, is_whole=len(newest) == len(rows))
 
 
 def _key(row: Row, segment_id: SegmentId) -> tuple[SegmentId, WeightsId, TokenizerId]:

@@ -1,0 +1,115 @@
+"""`graph`: a page that shows the prompt trees of a database."""
+
+from __future__ import annotations
+
+import contextlib
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backprompt_db.cli.location import DbOption, directory_of
+from backprompt_db.cli.output import JsonOption, emit, emit_json, size, visible
+from backprompt_db.cli.progress import bar
+from backprompt_db.cli.selecting import (
+    ContainsOption,
+    LabelOption,
+    ModelOption,
+    NamespaceOption,
+    OlderThanOption,
+    PrefixOption,
+    UsedWithinOption,
+    selected,
+)
+from backprompt_db.errors import StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from backprompt_db.catalog import Selection
+
+_MODE = 0o600
+"""As a database's own files have it: the page holds its texts."""
+
+
+def graph(
+    *,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write; one that is there goes.")],
+    show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    max_text: Annotated[
+        int, typer.Option("--max-text", metavar="N", min=1, help="Characters of each text, from its beginning.")
+    ] = 2_000,
+    no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Leave out log-probabilities of tokens.")] = False,
+    limit: Annotated[
+        int, typer.Option("--limit", metavar="N", min=1, help="How many representations: the newest.")
+    ] = 100_000,
+    text_prefix: PrefixOption = None,
+    contains: ContainsOption = None,
+    label: LabelOption = None,
+    model: ModelOption = None,
+    namespace: NamespaceOption = None,
+    used_within: UsedWithinOption = None,
+    older_than: OlderThanOption = None,
+    db: DbOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an HTML page that shows all prompts as a tree, or those that all given options select.
+
+    It is one file that needs no network: zoom by clicks, keys and wheel, search all texts, and look at a segment's
+    text, the log-probabilities of its tokens, its facts, parents and children. The width of a segment stands for
+    tokens, bytes, seconds saved or last use. Whoever has the page has the texts.
+    """
+    selection = selected(
+        text_prefix=text_prefix,
+        text_contains=contains,
+        label=label,
+        model=model,
+        namespace=namespace,
+        used_within=used_within,
+        older_than=older_than,
+    )
+    directory, out = directory_of(db), out.expanduser().absolute()
+    contents = _contents(directory, selection, max_text=max_text, limit=limit, with_tokens=not no_tokens)
+    _write(out, contents, title=f"Prompts in {directory.name}")
+    _report(out, num_segments=len(contents["nodes"]["texts"]), as_json=as_json)
+    if show:
+        webbrowser.open(out.as_uri())
+
+
+def _contents(directory: Path, selection: Selection, *, max_text: int, limit: int, with_tokens: bool) -> dict[str, Any]:
+    from backprompt_db.maintenance.existing import open_catalog, open_store
+    from backprompt_db.maintenance.forest import forest
+    from backprompt_db.maintenance.page_contents import affordable_text, page_contents
+    from backprompt_db.maintenance.token_scores import read_token_scores
+
+    tokens = None
+    with open_catalog(directory) as catalog:
+        found = forest(catalog, selection=selection, limit=limit)
+        max_text = affordable_text(found, max_text)
+        if with_tokens and found.nodes:
+            with contextlib.closing(open_store(directory)) as store:
+                tokens = read_token_scores(store, catalog, found, max_text=max_text, watch=_watched)
+    return page_contents(found, tokens, max_text=max_text)
+
+
+def _watched(indexes: Sequence[int]) -> Iterable[int]:
+    return bar(indexes, "Reading log-probabilities", total=len(indexes))
+
+
+def _write(out: Path, contents: dict[str, Any], *, title: str) -> None:
+    from backprompt_db.pictures.page import html_page
+    from backprompt_db.replacement import replace_file
+
+    try:
+        replace_file(out, html_page(contents, title=title), mode=_MODE)
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error.strerror}", hint="Give another file with --out.") from error
+
+
+def _report(out: Path, *, num_segments: int, as_json: bool) -> None:
+    nbytes = out.stat().st_size
+    if as_json:
+        emit_json({"file": out, "num_segments": num_segments, "nbytes": nbytes})
+    else:
+        emit(visible(f"{num_segments:,} segments, {size(nbytes)}: {out.as_uri()}"), wrap=False)
