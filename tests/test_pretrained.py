@@ -178,6 +178,18 @@ def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_computed
     assert (context + "7" * 6)().num_computed_tokens == 6
 
 
+def test_the_last_token_of_a_completion_needs_no_position(lm: bp.LanguageModel) -> None:
+    context = lm.text("7" * 250)
+    (logprob,) = lm.score(context, ["7" * 7])
+    ids = torch.tensor(lm.tokenizer("7" * 257)["input_ids"])
+    plain = lm.model(ids[None, :256]).logits[0, 249:].log_softmax(-1).gather(1, ids[250:, None]).sum()
+    assert abs(logprob - plain.item()) < 1e-4
+    with pytest.raises(ContextLengthExceeded, match="needs 257 positions"):
+        lm.score(context, ["7" * 8])
+    with pytest.raises(ContextLengthExceeded, match="needs 257 positions"):
+        (context + "7" * 7)()
+
+
 def test_a_tokenizer_of_another_model_is_refused(gpt2: Any, tokenizer: Any, db: bp.Database) -> None:
     gpt2.resize_token_embeddings(100)
     with pytest.raises(ModelMismatch, match="below 100"):

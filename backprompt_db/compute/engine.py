@@ -231,7 +231,10 @@ class Engine:
         num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
         starts = plan.positions(segments, num_tokens)
         runtime = self._proven_runtime(names)
-        plan.check_context_length(starts, num_tokens, runtime.max_positions)
+        kept = {segment: frozenset(keep.get(segment, Part)) for segment in missing}
+        produced = {segment: missing[segment] | kept[segment] | wanted.get(segment, frozenset()) for segment in missing}
+        num_read = num_tokens if self._deterministic else plan.num_read(num_tokens, produced=produced)
+        plan.check_context_length(starts, num_read, runtime.max_positions)
         plan.check_vocabulary(input_ids.values(), runtime.vocab_size)
         self._log_seams(missing)
         max_segments = 1 if self._deterministic or not runtime.takes_packs else None
@@ -239,7 +242,6 @@ class Engine:
             available, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
         )
         runtime.require_runnable(packs, input_ids, starts)
-        kept = {segment: frozenset(keep.get(segment, Part)) for segment in available}
         return Job(runtime, packs, input_ids, starts, wanted, missing, kept, is_deterministic=self._deterministic)
 
     def _proven_runtime(self, names: Names) -> Runtime:

@@ -91,6 +91,16 @@ def positions(segments: Iterable[Segment], num_tokens: Mapping[Segment, int]) ->
     return starts
 
 
+def num_read(num_tokens: Mapping[Segment, int], *, produced: Mapping[Segment, frozenset[Part]]) -> dict[Segment, int]:
+    """Return how many tokens of each segment the model reads, at most.
+
+    The last token of a segment that nothing follows, and of which only scores are wanted, is predicted and never read.
+    """
+    followed = {parent for segment in num_tokens for parent in segment.parents}
+    ends = {segment for segment, parts in produced.items() if segment not in followed and parts <= {Part.SCORES}}
+    return {segment: count - (segment in ends) for segment, count in num_tokens.items()}
+
+
 def check_context_length(starts: Mapping[Segment, int], num_tokens: Mapping[Segment, int], limit: int | None) -> None:
     """Raise `ContextLengthExceeded` where a token would lie at position `limit` or beyond."""
     longest = max((start + num_tokens[segment] for segment, start in starts.items()), default=0)
