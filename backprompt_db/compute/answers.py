@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
 
 _SCORES = frozenset({Part.SCORES})
-_LOGITS = frozenset({Part.LOGITS})
-
-
-class Continuation(NamedTuple):
-    """What was found of one completion after its own prompt."""
-
-    token_logprobs: npt.NDArray[np.float32]
-    """float32 [T]: natural log-probability of each of its tokens."""
-    likeliest: int | None
-    """The token that is likeliest after the prompt, where that was asked for."""
 
 
 def run(engine: Engine, texts: Sequence[Text], *, namespace: str) -> list[ModelRepr]:
@@ -60,31 +50,6 @@ def score(
         for ending in endings
     ]
     return np.array(sums).reshape(len(prompts), len(completions))
-
-
-def continuations(
-    engine: Engine, pairs: Sequence[tuple[Text, Text]], *, likeliest: Sequence[bool], namespace: str
-) -> list[Continuation]:
-    """Return what follows from each pair of a prompt and a completion; all that is missing is computed together.
-
-    Where `likeliest` says so, the token that is likeliest after the prompt is found too. Of completions, and of the
-    last segment of each prompt, only scores are kept: that one usually is a question, and nobody asks it in a longer
-    prompt. Raises `PromptError` as `completion_segments` does.
-    """
-    endings = [completion_segments([prompt], [completion], namespace=namespace)[0] for prompt, completion in pairs]
-    tips = [ending[0].parents[0] for ending in endings]
-    scored = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
-    asked = dict.fromkeys([tip for tip, is_asked in zip(tips, likeliest, strict=True) if is_asked], _LOGITS)
-    found, _ = engine.represent(scored | asked, keep=dict.fromkeys(tips, _SCORES) | scored)
-    argmax = {tip: int(found[tip, Part.LOGITS]["logits"].torch().argmax()) for tip in asked}
-    return [
-        Continuation(np.concatenate([_logprobs(found, segment) for segment in ending]), argmax.get(tip))
-        for ending, tip in zip(endings, tips, strict=True)
-    ]
-
-
-def _logprobs(found: Mapping[Need, Arrays], segment: Segment) -> npt.NDArray[np.float32]:
-    return found[segment, Part.SCORES]["token_logprobs"].numpy().astype(np.float32, copy=False)
 
 
 def completion_segments(prompts: Sequence[Text], completions: Sequence[Text], *, namespace: str) -> list[list[Segment]]:
