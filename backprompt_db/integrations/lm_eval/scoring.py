@@ -1,0 +1,137 @@
+"""Log-likelihoods of the harness's token ids: out of the database where a prompt can be made of them."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from backprompt_db.compute.following import Followed, follow
+from backprompt_db.text import Text
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.engine import Engine
+    from backprompt_db.compute.source import ModelSource
+    from backprompt_db.integrations.lm_eval.paths import GreedyPaths
+    from backprompt_db.integrations.lm_eval.spelling import Speller
+
+logger = logging.getLogger(__name__)
+
+_MAX_QUESTIONS = 64
+_MAX_NEW_TOKENS = 4096
+"""Of a batch: what its questions do not share with the one before bounds what is in memory at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What follows a context: the last `num_asked` of some token ids."""
+
+    ids: list[int]
+    num_asked: int
+    wants_greedy: bool = True
+    """Whether it matters that these are the likeliest tokens."""
+
+
+class Answer(NamedTuple):
+    """What the harness is told."""
+
+    logprob: float
+    """Natural log-probability of the tokens that were asked for, summed."""
+    is_greedy: bool
+    """Whether each of them is the likeliest; false where that does not matter."""
+
+
+def batches(questions: Sequence[Question]) -> Iterator[list[int]]:
+    """Yield the numbers of questions in batches: those that begin alike are together, and one after the other."""
+    order = sorted(range(len(questions)), key=lambda number: questions[number].ids)
+    batch, num_new, before = list[int](), 0, list[int]()
+    for number in order:
+        ids = questions[number].ids
+        num_more = len(ids) - _num_common(before, ids)
+        if batch and (len(batch) >= _MAX_QUESTIONS or num_new + num_more > _MAX_NEW_TOKENS):
+            yield batch
+            batch, num_new = [], 0
+        batch.append(number)
+        num_new += num_more
+        before = ids
+    if batch:
+        yield batch
+
+
+def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Return how many ids two sequences have in common at the beginning."""
+    longest = min(len(left), len(right))
+    same = map(operator.eq, left, right)
+    return next((number for number, is_same in enumerate(same) if not is_same), longest)
+
+
+class Scorer:
+    """Answers questions under one model."""
+
+    def __init__(self, engine: Engine, source: ModelSource, *, paths: GreedyPaths, namespace: str) -> None:
+        self._engine = engine
+        self._source = source
+        self._paths = paths
+        self._namespace = namespace
+        self._has_warned = False
+
+    def answers(self, questions: Sequence[Question], speller: Speller) -> list[Answer]:
+        """Return the answer to each of a batch of questions."""
+        spelled = [speller.spell(each.ids, cut=len(each.ids) - each.num_asked) for each in questions]
+        texts: dict[tuple[str, ...], Text] = {}
+        pairs = [(_text(pieces[0], texts), _text(pieces[1], texts)) for pieces in spelled if pieces]
+        askers = [each for each, pieces in zip(questions, spelled, strict=True) if pieces]
+        followed = iter(self._follow(pairs, askers))
+        return [
+            _answer(next(followed)) if pieces else self._outside(each)
+            for each, pieces in zip(questions, spelled, strict=True)
+        ]
+
+    def _follow(self, pairs: Sequence[tuple[Text, Text]], askers: Sequence[Question]) -> list[Followed]:
+        if not pairs:
+            return []
+        names = self._engine.names()
+        asked = {
+            prompt.tips(self._namespace)[0]
+            for (prompt, _), asker in zip(pairs, askers, strict=True)
+            if asker.wants_greedy
+        }
+        known = self._paths.known(asked, names) if asked else {}
+        paths = dict(known)
+        followed = follow(self._engine, self._source, pairs, paths=paths, namespace=self._namespace)
+        self._paths.save(paths, names, known=known)
+        return followed
+
+    def _outside(self, question: Question) -> Answer:
+        """Run the model on token ids that no string has; nothing of it is stored."""
+        import torch
+
+        from backprompt_db.compute.forward import evaluation, logits_of
+
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("some requests begin or are cut inside a character or a word: those are computed each time")
+        runtime = self._engine.prove()
+        with evaluation(runtime.model):
+            ids = torch.tensor([question.ids], device=runtime.device)
+            logprobs = logits_of(runtime.model(ids[:, :-1]))[-question.num_asked :].float().log_softmax(-1)
+        runtime.num_calls += 1
+        targets = ids[0, -question.num_asked :]
+        chosen = logprobs.gather(1, targets[:, None])
+        return Answer(float(chosen.sum()), bool((logprobs.argmax(-1) == targets).all()))
+
+
+def _answer(followed: Followed) -> Answer:
+    return Answer(float(followed.token_logprobs.sum(dtype="float64")), bool(followed.is_greedy))
+
+
+def _text(pieces: Sequence[str], known: dict[tuple[str, ...], Text]) -> Text:
+    """Return a text of these pieces; the same object for the same pieces, so that it is placed once."""
+    key = tuple(pieces)
+    if key not in known:
+        known[key] = Text("")
+        for piece in pieces:
+            known[key] += piece
+    return known[key]
