@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from backprompt_db.model import LanguageModel as LanguageModel
     from backprompt_db.opening import open_database
     from backprompt_db.representation import ModelRepr as ModelRepr
+    from backprompt_db.run_plan import RunPlan as RunPlan
+    from backprompt_db.run_plan import Warmed as Warmed
     from backprompt_db.text import Seam as Seam
     from backprompt_db.text import Text as Text
     from backprompt_db.text import parallel as parallel
@@ -46,9 +48,11 @@ _HOMES = {
     "LanguageModel": "model",
     "ModelCounters": "counting",
     "ModelRepr": "representation",
+    "RunPlan": "run_plan",
     "Seam": "text",
     "SegmentExplanation": "explanation",
     "Text": "text",
+    "Warmed": "run_plan",
     "open": "opening",
     "parallel": "text",
 }
@@ -72,7 +76,7 @@ def __dir__() -> list[str]:
 
 
 def _runner_of_pair(model: Any, tokenizer: Any) -> Runner:
-    from backprompt_db.model import language_model_of
+    from backprompt_db.pairs import language_model_of
 
     return language_model_of(model, tokenizer)
 

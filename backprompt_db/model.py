@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from backprompt_db.catalog import Source
 from backprompt_db.compute import answers, pins
 from backprompt_db.compute.cuts import pieces
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explanation import explain_run
-from backprompt_db.compute.pretrained import source_key
-from backprompt_db.compute.source import GivenModel, ModelSource, PretrainedModel
+from backprompt_db.compute.orders import PARTS, Orders
+from backprompt_db.compute.source import GivenModel, ModelSource, pretrained_model
+from backprompt_db.compute.vocabularies import vocabulary
 from backprompt_db.counting import ModelCounters
 from backprompt_db.database import MEMORY, Database
-from backprompt_db.errors import ModelMismatch, PromptError
+from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.explanation import Explanation
 from backprompt_db.fidelity import Fidelity
 from backprompt_db.generated import Generated
 from backprompt_db.keys import TokenizerId, WeightsId
 from backprompt_db.opening import open_database
 from backprompt_db.representation import ModelRepr, Part
+from backprompt_db.run_plan import RunPlan, Warmed
 from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
+
+if TYPE_CHECKING:
+    import torch
+
+    from backprompt_db.compute.adoption import Adopted, Check
+    from backprompt_db.pictures.surprise import Vocabulary
+
+_Texts = Text | str | Iterable[Text | str]
 
 
 class LanguageModel:
@@ -70,17 +78,8 @@ class LanguageModel:
         """
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
-        key = source_key(str(name_or_path), arguments)
-        known = database.notes.recall(lambda catalog: catalog.source(key or b""))
-        source = PretrainedModel(
-            str(name_or_path), arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None
-        )
+        source = pretrained_model(str(name_or_path), arguments, notes=database.notes)
         lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress)
-        if known is None:
-            ids = source.ids  # loads the model, and downloads it if need be
-            after = source_key(source.name, arguments)
-            if after and key in (None, after):  # else the files changed meanwhile
-                database.notes.save(Source(after, source.name, *ids))
         return lm
 
     def _build(
@@ -153,8 +152,6 @@ class LanguageModel:
         """
         if split is None:
             return Text(string, self, start=start, eager=eager)
-        if not isinstance(split, int) or split < 1:
-            raise PromptError(f"split={split!r} is not a number of tokens", hint="Give an int of 1 or more.")
         first, *others = pieces(string, split, source=self._source, notes=self.db.notes)
         text = Text(first, self, start=start)
         for piece in others:
@@ -205,9 +202,7 @@ class LanguageModel:
         """Return the representation of one text; `text()` calls this."""
         return self._run([text])[0]
 
-    def score(
-        self, prompt: Text | str | Iterable[Text | str], completions: Iterable[Text | str]
-    ) -> npt.NDArray[np.float64]:
+    def score(self, prompt: _Texts, completions: Iterable[Text | str]) -> npt.NDArray[np.float64]:
         """Return the log-probability of each completion given the prompt, summed over its tokens: [num_completions].
 
         For several prompts, the result is [num_prompts, num_completions] and everything missing is computed together.
@@ -273,6 +268,40 @@ class LanguageModel:
         firsts = [several[0] for several in results]
         return firsts[0] if is_one else firsts
 
+    def adopt(
+        self,
+        text: Text | str,
+        past_key_values: Any,
+        *,
+        logits: torch.Tensor | None = None,
+        row: int | None = None,
+        check: Check = "sample",
+    ) -> Adopted:
+        """Store keys and values of a text that you computed, once they have proven to be this model's for this text.
+
+        `past_key_values` is a transformers `Cache` of just the text's tokens; of several rows, `row` is the text's, and
+        may be padded on the left. The logits after the text come out of the check and are stored too. With `logits`
+        after every token, [T, vocab_size], all parts are. What is stored already stays as it is.
+
+        `check="sample"` computes every token in the first layer, and in all layers one in 16 and the last one of each
+        piece, over the given keys and values before it. What it can miss are tokens between these that are wrong in
+        deeper layers alone. `check="full"` computes and keeps everything; a model that only runs chains is always
+        checked so. Loads the model.
+
+        Raises `ModelMismatch`, with what differs most, for another model's or another text's keys and values,
+        `PromptError` for a cache that is not of this many tokens, has forgotten some, or has rows and no `row`, and
+        `StoreReadOnly` where nothing may be stored.
+        """
+        from backprompt_db.compute.adoption import Offer, adopt
+
+        if self._answering_db is not self.db:
+            raise StoreReadOnly(
+                f"this model demands exact values, and the database keeps them as {self.db.fidelity.value}",
+                hint="Adopt into an exact database, or with a LanguageModel without exact=True.",
+            )
+        offer = Offer(cache=past_key_values, logits=logits, row=row, check=check)
+        return adopt(self._engine, self._source, self._own(text), offer, namespace=self.namespace)
+
     def pin(self, texts: Text | str | Iterable[Text | str], *, label: str | None = None) -> None:
         """Keep texts, with all parts of all their segments, from being evicted; what is missing is computed now.
 
@@ -285,6 +314,35 @@ class LanguageModel:
         """Let texts be evicted again, with what others share with them. Raises the same errors as `pin`."""
         pins.unpin(self._engine, self._answering_db, self._segments(texts))
 
+    def plan(
+        self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
+    ) -> RunPlan:
+        """Return what `warm` with these arguments would find, compute, write and need. Printed, it is a table.
+
+        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, and not the weights.
+        """
+        from backprompt_db.compute.forecast import forecast
+
+        orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        return forecast(self._engine, self._source, self._answering_db, orders, batch_size=batch_size)
+
+    def warm(
+        self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
+    ) -> Warmed:
+        """Compute and store what running texts, or scoring completions after them, needs, so that it is there then.
+
+        `texts` may be an iterator over more than memory holds: so many as `batch_size` are computed together. Of the
+        segments of texts the parts `keep` are stored, of completions the scores. What is stored is skipped, so what
+        was interrupted goes on where it was. Texts that are too long are left out, and listed.
+
+        Raises what `Database.flush` does where something cannot be stored, `StoreReadOnly` where nothing may be.
+        """
+        from backprompt_db.compute.warming import Warmer
+
+        orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        warmer = Warmer(self._engine, self._source, self._answering_db)
+        return warmer.run(orders, batch_size=batch_size, progress=self._options["progress"])
+
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
         return self._source.tokenizer.seams(self._own(text).segments(self.namespace))
@@ -292,6 +350,13 @@ class LanguageModel:
     def explain(self, text: Text | str) -> Explanation:
         """Return what running a text would find, and what it would compute and why; see `Text.explain`."""
         return explain_run(self._answering_db, self._source, self._own(text).tips(self.namespace))
+
+    def vocabulary(self, tokenizer_id: TokenizerId) -> Vocabulary:
+        """Return the tokens of the tokenizer that has this id as strings, out of the catalog if it is known there.
+
+        Else the tokenizer is loaded, and never the model. Raises `ModelMismatch` when it has another id by now.
+        """
+        return vocabulary(self._answering_db, self._source, tokenizer_id)
 
     def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
         """Return a transformers `Cache` of a text's keys and values, on the model's device if it is loaded.
@@ -332,15 +397,3 @@ class LanguageModel:
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"
         return f"<LanguageModel {self._source.name}{state} on {self._given_db or 'the default database'}>"
-
-
-_models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = weakref.WeakValueDictionary()
-
-
-def language_model_of(model: Any, tokenizer: Any) -> LanguageModel:
-    """Return the `LanguageModel` of a pair of objects on the default database, the same one as long as it is in use."""
-    pair = id(model), id(tokenizer)
-    lm = _models_of_pairs.get(pair)
-    if lm is None:
-        lm = _models_of_pairs[pair] = LanguageModel(model, tokenizer)
-    return lm

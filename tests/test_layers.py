@@ -21,14 +21,17 @@ import backprompt_db
 ROOT = Path(backprompt_db.__file__).parent
 LAYERS = [
     ["errors", "failpoints"],
-    ["text", "keys", "representation", "generated", "display", "explanation", "explanation_views", "pictures"],
+    [
+        *("text", "keys", "representation", "generated", "display", "explanation", "explanation_views", "pictures"),
+        *("run_plan", "run_plan_views"),
+    ],
     ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement", "secret"],
     [
         *("access", "collector", "counting", "creation", "database", "files", "filesystem", "flights", "maintenance"),
         *("notes", "opening", "pending", "sealing", "storage", "tier", "writer"),
     ],
     ["compute"],
-    ["model"],
+    ["model", "pairs"],
     ["cli", "demo", "integrations", "__init__", "__main__"],
 ]
 """From the bottom. A name stands for a module or for a package with all that is in it."""
@@ -44,6 +47,7 @@ MAY_USE_MODELS = {
         "head",
         "kvcache",
         "limits",
+        "outline",
         "rows",
         "runtime",
         "selfcheck",

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from backprompt_db.catalog import CutsRecord
+from backprompt_db.errors import PromptError
 from backprompt_db.keys import utf8
 from backprompt_db.text import Text
 
@@ -20,8 +21,10 @@ _CUTS = b"backprompt-db/cuts/1\0"
 def pieces(string: str, num_tokens: int, *, source: ModelSource, notes: Notes) -> list[str]:
     """Return a string in pieces of about that many tokens, which have together exactly the tokens of the string.
 
-    Loads the tokenizer only where nobody has cut it before.
+    Loads the tokenizer only where nobody has cut it before. Raises `PromptError` for what is no number of tokens.
     """
+    if not isinstance(num_tokens, int) or num_tokens < 1:
+        raise PromptError(f"split={num_tokens!r} is not a number of tokens", hint="Give an int of 1 or more.")
     if not isinstance(string, str) or not string:
         Text(string)  # says what is wrong
         return [string]

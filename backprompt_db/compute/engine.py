@@ -242,7 +242,7 @@ class Engine:
             available, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
         )
         runtime.require_runnable(packs, input_ids, starts)
-        return Job(runtime, packs, input_ids, starts, wanted, missing, kept, is_deterministic=self._deterministic)
+        return Job(packs, input_ids, starts, wanted, missing, kept, self._deterministic, runtime)
 
     def _proven_runtime(self, names: Names) -> Runtime:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""

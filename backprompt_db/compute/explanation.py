@@ -35,14 +35,19 @@ def explain_run(db: Database, source: ModelSource, tips: Sequence[Segment]) -> E
     Waits for what is queued for writing: the catalog does not know of it before.
     """
     names = Names(*source.ids)
-    is_written = threading.Event()
-    db.when_written(is_written.set)
-    is_written.wait(_PATIENCE_SECONDS)
+    wait_until_written(db)
     explanation = explain(db, names, tips, tokenizer=source.tokenizer)
     if explanation.dtype is not None or not source.is_loaded:
         return replace(explanation, model_name=explanation.model_name or source.name)
     dtype = str(source.runtime.model.dtype).removeprefix("torch.")
     return replace(explanation, model_name=source.name, dtype=dtype)
+
+
+def wait_until_written(db: Database) -> None:
+    """Wait for what is queued for writing, but not for long."""
+    is_written = threading.Event()
+    db.when_written(is_written.set)
+    is_written.wait(_PATIENCE_SECONDS)
 
 
 def explain(db: Database, names: Names, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None) -> Explanation:

@@ -65,7 +65,7 @@ def compute_pack(
     """
     began = time.perf_counter()
     lengths = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
-    fed = {**lengths, **_fed_lengths(pack, lengths, produce)}
+    fed = {**lengths, **fed_lengths(pack, lengths, produce)}
     ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
     first = context.length
     answers = _Answers(pack, input_ids, fed, produce)
@@ -95,7 +95,7 @@ def compute_pack(
     return Computed(parts, time.perf_counter() - began, len(ids), num_whole)
 
 
-def _fed_lengths(
+def fed_lengths(
     pack: Pack, lengths: Mapping[Segment, int], produce: Mapping[Segment, frozenset[Part]]
 ) -> dict[Segment, int]:
     """Return how many tokens of each segment go through the model.

@@ -24,10 +24,9 @@ Wanted = Mapping[Segment, frozenset[Part]]
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """Packs to compute with one model, in order, and the parts that pass between them."""
+class Passes:
+    """Packs to compute, in order, and the parts that pass between them and out of them."""
 
-    runtime: Runtime
     packs: list[Pack]
     input_ids: Mapping[Segment, Sequence[int]]
     starts: Mapping[Segment, int]
@@ -43,6 +42,31 @@ class Job:
         """Tokens that a pack computes."""
         return sum(len(self.input_ids[segment]) for segment in pack.segments)
 
+    def produced(self, segment: Segment) -> frozenset[Part]:
+        """Return the parts that are made of a segment when it is computed."""
+        if self.is_deterministic:
+            return frozenset(Part)
+        return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
+
+    def is_used(self, need: Need) -> bool:
+        """Whether a part was asked for, or another pack needs it."""
+        return need in self._last_use or need[1] in self.wanted.get(need[0], ())
+
+    def is_handed_on(self, need: Need, pack: Pack) -> bool:
+        """Whether a part that `pack` has brought in is needed again."""
+        return self._last_use[need] is not pack or need[1] in self.wanted.get(need[0], ())
+
+    @cached_property
+    def _last_use(self) -> dict[Need, Pack]:
+        return {need: pack for pack in self.packs for need in pack.needs}
+
+
+@dataclass(frozen=True, eq=False)
+class Job(Passes):
+    """Passes to compute with one model."""
+
+    runtime: Runtime
+
     def fits(self, segment: Segment, kv: Arrays) -> bool:
         """Whether keys and values have the shape that this model gives a segment's."""
         return kv["keys"].shape[2] == len(self.input_ids[segment]) and self.runtime.fits(kv)
@@ -55,12 +79,8 @@ class Job:
             starts=self.starts,
             context=context,
             predictions={segment: found[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
-            produce={segment: self._produced(segment) for segment in pack.segments},
+            produce={segment: self.produced(segment) for segment in pack.segments},
         )
-
-    def is_used(self, need: Need) -> bool:
-        """Whether a part was asked for, or another pack needs it."""
-        return need in self._last_use or need[1] in self.wanted.get(need[0], ())
 
     def retain(self, pack: Pack, computed: Computed, found: MutableMapping[Need, Arrays]) -> None:
         """Add to `found` what a pack has computed, but for what nobody asked for and no other pack needs.
@@ -69,14 +89,5 @@ class Job:
         """
         found.update({need: part for need, part in computed.parts.items() if self.is_used(need) and need not in found})
         for need in pack.needs:
-            if self._last_use[need] is pack and need[1] not in self.wanted.get(need[0], ()):
+            if not self.is_handed_on(need, pack):
                 found.pop(need, None)
-
-    def _produced(self, segment: Segment) -> frozenset[Part]:
-        if self.is_deterministic:
-            return frozenset(Part)
-        return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
-
-    @cached_property
-    def _last_use(self) -> dict[Need, Pack]:
-        return {need: pack for pack in self.packs for need in pack.needs}

@@ -252,7 +252,7 @@ def costs_of(model: Any, *, num_layers: int) -> Costs:
         0 if is_tied else embedding.weight.numel()
     )
     return Costs(
-        tokens_per_pass=32 if model.device.type == "cpu" else 256,
+        tokens_per_pass=32 if model.device.type in ("cpu", "meta") else 256,
         pairs_per_token=max(1.0, 2 * num_weights / (4 * config.hidden_size * num_layers) / 1.5),
     )
 

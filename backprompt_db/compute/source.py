@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from backprompt_db.catalog import Source
+from backprompt_db.compute.pretrained import source_key
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.keys import TokenizerId, WeightsId
 
 if TYPE_CHECKING:
+    from backprompt_db.catalog import ModelRecord
+    from backprompt_db.compute.outline import Outline
     from backprompt_db.compute.runtime import Runtime
+    from backprompt_db.notes import Notes
+
+logger = logging.getLogger(__name__)
 
 _TOKENIZER_ARGUMENTS = (
     "revision",
@@ -45,6 +53,9 @@ class ModelSource(Protocol):
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
 
+    def outline(self, record: ModelRecord | None) -> Outline:
+        """Return what follows from the model's shape; `record` is what a self-check has shown of it."""
+
 
 class GivenModel:
     """A model and a tokenizer that the user holds."""
@@ -62,6 +73,12 @@ class GivenModel:
     def ids(self) -> tuple[WeightsId, TokenizerId]:
         """The ids of the two objects as they are now."""
         return self.runtime.weights_id, self.tokenizer.id
+
+    def outline(self, record: ModelRecord | None) -> Outline:
+        """Return what follows from the model's shape."""
+        from backprompt_db.compute.outline import outline_of
+
+        return outline_of(self.runtime, record)
 
 
 class PretrainedModel:
@@ -101,3 +118,27 @@ class PretrainedModel:
         from backprompt_db.compute.runtime import Runtime
 
         return Runtime.load(self.name, self._arguments)
+
+    def outline(self, record: ModelRecord | None) -> Outline:
+        """Return what follows from the model's shape, without loading it where its configuration is enough."""
+        from backprompt_db.compute.outline import outline_of, outline_of_files
+
+        if not self.is_loaded:
+            try:
+                return outline_of_files(self.name, self._arguments, record)
+            except Exception as error:  # noqa: BLE001 - whatever transformers says of a configuration alone
+                logger.info("%s must be loaded to be known: %s", self.name, error)
+        return outline_of(self.runtime, record)
+
+
+def pretrained_model(name: str, arguments: dict[str, Any], *, notes: Notes) -> PretrainedModel:
+    """Return the model of that name or directory. It is loaded unless the ids of these very files are known."""
+    key = source_key(name, arguments)
+    known = notes.recall(lambda catalog: catalog.source(key or b""))
+    model = PretrainedModel(name, arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None)
+    if known is None:
+        ids = model.ids  # loads the model, and downloads it if need be
+        after = source_key(name, arguments)
+        if after and key in (None, after):  # else the files changed meanwhile
+            notes.save(Source(after, name, *ids))
+    return model

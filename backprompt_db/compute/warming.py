@@ -1,0 +1,128 @@
+"""Running many texts, in batches that memory has room for, so that everything of them is stored afterwards."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from backprompt_db.compute.orders import Bounds, Order, Orders, batches, lacking, too_long, work_of
+from backprompt_db.errors import StoreReadOnly
+from backprompt_db.run_plan import MAX_LISTED, TooLong, Warmed
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.engine import Engine
+    from backprompt_db.compute.source import ModelSource
+    from backprompt_db.database import Database
+    from backprompt_db.representation import Part
+    from backprompt_db.text import Segment
+
+_SECONDS_BETWEEN_FLUSHES = 10.0
+"""A failure to write ends the run after this time at most; waiting for each batch would cost more."""
+
+_NOTE = "What was computed is stored: run the same again to go on."
+
+
+class Warmer:
+    """Computes what orders lack, batch by batch, and counts."""
+
+    def __init__(self, engine: Engine, source: ModelSource, db: Database) -> None:
+        if db.readonly:
+            raise StoreReadOnly("nothing can be kept in a database that is only read", hint="Open it for writing.")
+        self._engine = engine
+        self._source = source
+        self._db = db
+        self._began = self._flushed = time.monotonic()
+        self._num_tokens_before = engine.num_computed_tokens
+        self._num_passes = self._num_texts = self._num_stored_texts = self._num_too_long = 0
+        self._too_long: list[TooLong] = []
+
+    def run(self, orders: Orders, *, batch_size: int, progress: bool) -> Warmed:
+        """Compute all; what was computed is stored, also when this is interrupted or fails.
+
+        Raises what `Database.flush` raises where it cannot be stored.
+        """
+        with _stored_afterwards(self._db):
+            for batch in batches(self._with_progress(orders, is_shown=progress), batch_size):
+                self._run_batch(batch)
+                self._flush_at_times()
+        return self.result()
+
+    def result(self) -> Warmed:
+        """Return what was done so far."""
+        return Warmed(
+            num_texts=self._num_texts,
+            num_stored_texts=self._num_stored_texts,
+            num_computed_tokens=self._engine.num_computed_tokens - self._num_tokens_before,
+            num_passes=self._num_passes,
+            seconds=time.monotonic() - self._began,
+            num_too_long=self._num_too_long,
+            too_long=tuple(self._too_long),
+        )
+
+    def _run_batch(self, batch: Sequence[Order]) -> None:
+        names = self._engine.names()
+
+        @cache
+        def is_stored(segment: Segment, part: Part) -> bool:
+            return self._db.has(names.key(segment, part))
+
+        lack = lacking(batch, is_stored)
+        fitting = self._fitting(lack) if lack else []
+        work = work_of(fitting, is_stored)
+        if work.wanted:
+            num_calls = self._num_calls()
+            self._engine.represent(work.wanted, keep=work.keep, names=names)
+            self._num_passes += self._num_calls() - num_calls
+        self._num_texts += len(batch)
+        self._num_stored_texts += len(batch) - len(lack)
+
+    def _fitting(self, batch: Sequence[Order]) -> list[Order]:
+        """Return those of the orders that the model can run, and list the others. Loads the model."""
+        runtime = self._engine.prove()
+        bounds = Bounds(runtime.max_positions, runtime.max_columns)
+        segments = dict.fromkeys(segment for order in batch for segment in order.segments)
+        num_tokens = {segment: len(ids) for segment, ids in self._source.tokenizer.encode(segments).items()}
+        problems = {
+            order: too_long(order, num_tokens, bounds, is_deterministic=self._engine.is_deterministic)
+            for order in batch
+        }
+        found = [problem for problem in problems.values() if problem is not None]
+        self._num_too_long += len(found)
+        self._too_long += found[: MAX_LISTED - len(self._too_long)]
+        return [order for order in batch if problems[order] is None]
+
+    def _with_progress(self, orders: Orders, *, is_shown: bool) -> Iterator[Order]:
+        """Yield the orders behind a progress bar, which appears after a second, in a terminal."""
+        total = operator.length_hint(orders) or None
+        hidden = None if is_shown else True
+        with tqdm(total=total, unit="text", desc="warming", delay=1, disable=hidden, leave=False) as bar:
+            for order in orders:
+                yield order
+                bar.set_postfix_str(f"{self.result().tokens_per_second:,.0f} tok/s", refresh=False)
+                bar.update()
+
+    def _num_calls(self) -> int:
+        return self._source.runtime.num_calls if self._source.is_loaded else 0
+
+    def _flush_at_times(self) -> None:
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._db.flush()
+            self._flushed = time.monotonic()
+
+
+@contextmanager
+def _stored_afterwards(db: Database) -> Iterator[None]:
+    """Wait in the end until everything is stored, also where the block was interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(_NOTE)
+        raise
+    finally:
+        db.flush()
