@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backprompt_db.catalog import Catalog, CutsRecord, GreedyPath, Row, Source, TokenizerRecord, Totals
+from backprompt_db.catalog import Catalog, CutsRecord, GreedyPath, Order, Row, Source, TokenizerRecord, Totals
 from backprompt_db.errors import CatalogError, PromptError
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId, namespace_id
 from backprompt_db.representation import Part
@@ -215,7 +215,7 @@ def test_sources_and_cuts_are_remembered_until_they_change(catalog: Catalog) -> 
 def test_rows_come_in_the_order_of_recording(catalog: Catalog) -> None:
     catalog.record([stored(origin_of("first")), stored(origin_of("second"))], at=1.0)
     catalog.record([stored(origin_of("third"))], at=2.0)
-    assert texts(catalog.rows(newest_first=False)) == ["first", "second", "third"]
+    assert texts(catalog.rows(order=Order.OLDEST)) == ["first", "second", "third"]
     assert texts(catalog.rows(limit=2)) == ["third", "second"]
 
 

@@ -13,13 +13,16 @@ import pytest
 from alembic import command
 from alembic.config import Config
 
-from backprompt_db.catalog import Catalog
+from backprompt_db.catalog import Catalog, Selection, TokenizerRecord
+from backprompt_db.catalog.migration import HEAD
 from backprompt_db.errors import CatalogError
 from backprompt_db.representation import Part
 
-from .catalog_parts import MODEL, OTHER_WEIGHTS, origin_of, stored
+from .catalog_parts import MODEL, OTHER_WEIGHTS, TOKENIZER, origin_of, stored
 
 MIGRATIONS = Path(__file__).parents[1] / "migrations"
+OLDER = [f"{number:04}" for number in range(1, int(HEAD))]
+"""All revisions but the newest."""
 
 
 def fill(catalog: Catalog) -> None:
@@ -29,6 +32,7 @@ def fill(catalog: Catalog) -> None:
     origins = [context, *branches, origin_of("question", *branches), tenant]
     origins.append(origin_of("other", context, weights_id=OTHER_WEIGHTS))
     catalog.save(MODEL)
+    catalog.save(TokenizerRecord(TOKENIZER, "gpt2", "GPT2Tokenizer", 50257))
     catalog.record([stored(origin, part, 10) for origin in origins for part in (Part.SCORES, Part.KV)], at=1.0)
     catalog.record([stored(origin_of("after", tenant, namespace="tenant"), Part.LOGITS, 30)], at=2.0)
     catalog.touch({origin.address: 3 for origin in origins[:2]}, at=3.0)
@@ -38,7 +42,8 @@ def fill(catalog: Catalog) -> None:
 
 def everything(catalog: Catalog) -> list[object]:
     """All that a catalog says of what is stored, and of what may go, round by round."""
-    found: list[object] = [catalog.rows(), catalog.models(), catalog.totals_by_model(), catalog.totals_by_namespace()]
+    found: list[object] = [catalog.rows(), catalog.models(), catalog.tokenizers()]
+    found += [catalog.totals_by_model(), catalog.totals_by_namespace()]
     found += [catalog.totals(namespace=name) for name in (None, "", "tenant")]
     while victims := catalog.victims(2**62, at=9.0, grace_seconds=0.0):
         found.append(victims)
@@ -58,20 +63,28 @@ def current(tmp_path: Path) -> Path:
     return tmp_path / "current.sqlite"
 
 
-@pytest.fixture
-def first(current: Path) -> Path:
-    """The same, as the first revision has it."""
-    path = Path(shutil.copy(current, current.with_name("first.sqlite")))
+def as_of(revision: str, current: Path) -> Path:
+    """Copy a catalog as an older revision would have it."""
+    path = Path(shutil.copy(current, current.with_name(f"{revision}.sqlite")))
     config = Config(MIGRATIONS / "alembic.ini")
     config.set_main_option("sqlalchemy.url", f"sqlite:///{path}".replace("%", "%%"))
-    command.downgrade(config, "0001")
+    command.downgrade(config, revision)
+    assert query(path, "SELECT version_num FROM alembic_version") == [revision]
+    return path
+
+
+@pytest.fixture
+def first(current: Path) -> Path:
+    path = as_of("0001", current)
     assert "sums" not in query(path, "SELECT name FROM sqlite_master")
     return path
 
 
-def test_an_upgraded_catalog_is_like_one_that_was_always_current(current: Path, first: Path) -> None:
-    with Catalog.open(current) as expected, Catalog.open(first) as upgraded:
+@pytest.mark.parametrize("revision", OLDER)
+def test_an_upgraded_catalog_is_like_one_that_was_always_current(current: Path, revision: str) -> None:
+    with Catalog.open(current) as expected, Catalog.open(as_of(revision, current)) as upgraded:
         rows = {row.text: row for row in upgraded.rows()}
+        assert [row.text for row in upgraded.rows(selection=Selection(text_matches="CONT"))] == ["context"]
         assert everything(upgraded) == everything(expected)
     assert (rows["context"].is_pinned, rows["context"].num_hits, rows["tenant's"].label) == (True, 3, "kept")
     assert rows["after"].namespace == "tenant"

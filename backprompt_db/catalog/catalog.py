@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Self
 
-from backprompt_db.catalog import changes, graph, journal, known, migration, queries
+from backprompt_db.catalog import changes, graph, journal, known, migration, pages, queries, search
 from backprompt_db.catalog.connection import Connections
 from backprompt_db.catalog.records import (
     CutsRecord,
@@ -14,6 +14,7 @@ from backprompt_db.catalog.records import (
     GroupTotals,
     Known,
     ModelRecord,
+    Order,
     Row,
     Selection,
     Source,
@@ -22,7 +23,7 @@ from backprompt_db.catalog.records import (
     Totals,
     Victim,
 )
-from backprompt_db.catalog.selection import conditions, conditions_but_prefix, segments_of_prefix
+from backprompt_db.catalog.selection import conditions, conditions_but_searches, searched_segments
 from backprompt_db.catalog.tables import Sums
 from backprompt_db.catalog.victims import Choice, choose_victims, removable
 from backprompt_db.errors import CatalogError
@@ -35,12 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from sqlalchemy import ColumnElement
-
     from backprompt_db.text import Segment
-
-_KEYS_PER_PAGE = 5_000
-_ROWS_PER_PAGE = 1_000
 
 
 class Catalog:
@@ -121,6 +117,7 @@ class Catalog:
         if gone := list(keys):
             with self._connections.writing() as connection:
                 changes.forget(connection, gone)
+                search.clear(connection)
                 journal.forget_evictions(connection, {address for address, _ in gone})
                 known.forget_greedy_paths(connection, {address for address, _ in gone})
 
@@ -190,34 +187,19 @@ class Catalog:
     def select(self, selection: Selection) -> Iterator[Row]:
         """Iterate over the selected representations, a page at a time, without a lock between two pages.
 
-        Memory does not grow with their number, but for the ids of segments that a text's prefix selects. They come by
-        address, or with a text's prefix by segment; those that are recorded or forgotten meanwhile may appear or not.
+        Memory does not grow with their number, but for the ids of segments when they are selected by a text's prefix or
+        are searched. They come by segment then, else by address; those that are recorded or forgotten meanwhile may
+        appear or not.
 
         Raises `PromptError` for hex digits that are none and for a model that the catalog does not know, and
         `InvalidText` for strings that have no UTF-8.
         """
         with self._connections.reading() as connection:
-            among = conditions_but_prefix(connection, selection)
-            if not selection.text_prefix:
-                return self._select(among)
-            ids = segments_of_prefix(connection, selection.text_prefix, selection.namespace)
-        return self._select_segments(ids, among)
-
-    def _select(self, among: list[ColumnElement[bool]]) -> Iterator[Row]:
-        last = Address(b"")
-        while True:
-            with self._connections.reading() as connection:
-                page = queries.page_of_rows(connection, among, after=last, num_rows=_ROWS_PER_PAGE)
-            yield from page
-            if len(page) < _ROWS_PER_PAGE:
-                return
-            last = page[-1].address
-
-    def _select_segments(self, ids: Iterable[SegmentId], among: list[ColumnElement[bool]]) -> Iterator[Row]:
-        for some in graph.chunks(sorted(ids)):
-            with self._connections.reading() as connection:
-                page = queries.rows_of_segments(connection, some, among)
-            yield from page
+            among = conditions_but_searches(connection, selection)
+            ids = searched_segments(connection, selection)
+        if ids is None:
+            return pages.rows(self._connections, among)
+        return pages.rows_of_segments(self._connections, ids, among)
 
     def ancestors(self, ids: Iterable[SegmentId]) -> set[SegmentId]:
         """Return the segments that the given ones follow, at any distance, as far as known, without the given ones."""
@@ -231,7 +213,7 @@ class Catalog:
 
     def of_segments(self, ids: Iterable[SegmentId]) -> Iterator[Row]:
         """Iterate over all representations of segments, as `select` does."""
-        return self._select_segments(set(ids), [])
+        return pages.rows_of_segments(self._connections, set(ids), [])
 
     def count(self, increments: Mapping[str, float]) -> None:
         """Add to counts that all processes share; one that is not there begins at 0."""
@@ -257,7 +239,29 @@ class Catalog:
 
     def vacuum(self) -> None:
         """Rewrite the file without free space; nothing of what was deleted remains in it."""
+        with self._connections.writing() as connection:
+            search.clear_stale(connection)
         self._connections.vacuum()
+
+    def index_texts(self) -> Iterator[int]:
+        """Make an index of all texts, or bring it up to date, some at a time; yield how many were left before each.
+
+        Searching is as right without it. Others may write in between, and nothing is lost by giving up.
+        """
+        with self._connections.writing() as connection:
+            search.create_index(connection)
+            num_left = search.num_unindexed(connection)
+        last: SegmentId | None = SegmentId(b"")
+        while last is not None:
+            yield num_left
+            with self._connections.writing() as connection:
+                last, num_indexed = search.index_some(connection, after=last)
+            num_left -= num_indexed
+
+    def has_index(self) -> bool:
+        """Whether somebody has made an index of the texts."""
+        with self._connections.reading() as connection:
+            return search.has_index(connection)
 
     def pin(self, addresses: Iterable[Address], *, is_pinned: bool = True) -> None:
         """Set whether representations are pinned; unknown addresses are ignored."""
@@ -334,15 +338,12 @@ class Catalog:
             return queries.totals_by(connection, Sums.namespace)
 
     def rows(
-        self, *, limit: int | None = None, newest_first: bool = True, selection: Selection | None = None
+        self, *, limit: int | None = None, order: Order = Order.NEWEST, selection: Selection | None = None
     ) -> list[Row]:
-        """Return representations in the order in which they were recorded, the last one first unless told otherwise.
-
-        `selection` restricts them; it raises what `select` raises.
-        """
+        """Return the first representations in an order; `selection` restricts them and raises what `select` raises."""
         with self._connections.reading() as connection:
             among = conditions(connection, selection or Selection())
-            return queries.rows(connection, limit=limit, newest_first=newest_first, among=among)
+            return queries.rows(connection, limit=limit, order=order, among=among)
 
     def find(self, prefix: str) -> list[Row]:
         """Return the newest 50 representations whose address or segment id begins with the hex digits `prefix`.
@@ -388,11 +389,7 @@ class Catalog:
 
         No lock is held between two of them: parts that are recorded or forgotten meanwhile may appear or not.
         """
-        page = [(Address(b""), list[Part]())]
-        while page:
-            with self._connections.reading() as connection:
-                page = queries.page_of_keys(connection, after=page[-1][0], num_rows=_KEYS_PER_PAGE)
-            yield from ((address, part) for address, parts in page for part in parts)
+        return pages.keys(self._connections)
 
 
 class _Undone(Exception):

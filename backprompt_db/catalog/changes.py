@@ -10,7 +10,7 @@ from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam,
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.tables import NBYTES, Base, Model, Parent, Representation, Segment, Tokenizer
+from backprompt_db.catalog.tables import NBYTES, USED_AT, Base, Model, Parent, Representation, Segment, Tokenizer
 from backprompt_db.failpoints import reach
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.representation import Part
@@ -79,9 +79,6 @@ def _touch_parents(connection: Connection, origins: Iterable[Origin], *, at: flo
         connection.execute(_TOUCH_PARENT, [{**row, "at": at} for row in rows])
 
 
-_USED_AT = func.coalesce(Representation.last_used_at, Representation.created_at)
-"""A clock that was set back must not make what is new look old."""
-
 _TOUCH_PARENT = (
     update(Representation)
     .where(
@@ -89,8 +86,9 @@ _TOUCH_PARENT = (
         Representation.weights_id == bindparam("weights"),
         Representation.tokenizer_id == bindparam("tokenizer"),
     )
-    .values(last_used_at=func.max(_USED_AT, bindparam("at")))
+    .values(last_used_at=func.max(USED_AT, bindparam("at")))
 )
+"""Where it was used later, that stays: a clock that was set back must not make what is new look old."""
 
 
 def _model(weights_id: WeightsId) -> dict[str, object]:
@@ -151,7 +149,7 @@ def replace(connection: Connection, table: type[Base], values: Mapping[str, obje
 def touch(connection: Connection, hits: Mapping[Address, int], *, at: float) -> None:
     """Add to the number of hits of representations, and set when they were last used unless they were used later."""
     _make_room(connection, len(hits))
-    used = func.max(_USED_AT, at)
+    used = func.max(USED_AT, at)
     statement = _one().values(num_hits=Representation.num_hits + bindparam("more"), last_used_at=used)
     connection.execute(statement, [{"which": address, "more": more} for address, more in sorted(hits.items())])
 

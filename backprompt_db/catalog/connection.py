@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from backprompt_db.catalog.folding import folded
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class Connections:
         connection = sqlite3.connect(
             uri, uri=True, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
+        connection.create_function("folded", 1, folded, deterministic=True)
         try:
             for pragma in () if self._readonly else _PRAGMAS:
                 connection.execute(pragma)

@@ -22,8 +22,18 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute
 
 from backprompt_db.catalog import graph
-from backprompt_db.catalog.records import GroupTotals, Row, Totals
-from backprompt_db.catalog.tables import NBYTES, Model, Namespace, Parent, Representation, Segment, Sums
+from backprompt_db.catalog.records import GroupTotals, Order, Row, Totals
+from backprompt_db.catalog.tables import (
+    ALL_NBYTES,
+    NBYTES,
+    USED_AT,
+    Model,
+    Namespace,
+    Parent,
+    Representation,
+    Segment,
+    Sums,
+)
 from backprompt_db.errors import PromptError
 from backprompt_db.keys import ID_NBYTES, Address, SegmentId, TokenizerId, WeightsId
 
@@ -46,6 +56,7 @@ _NUM_TIMED = 1_000
 
 # Rows of one transaction have the same time; their row ids keep the order in which they were recorded.
 _AGE: tuple[SQLColumnExpression[float], ...] = (Representation.created_at, literal_column("representations.rowid"))
+_NEWEST = [column.desc() for column in _AGE]
 
 
 def totals(connection: Connection, *, namespace: str | None = None) -> Totals:
@@ -81,11 +92,20 @@ _TOTALS = select(
 
 
 def rows(
-    connection: Connection, *, limit: int | None, newest_first: bool, among: Iterable[ColumnElement[bool]] = ()
+    connection: Connection, *, limit: int | None, order: Order, among: Iterable[ColumnElement[bool]] = ()
 ) -> list[Row]:
-    """Return representations in the order in which they were recorded, or the reverse."""
-    order = [column.desc() if newest_first else column.asc() for column in _AGE]
-    return _rows(connection, _ROWS.where(*among).order_by(*order).limit(limit))
+    """Return the first representations in an order of which all is true."""
+    first = [column.asc() for column in _AGE] if order is Order.OLDEST else [*_LARGEST[order], *_NEWEST]
+    return _rows(connection, _ROWS.where(*among).order_by(*first).limit(limit))
+
+
+_LARGEST: dict[Order, list[ColumnElement[float]]] = {
+    Order.NEWEST: [],
+    Order.SIZE: [ALL_NBYTES.desc()],
+    Order.HITS: [Representation.num_hits.desc()],
+    Order.USED: [USED_AT.desc()],
+    Order.SECONDS: [Representation.compute_seconds.desc()],
+}
 
 
 def page_of_rows(
@@ -106,8 +126,7 @@ def rows_of_segments(
 def find(connection: Connection, low: bytes, high: bytes) -> list[Row]:
     """Return the newest representations whose address or segment id lies in `[low, high]`."""
     lies_between = or_(Representation.address.between(low, high), Representation.segment_id.between(low, high))
-    newest = [column.desc() for column in _AGE]
-    return _rows(connection, _ROWS.where(lies_between).order_by(*newest).limit(MAX_FOUND))
+    return _rows(connection, _ROWS.where(lies_between).order_by(*_NEWEST).limit(MAX_FOUND))
 
 
 def id_range(prefix: str) -> tuple[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -128,6 +129,8 @@ class Selection:
     """
     text_contains: str | None = None
     """What the text of the segment itself contains, in this very case; not what only several joined contain."""
+    text_matches: str | None = None
+    """What the text of the segment itself contains, whatever the case of its letters."""
     label: str | None = None
     model: str | None = None
     """A model's name, or the first hex digits of a weights id, at least 8."""
@@ -136,14 +139,35 @@ class Selection:
     used_before: float | None = None
     """Last used, or made if it never was, before this time."""
     used_after: float | None = None
+    larger_than: int | None = None
+    """Stored bytes of all parts together are more than this."""
+    smaller_than: int | None = None
+    """Stored bytes of all parts together are fewer than this."""
     address_prefix: str | None = None
     """The first hex digits of an address."""
 
     @property
     def is_everything(self) -> bool:
         """Whether nothing is given, or nothing but empty strings, with which every text begins."""
-        given = replace(self, text_prefix=self.text_prefix or None, text_contains=self.text_contains or None)
-        return given == Selection()
+        texts = {name: getattr(self, name) or None for name in ("text_prefix", "text_contains", "text_matches")}
+        return replace(self, **texts) == Selection()
+
+
+class Order(enum.Enum):
+    """What comes first among representations; of those that are equal, the newest."""
+
+    NEWEST = "newest"
+    """What was recorded last."""
+    OLDEST = "oldest"
+    """What was recorded first."""
+    SIZE = "size"
+    """The most stored bytes."""
+    HITS = "hits"
+    """The most uses."""
+    USED = "used"
+    """What was used last, or made if it never was."""
+    SECONDS = "seconds"
+    """The most seconds of computation."""
 
 
 class Victim(NamedTuple):

@@ -26,7 +26,8 @@ from sqlalchemy.orm import aliased
 
 from backprompt_db.catalog.graph import children, chunks, descendants
 from backprompt_db.catalog.queries import id_range
-from backprompt_db.catalog.tables import Model, Namespace, Parent, Representation, Segment
+from backprompt_db.catalog.search import segments_with
+from backprompt_db.catalog.tables import ALL_NBYTES, USED_AT, Model, Namespace, Parent, Representation, Segment
 from backprompt_db.errors import PromptError
 from backprompt_db.keys import SegmentId, namespace_id, utf8
 
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 _MIN_WEIGHTS_DIGITS = 8
 
-USED_AT: ColumnElement[float] = func.coalesce(Representation.last_used_at, Representation.created_at)
-"""When a representation was last used, or made if it never was."""
-
 
 def conditions(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
     """Return what is true of the selected representations and of no others, for use in the same transaction.
@@ -45,9 +43,8 @@ def conditions(connection: Connection, selection: Selection) -> list[ColumnEleme
     Raises `PromptError` for hex digits that are none and for a model that the catalog does not know, and `InvalidText`
     for strings that have no UTF-8.
     """
-    found = conditions_but_prefix(connection, selection)
-    if selection.text_prefix:
-        ids = segments_of_prefix(connection, selection.text_prefix, selection.namespace)
+    found = conditions_but_searches(connection, selection)
+    if (ids := searched_segments(connection, selection)) is not None:
         found.append(Representation.segment_id.in_(_reach(connection, ids)))
     return found
 
@@ -63,8 +60,18 @@ def _reach(connection: Connection, ids: Iterable[SegmentId]) -> Select[bytes]:
 _REACHED = table("reached", column("id", LargeBinary()))
 
 
-def conditions_but_prefix(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
-    """Return what is true of the selected representations but for the text's prefix, for use in any transaction.
+def searched_segments(connection: Connection, selection: Selection) -> set[SegmentId] | None:
+    """Return the segments that are meant as far as a text's prefix or a search says; `None` where neither is given."""
+    found = list[set[SegmentId]]()
+    if selection.text_prefix:
+        found.append(segments_of_prefix(connection, selection.text_prefix, selection.namespace))
+    if selection.text_matches:
+        found.append(segments_with(connection, selection.text_matches))
+    return set.intersection(*found) if found else None
+
+
+def conditions_but_searches(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
+    """Return what is true of the selected representations but for `searched_segments`, for use in any transaction.
 
     Raises the same errors as `conditions`.
     """
@@ -81,6 +88,10 @@ def conditions_but_prefix(connection: Connection, selection: Selection) -> list[
         found.append(selection.used_before > USED_AT)
     if selection.used_after is not None:
         found.append(selection.used_after < USED_AT)
+    if selection.larger_than is not None:
+        found.append(selection.larger_than < ALL_NBYTES)
+    if selection.smaller_than is not None:
+        found.append(selection.smaller_than > ALL_NBYTES)
     if selection.address_prefix is not None:
         found.append(Representation.address.between(*id_range(selection.address_prefix)))
     return found

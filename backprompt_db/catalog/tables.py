@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sqlalchemy import JSON, CheckConstraint, Float, ForeignKey, LargeBinary, MetaData, text
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    ColumnElement,
+    Float,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    func,
+    literal_column,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
@@ -206,3 +218,11 @@ NBYTES = {
     Part.KV: Representation.kv_nbytes,
 }
 """The column that holds the size of each part."""
+
+ALL_NBYTES: ColumnElement[int] = sum(
+    (func.coalesce(column, 0) for column in NBYTES.values()), start=literal_column("0", Integer)
+)
+"""Stored bytes of all parts of a representation."""
+
+USED_AT: ColumnElement[float] = func.coalesce(Representation.last_used_at, Representation.created_at)
+"""When a representation was last used, or made if it never was."""

@@ -12,8 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Integer, and_, case, false, fu
 
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import Victim
-from backprompt_db.catalog.selection import USED_AT
-from backprompt_db.catalog.tables import NBYTES, Representation
+from backprompt_db.catalog.tables import NBYTES, USED_AT, Representation
 from backprompt_db.representation import Part
 
 if TYPE_CHECKING:

@@ -1,0 +1,114 @@
+"""Which texts contain a string, whatever the case of its letters: plain functions on an open transaction.
+
+Every text is looked at (a tenth of a second for 20 MB) unless it is in the index. The index takes as long to make as
+some forty such searches and as much room as half of the texts, so it is made only when somebody asks for it. Nothing
+but that adds to it, so that recording costs nothing; what is not in it yet is looked at.
+
+It is an FTS5 table of trigrams, without their places and without the texts: it names candidates, which are looked at
+too. Its entries stay true for ever, because a segment's id is the digest of its text. FTS5 hides what is deleted but
+keeps it for a while; so what must not be kept is removed with all the rest, and the index is made anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from sqlalchemy import Connection, exc
+
+from backprompt_db.catalog.folding import folded
+from backprompt_db.errors import CatalogError
+from backprompt_db.keys import SegmentId, utf8
+
+_NUM_CHARACTERS = 3
+_MAX_TRIGRAMS = 32
+_TEXTS_PER_BATCH = 500
+
+_CREATE = (
+    "CREATE TABLE searchable (number INTEGER PRIMARY KEY, segment_id BLOB NOT NULL UNIQUE)",
+    "CREATE VIRTUAL TABLE search USING fts5"
+    "(trigrams, content = '', columnsize = 0, detail = none, tokenize = 'trigram case_sensitive 1')",
+)
+_CLEAR = ("INSERT INTO search(search) VALUES ('delete-all')", "DELETE FROM searchable")
+_HAS_INDEX = "SELECT count(*) FROM sqlite_master WHERE name = 'search'"
+_IS_STALE = "SELECT EXISTS (SELECT 1 FROM searchable WHERE segment_id NOT IN (SELECT id FROM segments))"
+
+_UNINDEXED = "FROM segments LEFT JOIN searchable ON segment_id = id WHERE segment_id IS NULL"
+_NUM_UNINDEXED = f"SELECT count(*) {_UNINDEXED}"
+_PAGE = f"SELECT id, folded(text) {_UNINDEXED} AND id > ? ORDER BY id LIMIT ?"
+
+_IN_ANY = "SELECT id FROM segments WHERE instr(folded(text), ?)"
+# A CASE, because SQLite would look at the text first.
+_IN_UNINDEXED = (
+    "SELECT id FROM segments LEFT JOIN searchable ON segment_id = id"
+    " WHERE CASE WHEN segment_id IS NULL THEN instr(folded(text), ?) END"
+)
+_IN_INDEXED = (
+    "SELECT id FROM search JOIN searchable ON number = search.rowid JOIN segments ON id = segment_id"
+    " WHERE search MATCH ? AND instr(folded(text), ?)"
+)
+
+
+def segments_with(connection: Connection, string: str) -> set[SegmentId]:
+    """Return the segments whose own text contains `string` in any case; raises `InvalidText` where it has no UTF-8."""
+    utf8(string)
+    wanted = folded(string)
+    if len(wanted) < _NUM_CHARACTERS or not has_index(connection):
+        return _ids(connection, _IN_ANY, wanted)
+    in_index = _ids(connection, _IN_INDEXED, _trigrams(wanted), wanted)
+    return in_index | _ids(connection, _IN_UNINDEXED, wanted)
+
+
+def _ids(connection: Connection, statement: str, *values: str) -> set[SegmentId]:
+    return set(connection.exec_driver_sql(statement, values).scalars())
+
+
+def _trigrams(wanted: str) -> str:
+    """Return what FTS5 finds candidates by: some strings of three characters, all of which they have."""
+    places = range(len(wanted) - _NUM_CHARACTERS + 1)
+    trigrams = dict.fromkeys(wanted[place : place + _NUM_CHARACTERS].replace('"', '""') for place in places)
+    return " AND ".join(f'"{trigram}"' for trigram in itertools.islice(trigrams, _MAX_TRIGRAMS))
+
+
+def has_index(connection: Connection) -> bool:
+    """Whether somebody has asked for an index."""
+    return bool(connection.exec_driver_sql(_HAS_INDEX).scalar_one())
+
+
+def num_unindexed(connection: Connection) -> int:
+    """Return how many texts are not in the index, which must be there."""
+    return int(connection.exec_driver_sql(_NUM_UNINDEXED).scalar_one())
+
+
+def create_index(connection: Connection) -> None:
+    """Make an empty index unless there is one. Raises `CatalogError` where this SQLite knows no such thing."""
+    if has_index(connection):
+        return
+    try:
+        for statement in _CREATE:
+            connection.exec_driver_sql(statement)
+    except exc.OperationalError as error:
+        raise CatalogError(
+            f"this SQLite can make no index of texts: {error.orig}", hint="Search without one; every text is looked at."
+        ) from error
+
+
+def index_some(connection: Connection, *, after: SegmentId) -> tuple[SegmentId | None, int]:
+    """Add the next texts to the index, by segment id; return the last one's, `None` without any, and their number."""
+    page = connection.exec_driver_sql(_PAGE, (after, _TEXTS_PER_BATCH)).all()
+    for segment_id, text in page:
+        number = connection.exec_driver_sql("INSERT INTO searchable (segment_id) VALUES (?)", (segment_id,)).lastrowid
+        connection.exec_driver_sql("INSERT INTO search (rowid, trigrams) VALUES (?, ?)", (number, text))
+    return (page[-1].id if page else None), len(page)
+
+
+def clear(connection: Connection) -> None:
+    """Empty the index, if there is one, of what it holds of all texts."""
+    if has_index(connection):
+        for statement in _CLEAR:
+            connection.exec_driver_sql(statement)
+
+
+def clear_stale(connection: Connection) -> None:
+    """Empty the index if it holds anything of texts that are gone."""
+    if has_index(connection) and connection.exec_driver_sql(_IS_STALE).scalar_one():
+        clear(connection)
