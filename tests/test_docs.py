@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import markdown
 import pytest
 
 import backprompt_db as bp
+from backprompt_db import errors
 from backprompt_db.demo.smollm2 import smollm2_directory
 
 from .conftest import tiny_gpt2
@@ -49,6 +52,7 @@ def reader(
         (tmp_path / SMOLLM2).parent.mkdir()
         (tmp_path / SMOLLM2).symlink_to(smollm2_directory())
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("BACKPROMPT_DB", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     reader = Reader(tmp_path, name=page)
@@ -65,8 +69,8 @@ def test_the_blocks_of_a_page_run_in_order(page: str, reader: Reader) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_says_what_it_is(page: str) -> None:
     assert {block.language for block in blocks(text_of(page))} <= CODE | DATA
-    html = markdown.markdown(text_of(page), extensions=["fenced_code", "tables", "admonition", "attr_list"])
-    assert "<pre><code>" not in html, "an indented block is not looked at: put a fence around it"
+    rendered = markdown.markdown(text_of(page), extensions=["pymdownx.superfences", "tables", "admonition"])
+    assert "<pre><code>" not in rendered, "an indented block is not looked at: put a fence around it"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -121,3 +125,39 @@ def test_the_reference_has_every_option_of_every_command(site: Path) -> None:
     for name, section in sections.items():
         options = {option for each in commands[name].params for option in each.opts if option.startswith("--")}
         assert {option for option in options if f"<code>{option}" not in section} == set()
+
+
+@pytest.fixture(scope="session")
+def messages() -> Any:
+    """The module that reads all error messages from the code."""
+    spec = importlib.util.spec_from_file_location("messages", DOCS / "hooks" / "messages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fixed(text: str) -> str:
+    """The words of a message that are the same in every case."""
+    return re.sub(r"(%\w|\{[^{}]*\}|…|\s)+", "…", text)
+
+
+def test_troubleshooting_has_every_class_of_errors_and_every_message(site: Path, messages: Any) -> None:
+    page = (site / "troubleshooting.html").read_text(encoding="utf-8")
+    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert classes <= set(re.findall(r'<h3 id="\w+">(\w+)<', page))
+    shown = fixed(html.unescape(re.sub(r"</?\w+[^>]*>", "", page)))
+    found = messages.messages()
+    assert len(found) > 150
+    assert [each for each in found if fixed(each.message.replace("`", "")) not in shown] == []
+
+
+def test_troubleshooting_quotes_only_messages_that_exist(messages: Any) -> None:
+    rows = re.findall(r"^\| (`.*?`|log: `.*?`) \|", text_of("troubleshooting.md"), flags=re.MULTILINE)
+    quoted = [message for row in rows for message in re.findall(r"`(.+?)`", row)]
+    assert len(quoted) > 50
+    package = Path(bp.__file__).parent
+    source = "\n".join(path.read_text(encoding="utf-8") for path in sorted(package.rglob("*.py")))
+    known = fixed("\n".join(each.message for each in messages.messages()) + source)
+    assert [message for message in quoted if fixed(message).strip("…") not in known] == []
