@@ -14,11 +14,9 @@ import torch
 from backprompt_db.compute import plan
 from backprompt_db.compute.caches import CachedTokens, cached_tokens
 from backprompt_db.compute.crosscheck import Computed, Tokens, can_sample, computed_in_part
-from backprompt_db.compute.deviation import Deviation, of_keys_and_values, of_logits
+from backprompt_db.compute.deviation import Deviation, deviations
 from backprompt_db.compute.recomputer import Recomputer
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
-from backprompt_db.fidelity import Fidelity
-from backprompt_db.maintenance.comparison import tolerance
 from backprompt_db.representation import Array, Arrays, Part
 from backprompt_db.text import Segment, Text
 
@@ -169,13 +167,14 @@ def _check(
         found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(Part)))
         steps, num_checked = _recomputed(tokens, found), len(tokens)
     parts = {segment: {part: found[segment, part] for part in _OTHERS} for segment in tokens.segments if found}
-    limit, worst = tolerance(runtime.kv_dtype, Fidelity.EXACT), Deviation()
+    max_error = 0.0
     for computed in steps:
-        worst = max(worst, of_keys_and_values(computed, given), of_logits(computed, logits))
-        if not worst.size <= limit:
-            raise _mismatch(source, tokens, worst, limit)
+        for off in deviations(computed, given, logits, dtype=runtime.kv_dtype):
+            if not off.is_rounding:
+                raise _mismatch(source, tokens, off)
+            max_error = max(max_error, off.size)
         parts = {**_last_logits(tokens, computed), **parts}
-    return _Finding(worst.size, num_checked, parts)
+    return _Finding(max_error, num_checked, parts)
 
 
 def _recomputed(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Computed]:
@@ -241,11 +240,10 @@ def _divided(tokens: Tokens, given: CachedTokens) -> Iterator[tuple[Segment, Arr
         )
 
 
-def _mismatch(source: ModelSource, tokens: Tokens, worst: Deviation, limit: float) -> ModelMismatch:
-    token = source.tokenizer.tokenizer.decode([int(tokens.input_ids[worst.token])])
+def _mismatch(source: ModelSource, tokens: Tokens, off: Deviation) -> ModelMismatch:
+    token = source.tokenizer.tokenizer.decode([int(tokens.input_ids[off.token])])
     return ModelMismatch(
-        f"this is not what {source.name} makes of the text: at token {worst.token}, {token!r}, {worst.what} is off by "
-        f"{worst.size:.2g}, where rounding stays below {limit:g}",
-        hint="Was it computed from another text, other tokens, positions or mask, or in another dtype? "
-        "Nothing was stored.",
+        f"this is not what {source.name} makes of the text: at token {off.token}, {token!r}, {off.what} is off by "
+        f"{off.size:.2g}, where rounding stays below {off.limit:g}",
+        hint="Another text, other tokens, positions or mask, or another dtype give such a cache. Nothing was stored.",
     )
