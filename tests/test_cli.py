@@ -28,8 +28,8 @@ from .database_copies import copies_after
 from .database_parts import address, new_part
 
 COMMANDS = [
-    "demo", "init", "config", "path", "stats", "ls", "show", "explain", "graph", "verify", "reindex", "doctor", "export",
-    "import", "merge", "pin", "label", "evict", "compact", "purge",
+    "demo", "init", "config", "path", "stats", "ls", "show", "explain", "tree", "graph", "verify", "reindex",
+    "doctor", "export", "import", "merge", "pin", "label", "evict", "compact", "purge",
 ]  # fmt: skip
 
 ROW_FIELDS = [

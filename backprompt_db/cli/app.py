@@ -24,6 +24,7 @@ from backprompt_db.cli.output import visible
 from backprompt_db.cli.repair import reindex
 from backprompt_db.cli.show import show
 from backprompt_db.cli.stats import stats
+from backprompt_db.cli.tree import tree
 from backprompt_db.cli.verify import verify
 from backprompt_db.errors import BackpromptError
 
@@ -64,6 +65,7 @@ app.command("stats")(stats)
 app.command("ls")(ls)
 app.command("show")(show)
 app.command("explain", cls=PiecesCommand)(explain)
+app.command("tree", cls=PiecesCommand)(tree)
 app.command("graph")(graph)
 app.command("verify")(verify)
 app.command("reindex")(reindex)

@@ -104,7 +104,7 @@ def _lines(pruned: PrunedForest) -> Iterator[_Line]:
 def _entries(
     branches: Sequence[Branch], hidden: Hidden, *, below: str, begin: float, are_roots: bool = False
 ) -> list[_Line]:
-    contents = [*branches, *([hidden] if hidden.num_nodes else [])]
+    contents: list[Branch | Hidden] = [*branches, *([hidden] if hidden.num_nodes else [])]
     is_flat = are_roots or len(contents) == 1
     lines = []
     for number, content in enumerate(contents, start=1):

@@ -18,6 +18,7 @@ from backprompt_db.pictures.picture import MIN_ROWS
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from backprompt_db.catalog import Selection
     from backprompt_db.pictures.picture import Picture
 
 _NUM_ROWS = 40
@@ -77,7 +78,7 @@ def tree(
     if pieces:
         answer = _prompt(directory, pieces, model=model, namespace=namespace or "", limit=limit)
     else:
-        selection = {"namespace": namespace, "model": model, "label": label}
+        selection = selected(namespace=namespace, model=model, label=label)
         answer = _database(directory, selection, by=by or By.TOKENS, depth=depth, limit=limit)
     if svg is not None:
         _save(answer.picture, svg, max_rows=limit)
@@ -97,14 +98,14 @@ def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace:
     return _Answer(terminal_view(picture, max_rows=limit), picture, picture)
 
 
-def _database(directory: Path, selection: dict[str, str | None], *, by: By, depth: int | None, limit: int) -> _Answer:
+def _database(directory: Path, selection: Selection, *, by: By, depth: int | None, limit: int) -> _Answer:
     from backprompt_db.cli.forest_views import forest_fields, forest_picture, forest_table
     from backprompt_db.maintenance.existing import open_catalog
     from backprompt_db.maintenance.forest import Measure, forest
     from backprompt_db.maintenance.pruning import prune
 
     with open_catalog(directory) as catalog:
-        trees, measure = forest(catalog, selection=selected(**selection)), Measure(by.value)
+        trees, measure = forest(catalog, selection=selection), Measure(by.value)
     pruned = prune(trees, trees.weights(measure), limit=limit, max_depth=depth)
     shown = trees, pruned, measure
     return _Answer(forest_table(*shown), forest_fields(*shown), forest_picture(*shown))

@@ -3,7 +3,7 @@
 import { button, element } from "./elements.js";
 import { highlight } from "./search.js";
 import { MEASURES } from "./segments.js";
-import { remarkOn, textOf } from "./tokens.js";
+import { idsOf, remarkOn, textOf } from "./tokens.js";
 import { counted, line, number } from "./words.js";
 
 const NUM_LINKS = 50;
@@ -16,6 +16,7 @@ export function fill(panel, node, { segments, tree, measure, query, go, close })
   panel.replaceChildren(
     element("h2", {}, `Segment ${number(node + 1)}`, button("×", close, { "aria-label": "Close", id: "close" })),
     text,
+    ...(tokens && !tokens.pieces ? [idsOf(tokens)] : []),
     ...notes(node, segments, tokens),
     element("h3", {}, "Facts"),
     facts([...segments.facts(node), ["with all below", `${counted(tree.below[node], "segment")}, ${MEASURES[measure].words(tree.total[node])}`]]),

@@ -6,18 +6,27 @@ import { counted, number } from "./words.js";
 const DARKEST = 8; // nats: less than one in 2980
 const STRONGEST = 0.75;
 
-/** The text of a segment, token by token where its log-probabilities are known. */
+/** The text of a segment, token by token where these are known, then what is left of it. */
 export function textOf(text, tokens) {
   const block = element("div", { class: "text", id: "text", tabindex: "0", dir: "auto" });
-  if (!tokens) {
+  if (!tokens?.pieces) {
     block.append(text);
     return block;
   }
-  const { pieces, ids, logprobs } = tokens;
-  block.append(...pieces.map((piece, place) => tokenOf(piece, ids[place], logprobs[place])));
-  const shown = pieces.join("");
+  block.append(...spansOf(tokens, tokens.pieces));
+  const shown = tokens.pieces.join("");
   if (text.startsWith(shown)) block.append(text.slice(shown.length));
   return block;
+}
+
+/** The tokens of which only ids are known. */
+export function idsOf(tokens) {
+  const spans = spansOf(tokens, tokens.ids.map(String));
+  return element("div", { class: "text", id: "ids" }, ...spans.flatMap((span) => [span, " "]));
+}
+
+function spansOf({ ids, logprobs }, shown) {
+  return shown.map((words, place) => tokenOf(words, ids[place], logprobs[place]));
 }
 
 function tokenOf(piece, id, logprob) {
@@ -33,9 +42,9 @@ function titleOf(piece, id, logprob) {
 }
 
 /** What is to be said below it. */
-export function remarkOn({ pieces, logprobs }) {
+export function remarkOn({ ids, logprobs }) {
   const known = logprobs.filter((logprob) => logprob !== null);
-  if (!known.length) return `${counted(pieces.length, "token")}, which nothing predicts`;
+  if (!known.length) return `${counted(ids.length, "token")}, which nothing predicts`;
   const mean = known.reduce((sum, logprob) => sum + logprob, 0) / known.length;
   return `The darker a token, the less it was expected. Mean log-probability ${mean.toFixed(2)}, perplexity ${number(Math.exp(-mean))}.`;
 }
