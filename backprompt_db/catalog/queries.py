@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
@@ -99,7 +99,7 @@ def rows(
     return _rows(connection, _ROWS.where(*among).order_by(*first).limit(limit))
 
 
-_LARGEST: dict[Order, list[ColumnElement[float]]] = {
+_LARGEST: dict[Order, list[ColumnElement[Any]]] = {
     Order.NEWEST: [],
     Order.SIZE: [ALL_NBYTES.desc()],
     Order.HITS: [Representation.num_hits.desc()],

@@ -21,7 +21,7 @@ from backprompt_db.keys import SegmentId, utf8
 
 _NUM_CHARACTERS = 3
 _MAX_TRIGRAMS = 32
-_TEXTS_PER_BATCH = 500
+TEXTS_PER_BATCH = 500
 
 _CREATE = (
     "CREATE TABLE searchable (number INTEGER PRIMARY KEY, segment_id BLOB NOT NULL UNIQUE)",
@@ -94,7 +94,7 @@ def create_index(connection: Connection) -> None:
 
 def index_some(connection: Connection, *, after: SegmentId) -> tuple[SegmentId | None, int]:
     """Add the next texts to the index, by segment id; return the last one's, `None` without any, and their number."""
-    page = connection.exec_driver_sql(_PAGE, (after, _TEXTS_PER_BATCH)).all()
+    page = connection.exec_driver_sql(_PAGE, (after, TEXTS_PER_BATCH)).all()
     for segment_id, text in page:
         number = connection.exec_driver_sql("INSERT INTO searchable (segment_id) VALUES (?)", (segment_id,)).lastrowid
         connection.exec_driver_sql("INSERT INTO search (rowid, trigrams) VALUES (?, ?)", (number, text))

@@ -1,8 +1,9 @@
-"""`ls`: the newest representations, or the models."""
+"""`ls`: representations, the newest first unless told otherwise, or the models."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import itertools
 import time
 from pathlib import Path
@@ -10,55 +11,128 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backprompt_db.cli.excerpt import excerpt, places
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, age, emit, emit_json, grid, literal, shortened, size
-from backprompt_db.cli.selecting import LabelOption, ModelOption, NamespaceOption
+from backprompt_db.cli.output import JsonOption, age, emit, emit_json, grid, literal, plain, shortened, size
+from backprompt_db.cli.progress import bar
+from backprompt_db.cli.selecting import (
+    GrepOption,
+    LabelOption,
+    LargerThanOption,
+    ModelOption,
+    NamespaceOption,
+    OlderThanOption,
+    SmallerThanOption,
+    UsedWithinOption,
+    selected,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from backprompt_db.catalog import ModelRecord, Row
+    from backprompt_db.catalog import Catalog, ModelRecord, Row, Selection
     from backprompt_db.maintenance.sums import GroupSums
 
 _NUM_ADDRESS_DIGITS = 12
 _NUM_TEXT_CHARACTERS = 200
+_LONG_SEARCH_SECONDS = 2.0
+
+
+class Sort(enum.StrEnum):
+    """What comes first: orders of the catalog, which is not imported before it is needed."""
+
+    NEWEST = "newest"
+    SIZE = "size"
+    HITS = "hits"
+    USED = "used"
+    SECONDS = "seconds"
+
+
+_SortOption = Annotated[
+    Sort, typer.Option("--sort", help="What comes first: the newest, largest, most used, last used, or most computed.")
+]
+_IndexOption = Annotated[
+    bool, typer.Option("--index", help="First make an index of all texts, which makes --grep fast in large databases.")
+]
 
 
 def ls(
     *,
     db: DbOption = None,
     limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many representations.")] = 20,
+    grep: GrepOption = None,
     namespace: NamespaceOption = None,
     label: LabelOption = None,
     model: ModelOption = None,
+    used_within: UsedWithinOption = None,
+    older_than: OlderThanOption = None,
+    larger_than: LargerThanOption = None,
+    smaller_than: SmallerThanOption = None,
+    sort: _SortOption = Sort.NEWEST,
+    index: _IndexOption = False,
     models: Annotated[bool, typer.Option("--models", help="List the models instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List the newest representations: address, model, tokens, size, age, last use, hits, text.
 
-    `show` takes the beginning of an address. With --models, list every model with what checking it has shown.
+    With --grep, only those whose text contains something, and where. All that is given must be true. `show` takes the
+    beginning of an address. With --models, list every model with what checking it has shown.
     """
     directory = directory_of(db)
     if models:
         _list_models(directory, as_json=as_json)
         return
-    rows = _rows(directory, limit=limit, namespace=namespace, label=label, model=model)
+    if index:
+        _make_index(directory)
+    selection = selected(
+        text_matches=grep,
+        namespace=namespace,
+        label=label,
+        model=model,
+        used_within=used_within,
+        older_than=older_than,
+        larger_than=larger_than,
+        smaller_than=smaller_than,
+    )
+    rows = _rows(directory, selection, limit=limit, sort=sort)
     if as_json:
-        emit_json(rows)
+        emit_json([plain(row) | {"matches": places(row.text, grep)} for row in rows] if grep else rows)
     else:
-        emit(_table(rows) if rows else "The catalog lists no representations.")
+        emit(_table(rows, grep) if rows else "The catalog lists no representations.")
 
 
-def _rows(directory: Path, *, limit: int, namespace: str | None, label: str | None, model: str | None) -> list[Row]:
-    from backprompt_db.catalog import Selection
+def _make_index(directory: Path) -> None:
+    from backprompt_db.catalog.search import TEXTS_PER_BATCH
+    from backprompt_db.maintenance.text_index import update_index
+
+    steps = update_index(directory)
+    for _ in bar(steps, "Indexing texts", total=next(steps) / TEXTS_PER_BATCH):
+        pass
+
+
+def _rows(directory: Path, selection: Selection, *, limit: int, sort: Sort) -> list[Row]:
+    from backprompt_db.catalog import Order
     from backprompt_db.maintenance.existing import open_catalog
 
     with open_catalog(directory) as catalog:
-        return catalog.rows(limit=limit, selection=Selection(namespace=namespace, label=label, model=model))
+        if selection.text_matches:
+            _keep_up_index(directory, catalog)
+        before = time.monotonic()
+        rows = catalog.rows(limit=limit, selection=selection, order=Order(sort.value))
+        if selection.text_matches and time.monotonic() - before > _LONG_SEARCH_SECONDS and not catalog.has_index():
+            typer.echo("hint: --index makes an index of the texts, which later searches use.", err=True)
+    return rows
 
 
-def _table(rows: list[Row]) -> Table:
+def _keep_up_index(directory: Path, catalog: Catalog) -> None:
+    from backprompt_db.maintenance.text_index import keep_up_index
+
+    if catalog.has_index():
+        keep_up_index(directory)
+
+
+def _table(rows: list[Row], grep: str | None) -> Table:
     from rich.table import Table
 
     table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
@@ -70,20 +144,23 @@ def _table(rows: list[Row]) -> Table:
     for row in rows:
         table.add_row(
             row.address.hex()[:_NUM_ADDRESS_DIGITS],
-            _cell((row.model_name or "?").rstrip("/").rpartition("/")[2]),
+            _one_line(literal((row.model_name or "?").rstrip("/").rpartition("/")[2])),
             f"{row.num_tokens:,}",
             size(sum(row.nbytes.values())),
             age(row.created_at, now=now),
             age(row.last_used_at, now=now),
             f"{row.num_hits:,}",
-            _cell(shortened(row.text, num_characters=_NUM_TEXT_CHARACTERS)),
+            _one_line(excerpt(row.text, grep) if grep else literal(_beginning(row.text))),
         )
     return table
 
 
-def _cell(string: str) -> Text:
-    """Return one line of text. Not the column is unwrappable but the text, so that the column can shrink."""
-    text = literal(string)
+def _beginning(text: str) -> str:
+    return shortened(text, num_characters=_NUM_TEXT_CHARACTERS)
+
+
+def _one_line(text: Text) -> Text:
+    """Make a text one line. Not the column is unwrappable but the text, so that the column can shrink."""
     text.no_wrap, text.overflow = True, "ellipsis"
     return text
 

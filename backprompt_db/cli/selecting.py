@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backprompt_db.cli.options import duration_seconds
+from backprompt_db.cli.options import duration_seconds, size_nbytes
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Selection
@@ -17,6 +17,10 @@ PrefixOption = Annotated[
 ]
 ContainsOption = Annotated[
     str | None, typer.Option("--contains", metavar="TEXT", help="Segments whose own text contains this.")
+]
+GrepOption = Annotated[
+    str | None,
+    typer.Option("--grep", metavar="TEXT", help="Segments whose own text contains this, whatever the case of letters."),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", metavar="DIGITS", help="The first hex digits of an address.")
@@ -38,10 +42,23 @@ OlderThanOption = Annotated[
     float | None,
     typer.Option("--older-than", metavar="DURATION", parser=duration_seconds, help="Not used for longer than this."),
 ]
+LargerThanOption = Annotated[
+    int | None,
+    typer.Option("--larger-than", metavar="SIZE", parser=size_nbytes, help="Of more stored bytes than this: 10MB."),
+]
+SmallerThanOption = Annotated[
+    int | None,
+    typer.Option("--smaller-than", metavar="SIZE", parser=size_nbytes, help="Of fewer stored bytes than this."),
+]
 
 
 def selected(
-    *, used_within: float | None = None, older_than: float | None = None, **conditions: str | None
+    *,
+    used_within: float | None = None,
+    older_than: float | None = None,
+    larger_than: int | None = None,
+    smaller_than: int | None = None,
+    **conditions: str | None,
 ) -> Selection:
     """Return the selection that the options mean; the others are named as the fields of `Selection`."""
     from backprompt_db.catalog import Selection
@@ -50,5 +67,7 @@ def selected(
     return Selection(
         used_before=None if older_than is None else now - older_than,
         used_after=None if used_within is None else now - used_within,
+        larger_than=larger_than,
+        smaller_than=smaller_than,
         **conditions,
     )
