@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from backprompt_db.representation import ModelRepr as ModelRepr
     from backprompt_db.run_plan import RunPlan as RunPlan
     from backprompt_db.run_plan import Warmed as Warmed
+    from backprompt_db.template import Template as Template
     from backprompt_db.text import Seam as Seam
     from backprompt_db.text import Text as Text
     from backprompt_db.text import parallel as parallel
@@ -51,6 +52,7 @@ _HOMES = {
     "RunPlan": "run_plan",
     "Seam": "text",
     "SegmentExplanation": "explanation",
+    "Template": "template",
     "Text": "text",
     "Warmed": "run_plan",
     "open": "opening",

@@ -28,7 +28,7 @@ from .database_copies import copies_after
 from .database_parts import address, new_part
 
 COMMANDS = [
-    "demo", "init", "config", "path", "stats", "ls", "show", "explain", "tree", "graph", "verify", "reindex",
+    "demo", "init", "config", "path", "stats", "ls", "show", "explain", "tree", "graph", "warm", "verify", "reindex",
     "doctor", "export", "import", "merge", "pin", "label", "evict", "compact", "purge",
 ]  # fmt: skip
 
@@ -178,53 +178,6 @@ class TestLs:
         assert result.exit_code == 2
         assert "reindex" in result.stderr
         assert not (directory / "catalog.sqlite").exists()
-
-
-class TestShow:
-    def test_the_json_has_everything(self, directory: Path) -> None:
-        [found] = run_json("show", address_of(directory, "Pick the endpoint for the request.\n"), "--db", directory)
-        assert list(found) == [*ROW_FIELDS, "parents", "children", "parts", "tokens", "versions"]
-        assert (len(found["parents"]), len(found["children"])) == (0, 3)
-        assert [part["part"] for part in found["parts"]] == ["scores", "logits", "kv"]
-        assert found["parts"][2]["arrays"][0] == {
-            "name": "keys", "dtype": "F32", "shape": [3, 4, found["num_tokens"], 16],
-            "nbytes": 3 * 4 * found["num_tokens"] * 16 * 4,
-        }  # fmt: skip
-        assert len(found["tokens"]) == found["num_tokens"]
-        assert found["tokens"][0]["logprob"] is None
-        assert found["tokens"][1]["logprob"] < 0
-
-    def test_a_segment_id_will_do(self, directory: Path) -> None:
-        row = run_json("ls", "--db", directory)[0]
-        assert run_json("show", row["segment_id"][:16], "--db", directory)[0]["address"] == row["address"]
-
-    def test_people_see_the_same(self, directory: Path) -> None:
-        [found] = run_json("show", address_of(directory, "Request: show me everyone"), "--db", directory)
-        text = run("show", found["address"], "--db", directory).stdout
-        for expected in (found["address"], *found["parents"], "kv", "keys F32 [3, 4,", "Request: show me everyone"):
-            assert expected in text
-        assert f"{found['tokens'][1]['logprob']:.3f}" in text
-
-    def test_a_text_is_shown_in_full_but_not_obeyed(self, directory: Path) -> None:
-        assert LONG in run("show", address_of(directory, LONG), "--db", directory, columns=40).stdout
-        text = run("show", address_of(directory, CONTROL), "--db", directory).stdout
-        assert r"a\x1b[31mred\x07 [bold]b[/bold] :smile: \u202ereversed\ttab" in text
-        assert "\x1b" not in text
-
-    def test_a_prefix_of_several_shows_each(self, directory: Path) -> None:
-        rows = run_json("ls", "--db", directory)
-        ids = [(row["address"], row["segment_id"]) for row in rows]
-        for digit in "0123456789abcdef":
-            expected = {address for address, segment in ids if address[0] == digit or segment[0] == digit}
-            result = run("show", digit, "--json", "--db", directory)
-            found = json.loads(result.stdout) if expected else []
-            assert {one["address"] for one in found} == expected
-
-    @pytest.mark.parametrize("prefix", ["f" * 64, "xyz", "%", "a" * 65])
-    def test_what_is_not_there_is_an_error(self, directory: Path, prefix: str) -> None:
-        result = run("show", prefix, "--db", directory)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert re.fullmatch(r"error: .*\nhint: .*\n", result.stderr)
 
 
 class TestVerifyAndReindex:

@@ -23,7 +23,7 @@ LAYERS = [
     ["errors", "failpoints"],
     [
         *("text", "keys", "representation", "generated", "display", "explanation", "explanation_views", "pictures"),
-        *("run_plan", "run_plan_views"),
+        *("run_plan", "run_plan_views", "template"),
     ],
     ["store", "catalog", "codec", "config", "fidelity", "filling", "manifest", "replacement", "secret"],
     [

@@ -26,6 +26,7 @@ from backprompt_db.cli.show import show
 from backprompt_db.cli.stats import stats
 from backprompt_db.cli.tree import tree
 from backprompt_db.cli.verify import verify
+from backprompt_db.cli.warm import warm
 from backprompt_db.errors import BackpromptError
 
 ERROR = 2
@@ -67,6 +68,7 @@ app.command("show")(show)
 app.command("explain", cls=PiecesCommand)(explain)
 app.command("tree", cls=PiecesCommand)(tree)
 app.command("graph")(graph)
+app.command("warm")(warm)
 app.command("verify")(verify)
 app.command("reindex")(reindex)
 app.command("doctor")(doctor)
@@ -100,6 +102,6 @@ def commands(
     A representation is what a model computed for one segment of a prompt: scores, logits, keys and values.
     The store holds representations; the catalog lists what the store holds and can always be rebuilt from it.
 
-    Exit codes: 0 done; 2 an error, which is printed to stderr with a hint. 1 doctor found a problem; what verify
-    found is a sum of 1, 4, 8 and 16, see its help.
+    Exit codes: 0 done; 2 an error, which is printed to stderr with a hint. 1 doctor found a problem, or
+    warm left rows out; what verify found is a sum of 1, 4, 8 and 16, see its help.
     """

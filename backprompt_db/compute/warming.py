@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -47,10 +47,12 @@ class Warmer:
 
         Raises what `Database.flush` raises where it cannot be stored.
         """
-        with _stored_afterwards(self._db):
-            for batch in batches(self._with_progress(orders, is_shown=progress), batch_size):
+        with _stored_afterwards(self._db), _bar(orders, is_shown=progress) as bar:
+            for batch in batches(orders, batch_size):
                 self._run_batch(batch)
                 self._flush_at_times()
+                bar.set_postfix_str(f"{self.result().tokens_per_second:,.0f} tok/s", refresh=False)
+                bar.update(len(batch))
         return self.result()
 
     def result(self) -> Warmed:
@@ -97,16 +99,6 @@ class Warmer:
         self._too_long += found[: MAX_LISTED - len(self._too_long)]
         return [order for order in batch if problems[order] is None]
 
-    def _with_progress(self, orders: Orders, *, is_shown: bool) -> Iterator[Order]:
-        """Yield the orders behind a progress bar, which appears after a second, in a terminal."""
-        total = operator.length_hint(orders) or None
-        hidden = None if is_shown else True
-        with tqdm(total=total, unit="text", desc="warming", delay=1, disable=hidden, leave=False) as bar:
-            for order in orders:
-                yield order
-                bar.set_postfix_str(f"{self.result().tokens_per_second:,.0f} tok/s", refresh=False)
-                bar.update()
-
     def _num_calls(self) -> int:
         return self._source.runtime.num_calls if self._source.is_loaded else 0
 
@@ -114,6 +106,12 @@ class Warmer:
         if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
             self._db.flush()
             self._flushed = time.monotonic()
+
+
+def _bar(orders: Orders, *, is_shown: bool) -> tqdm[Any]:
+    """Return a progress bar, which appears after a second, in a terminal."""
+    total = operator.length_hint(orders) or None
+    return tqdm(total=total, unit="text", desc="warming", delay=1, disable=None if is_shown else True, leave=False)
 
 
 @contextmanager

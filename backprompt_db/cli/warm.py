@@ -1,0 +1,225 @@
+"""`warm`: compute and store what many prompts need, or say what that would take."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backprompt_db.cli.location import DbOption, directory_of, quietly
+from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, plain, visible
+from backprompt_db.cli.prompts import Prompts, template_of, unescaped
+from backprompt_db.cli.rows import Form, num_lines, rows
+from backprompt_db.errors import ModelMismatch, PromptError
+
+if TYPE_CHECKING:
+    from backprompt_db.cli.rows import Place
+    from backprompt_db.database import Database
+    from backprompt_db.model import LanguageModel
+    from backprompt_db.run_plan import RunPlan, Warmed
+    from backprompt_db.text import Text
+
+_LEFT_OUT, _INTERRUPTED = 1, 130
+_NUM_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A row that was not run, and why."""
+
+    file: str
+    line: int
+    problem: str
+
+    @classmethod
+    def at(cls, place: Place, problem: str) -> LeftOut:
+        """Return what is left out at a place."""
+        return cls(place.file, place.line, problem)
+
+
+def warm(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A causal language model's name or directory.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
+    ],
+    *,
+    db: DbOption = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template", metavar="TEXT", help=r"The prompt: {name} is a column, \n a line break. Repeatable."
+        ),
+    ] = None,
+    separator: Annotated[
+        str | None, typer.Option("--separator", metavar="TEXT", help="Cut the template here, and nowhere else.")
+    ] = None,
+    completion: Annotated[
+        list[str] | None,
+        typer.Option("--completion", metavar="TEXT", help="Score this completion after each prompt. Repeatable."),
+    ] = None,
+    completions: Annotated[
+        Path | None, typer.Option("--completions", metavar="FILE", help="A file with completions, as the prompts' are.")
+    ] = None,
+    form: Annotated[
+        Form | None, typer.Option("--format", help="What the files are made of, if their names do not say.")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="PART", help="Keep scores, logits or kv of prompts; all without it. Repeatable."
+        ),
+    ] = None,
+    namespace: Annotated[
+        str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompts are run in.")
+    ] = "",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="The dtype to use the model in, if not its own.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Take the first N prompts alone.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", min=1, help="How many prompts are computed together.")
+    ] = 64,
+    skip_errors: Annotated[
+        bool, typer.Option("--skip-errors", help="Leave out rows that cannot be used, and exit with 0 all the same.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take: time, memory, bytes. Nothing is computed.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    r"""Compute and store what running many prompts needs; with completions, what scoring these after each of them does.
+
+    What is stored is skipped: after Ctrl-C, the same command goes on where it was.
+
+    A template is cut into segments before each {column}, with the white space before it, so that prompts share all up
+    to the first column in which they differ: put columns that vary least first. Each of several --template is a
+    segment as it is. Programs find what is stored when their segments are the same: backprompt_db.Template makes them.
+    Without a template, the prompt is the column prompt, text or line, or the only one.
+
+    Exit codes: 1 if rows were left out, unless --skip-errors; 130 after Ctrl-C.
+    """
+    prompts = Prompts(rows(files, form), template_of(template or [], separator), skip_errors=skip_errors)
+    endings = _completions(completion or [], completions)
+    options: dict[str, Any] = {"batch_size": batch_size, **({"keep": keep} if keep else {})}
+    with quietly(), _opened(db, namespace) as database:
+        lm = _loaded(model, database, dtype=dtype)
+        texts = islice(prompts, limit)
+        if dry_run:
+            done: RunPlan | Warmed = lm.plan(texts, endings, **options)
+        else:
+            with closing(_behind_bar(texts, lm, total=_total(files, limit), step=batch_size)) as shown:
+                done = _run(lm, shown, endings, options)
+    left_out = _left_out(prompts, done)
+    _report(done, left_out, num_left_out=prompts.num_broken + done.num_too_long, as_json=as_json)
+    raise typer.Exit(_LEFT_OUT if left_out and not skip_errors else 0)
+
+
+def _opened(db: Path | None, namespace: str) -> Database:
+    from backprompt_db.opening import open_database
+
+    return open_database(directory_of(db), namespace=namespace)
+
+
+def _loaded(model: str, database: Database, *, dtype: str | None) -> LanguageModel:
+    from backprompt_db.model import LanguageModel
+
+    arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    try:
+        return LanguageModel.from_pretrained(model, db=database, progress=False, **arguments)
+    except (OSError, ValueError, AttributeError) as error:  # whatever transformers says of a name, a path or a dtype
+        if isinstance(error, PromptError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelMismatch(
+            f"{model} cannot be loaded: {reason}", hint="Give a causal language model's name or path."
+        ) from error
+
+
+def _completions(given: list[str], path: Path | None) -> list[Text] | None:
+    from backprompt_db.text import Text
+
+    if not given and path is None:
+        return None
+    return [Text(unescaped(each)) for each in given] + list(Prompts(rows([path] if path else [], None), None))
+
+
+def _run(lm: LanguageModel, texts: Iterable[Text], completions: list[Text] | None, options: dict[str, Any]) -> Warmed:
+    try:
+        return lm.warm(texts, completions, **options)
+    except KeyboardInterrupt:
+        num_tokens = lm.counters.num_computed_tokens
+        typer.echo(f"interrupted: {num_tokens:,} tokens were computed and are stored", err=True)
+        typer.echo("hint: Run the same command again: it goes on where it was.", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+def _total(files: list[Path], limit: int | None) -> int | None:
+    num_prompts = num_lines(files) if sys.stderr.isatty() else None
+    return min((each for each in (num_prompts, limit) if each is not None), default=None)
+
+
+def _behind_bar(
+    texts: Iterable[Text], lm: LanguageModel, *, total: int | None, step: int
+) -> Generator[Text, None, None]:
+    """Yield texts, of which `step` are run at a time, behind a bar with the tokens per second and the time left."""
+    if not sys.stderr.isatty():
+        yield from texts
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    began = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Warming", total=total, rate="")
+        for number, text in enumerate(texts):
+            rate = lm.counters.num_computed_tokens / (time.monotonic() - began)
+            progress.update(task, completed=number // step * step, rate=f"{rate:,.0f} tokens/s")
+            yield text
+
+
+def _left_out(prompts: Prompts, done: RunPlan | Warmed) -> list[LeftOut]:
+    """Return the first rows that were left out: those that are broken, then those that are too long."""
+    broken = [LeftOut.at(each.place, each.problem) for each in prompts.broken]
+    return broken + [
+        LeftOut.at(
+            prompts.place_of(each.number),
+            f"the prompt needs {each.num_positions:,} positions, the model has {each.max_positions:,}",
+        )
+        for each in done.too_long
+    ]
+
+
+def _report(done: RunPlan | Warmed, left_out: list[LeftOut], *, num_left_out: int, as_json: bool) -> None:
+    from backprompt_db.run_plan import RunPlan
+
+    if as_json:
+        emit_json(plain(done) | {"num_left_out": num_left_out, "left_out": plain(left_out)})
+        return
+    emit(done if isinstance(done, RunPlan) else _summary(done))
+    for each in left_out[:_NUM_SHOWN]:
+        emit(visible(f"left out: {each.file}, line {each.line:,}: {each.problem}"))
+    if num_left_out > _NUM_SHOWN:
+        emit(f"... and {num_left_out - _NUM_SHOWN:,} more; --json lists a thousand.")
+
+
+def _summary(done: Warmed) -> str:
+    pace = f", {done.tokens_per_second:,.0f} tokens/s" if done.num_computed_tokens else ""
+    return (
+        f"{done.num_texts:,} prompts, {done.num_stored_texts:,} of which were stored already:"
+        f" {done.num_computed_tokens:,} tokens computed in {done.num_passes:,} passes"
+        f" ({duration(done.seconds)}{pace})."
+    )
