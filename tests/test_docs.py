@@ -84,7 +84,7 @@ def test_what_is_said_not_to_run_has_a_reason(page: str) -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as `make docs` does, without a network where the system allows that."""
     directory = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(directory)]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
     alone = ["unshare", "--map-root-user", "--net"]
     can_be_alone = subprocess.run([*alone, "true"], capture_output=True, check=False, timeout=60).returncode == 0
     command = [*alone, *build] if can_be_alone else build

@@ -30,7 +30,7 @@ def _commands() -> Iterator[str]:
 def _section(name: str, command: Any) -> Iterator[str]:
     context = command.make_context(name, [], resilient_parsing=True)
     usage = " ".join(["backprompt-db", name, *command.collect_usage_pieces(context)])
-    yield f"## {name}\n\n```text\n{usage}\n```\n\n{_prose(command.help)}\n\n| | |\n|---|---|"
+    yield f"## {name}\n\n```text\n{usage}\n```\n\n{_prose(command.help)}\n\n| argument or option | |\n|---|---|"
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
         if record is not None:
