@@ -2,7 +2,7 @@
 
 /** What matches a string in any case, or nothing for an empty one. */
 export function patternOf(query, flags = "iu") {
-  return query ? new RegExp(query.replace(/[\\^$.*+?()[\]{}|/-]/g, (sign) => `\\${sign}`), flags) : null;
+  return query ? new RegExp(query.replace(/[\\^$.*+?()[\]{}|/]/g, "\\$&"), flags) : null;
 }
 
 /** The segments in which a string occurs, from left to right and top to bottom. */
