@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -88,7 +89,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = ["unshare", "--map-root-user", "--net"]
     can_be_alone = subprocess.run([*alone, "true"], capture_output=True, check=False, timeout=60).returncode == 0
     command = [*alone, *build] if can_be_alone else build
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return directory
 
