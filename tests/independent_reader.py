@@ -124,9 +124,9 @@ def values(part: StoredPart, name: str) -> np.ndarray[Any, Any]:
     """Return keys or values as F32, with the rounding of a lossy database undone."""
     array = part.arrays[name]
     if part.dtypes[name] == "BF16":
-        return (array.astype("<u4") << 16).view("<f4")
+        array = np.left_shift(array, 16, dtype="<u4").view("<f4")
     if part.dtypes[name] == "I8":
-        return array.astype("<f4") * part.arrays[f"{name}_scale"][..., None]
+        array = array.astype("<f4") * part.arrays[f"{name}_scale"][..., None]
     return array
 
 
