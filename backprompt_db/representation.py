@@ -149,6 +149,21 @@ class Origin:
         return [address(each, self.weights_id, self.tokenizer_id) for each in self.parents if each != root]
 
 
+def likeliest(logits: Array, k: int) -> list[tuple[int, float]]:
+    """Return the `k` likeliest tokens by their logits [V], the likeliest first, with natural log-probabilities."""
+    values: npt.NDArray[Any] = _widened(logits) if logits.dtype == "BF16" else logits.numpy()
+    best = np.argpartition(values, -k)[-k:]
+    best = best[np.argsort(values[best])[::-1]]
+    largest = values[best[0]]
+    log_sum = np.log(np.exp(values - largest, dtype=np.float32).sum(dtype=np.float64))
+    return [(int(token), float(values[token] - largest - log_sum)) for token in best]
+
+
+def _widened(array: Array) -> npt.NDArray[np.float32]:
+    """Return bfloat16 numbers as float32, of which they are the upper half."""
+    return (np.frombuffer(array.data, dtype="<u2").astype("<u4") << 16).view("<f4").reshape(array.shape)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelRepr:
     """A language model's representation of one text: what running a prompt returns.
@@ -208,18 +223,13 @@ class ModelRepr:
     def top_k(self, k: int) -> list[tuple[int, float]]:
         """Return the `k` likeliest next tokens, the likeliest first, as token ids with natural log-probabilities.
 
-        The logits are read where they lie, without a copy and, unless they are bfloat16, without torch. Raises
+        The logits are read where they lie, without torch and, unless they are bfloat16, without a copy. Raises
         `PromptError` where there are no logits, see `logits`, and for a `k` that is not from 1 to vocab_size.
         """
         array = self._last_array()
         if not 1 <= k <= array.shape[0]:
             raise PromptError(f"k={k} is not a number of tokens", hint=f"Give an int from 1 to {array.shape[0]}.")
-        logits: npt.NDArray[Any] = array.torch().float().numpy() if array.dtype == "BF16" else array.numpy()
-        best = np.argpartition(logits, -k)[-k:]
-        best = best[np.argsort(logits[best])[::-1]]
-        largest = logits[best[0]]
-        log_sum = np.log(np.exp(logits - largest, dtype=np.float32).sum(dtype=np.float64))
-        return [(int(token), float(logits[token] - largest - log_sum)) for token in best]
+        return likeliest(array, k)
 
     def _last_array(self) -> Array:
         if self.last_logits is None:

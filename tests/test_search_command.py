@@ -39,7 +39,7 @@ class TestGrep:
     def test_people_see_what_lies_around_it(self, directory: Path) -> None:
         lines = run("ls", "--db", directory, "--grep", "LAZY dog. the", columns=160).stdout.splitlines()
         assert len(lines) == 2
-        assert "… fox jumps over the lazy dog. The quick" in lines[1]
+        assert "…ver the lazy dog. The quick" in lines[1]
 
     @pytest.mark.parametrize("columns", [30, 80, 200])
     def test_lines_are_as_wide_as_the_terminal_at_most(self, directory: Path, columns: int) -> None:
@@ -78,7 +78,7 @@ class TestExcerpts:
         shown = excerpt("before " * 90 + "NEEDLE" + " after" * 90, "needle").plain
         assert shown.startswith("…")
         assert shown.endswith("…")
-        assert shown.index("NEEDLE") < 25
+        assert shown.index("NEEDLE") < 10
         assert len(shown) < 230
 
     def test_a_place_that_is_longer_than_an_excerpt_is_shown_whole(self) -> None:

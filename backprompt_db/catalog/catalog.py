@@ -248,15 +248,7 @@ class Catalog:
 
         Searching is as right without it. Others may write in between, and nothing is lost by giving up.
         """
-        with self._connections.writing() as connection:
-            search.create_index(connection)
-            num_left = search.num_unindexed(connection)
-        last: SegmentId | None = SegmentId(b"")
-        while last is not None:
-            yield num_left
-            with self._connections.writing() as connection:
-                last, num_indexed = search.index_some(connection, after=last)
-            num_left -= num_indexed
+        return pages.index_texts(self._connections)
 
     def has_index(self) -> bool:
         """Whether somebody has made an index of the texts."""
@@ -368,6 +360,11 @@ class Catalog:
         """Return segments, each with each of its direct parents, which may be unknown to the catalog."""
         with self._connections.reading() as connection:
             return graph.edges(connection, ids)
+
+    def segment(self, segment_id: SegmentId) -> Segment | None:
+        """Return a segment, rebuilt with all that it follows as far as known; `None` if it is unknown itself."""
+        with self._connections.reading() as connection:
+            return graph.placed(connection, [segment_id], order=[]).get(segment_id)
 
     def namesakes(
         self, strings: Iterable[str], ids: tuple[WeightsId, TokenizerId], among: Sequence[Segment]

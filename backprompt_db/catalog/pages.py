@@ -1,10 +1,10 @@
-"""What is read from the catalog a page at a time, each in a transaction of its own, without a lock in between."""
+"""What is done a page at a time, each in a transaction of its own, without a lock in between."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from backprompt_db.catalog import graph, queries
+from backprompt_db.catalog import graph, queries, search
 from backprompt_db.keys import Address, SegmentId
 
 if TYPE_CHECKING:
@@ -49,3 +49,16 @@ def keys(connections: Connections) -> Iterator[tuple[Address, Part]]:
         with connections.reading() as connection:
             page = queries.page_of_keys(connection, after=page[-1][0], num_rows=_KEYS_PER_PAGE)
         yield from ((address, part) for address, parts in page for part in parts)
+
+
+def index_texts(connections: Connections) -> Iterator[int]:
+    """Make an index of all texts, or bring it up to date; yield how many were left before each page."""
+    with connections.writing() as connection:
+        search.create_index(connection)
+        num_left = search.num_unindexed(connection)
+    last: SegmentId | None = SegmentId(b"")
+    while last is not None:
+        yield num_left
+        with connections.writing() as connection:
+            last, num_indexed = search.index_some(connection, after=last)
+        num_left -= num_indexed

@@ -10,7 +10,8 @@ from backprompt_db.display import visible
 if TYPE_CHECKING:
     from rich.text import Text
 
-_NUM_CHARACTERS_BEFORE = 20
+_NUM_CHARACTERS_BEFORE = 8
+"""So few that in a narrow column, too, the string is seen."""
 _NUM_CHARACTERS = 200
 _MAX_PLACES = 100
 _STYLE = "bold red"

@@ -13,7 +13,7 @@ import typer
 
 from backprompt_db.cli.excerpt import excerpt, places
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, age, emit, emit_json, grid, literal, plain, shortened, size
+from backprompt_db.cli.output import JsonOption, age, emit, emit_json, grid, literal, one_line, plain, shortened, size
 from backprompt_db.cli.progress import bar
 from backprompt_db.cli.selecting import (
     GrepOption,
@@ -29,7 +29,6 @@ from backprompt_db.cli.selecting import (
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from rich.text import Text
 
     from backprompt_db.catalog import Catalog, ModelRecord, Row, Selection
     from backprompt_db.maintenance.sums import GroupSums
@@ -140,29 +139,23 @@ def _table(rows: list[Row], grep: str | None) -> Table:
     table.add_column("model", min_width=5, max_width=20)
     for name in ("tokens", "size", "age", "used", "hits"):
         table.add_column(name, no_wrap=True, justify="right")
-    table.add_column("text", min_width=10)
+    table.add_column("text", min_width=24 if grep else 10)
     for row in rows:
         table.add_row(
             row.address.hex()[:_NUM_ADDRESS_DIGITS],
-            _one_line(literal((row.model_name or "?").rstrip("/").rpartition("/")[2])),
+            one_line(literal((row.model_name or "?").rstrip("/").rpartition("/")[2])),
             f"{row.num_tokens:,}",
             size(sum(row.nbytes.values())),
             age(row.created_at, now=now),
             age(row.last_used_at, now=now),
             f"{row.num_hits:,}",
-            _one_line(excerpt(row.text, grep) if grep else literal(_beginning(row.text))),
+            one_line(excerpt(row.text, grep) if grep else literal(_beginning(row.text))),
         )
     return table
 
 
 def _beginning(text: str) -> str:
     return shortened(text, num_characters=_NUM_TEXT_CHARACTERS)
-
-
-def _one_line(text: Text) -> Text:
-    """Make a text one line. Not the column is unwrappable but the text, so that the column can shrink."""
-    text.no_wrap, text.overflow = True, "ellipsis"
-    return text
 
 
 def _list_models(directory: Path, *, as_json: bool) -> None:

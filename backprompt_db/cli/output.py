@@ -28,6 +28,7 @@ __all__ = [
     "emit_json",
     "grid",
     "literal",
+    "one_line",
     "plain",
     "shortened",
     "size",
@@ -86,6 +87,12 @@ def grid(rows: Mapping[str, object]) -> Table:
     for name, value in rows.items():
         table.add_row(name, literal(str(value)))
     return table
+
+
+def one_line(text: Text) -> Text:
+    """Make a text one line. Not the column is unwrappable but the text, so that the column can shrink."""
+    text.no_wrap, text.overflow = True, "ellipsis"
+    return text
 
 
 def literal(string: str) -> Text:

@@ -10,29 +10,54 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, grid, plain, size, visible
+from backprompt_db.cli.output import (
+    JsonOption,
+    age,
+    duration,
+    emit,
+    emit_json,
+    grid,
+    literal,
+    one_line,
+    plain,
+    shortened,
+    size,
+    visible,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from rich.columns import Columns
+    from rich.table import Table
+    from rich.text import Text
 
     from backprompt_db.keys import SegmentId
-    from backprompt_db.maintenance.description import Description, PartDescription, TokenScore
+    from backprompt_db.maintenance.description import Description, PartDescription, Piece, TokenScore
 
-_NUM_TOKENS_PER_LINE = 6
+_NUM_SEGMENT_DIGITS = 12
+_NUM_TEXT_CHARACTERS = 200
+_NUM_PIECES = 20
+_NUM_IDS = 20
+_SURPRISES = ((-1.0, ""), (-4.0, "yellow"), (-math.inf, "red"))
+"""Styles of tokens, by the log-probability down to which each is for."""
+
+_TopOption = Annotated[
+    int, typer.Option("--top", metavar="N", min=1, max=1_000, help="How many of the likeliest next tokens to show.")
+]
 
 
 def show(
     prefix: Annotated[str, typer.Argument(help="The first hex digits of an address or of a segment id.")],
     *,
     db: DbOption = None,
+    top: _TopOption = 10,
     as_json: JsonOption = False,
 ) -> None:
     """Show everything about the representations whose address or segment id begins with PREFIX.
 
-    The text in full, parents and children, each part as the store has it, and the log-probability of each token.
-    The newest 50 are shown if there are more.
+    The prompt that it ends, its text in full, parents and children, each part as the store has it, each token with its
+    log-probability, and the likeliest next tokens. No model is loaded. The newest 50 are shown if there are more.
     """
-    found = _describe(prefix, db)
+    found = _describe(prefix, db, top=top)
     if as_json:
         emit_json([_to_json(description) for description in found])
     else:
@@ -40,14 +65,14 @@ def show(
             _print(description)
 
 
-def _describe(prefix: str, db: DbOption) -> list[Description]:
+def _describe(prefix: str, db: DbOption, *, top: int) -> list[Description]:
     from backprompt_db.errors import PromptError
     from backprompt_db.maintenance.description import describe
     from backprompt_db.maintenance.existing import open_catalog, open_store
 
     directory = directory_of(db)
     with open_catalog(directory) as catalog, contextlib.closing(open_store(directory)) as store:
-        found = describe(store, catalog, prefix)
+        found = describe(store, catalog, prefix, num_next_tokens=top)
     if not found:
         raise PromptError(
             f"no representation has an address or a segment id that begins with {prefix}",
@@ -63,8 +88,20 @@ def _to_json(description: Description) -> dict[str, Any]:
 
 
 def _print(description: Description) -> None:
+    parts = {part.part.name.lower(): _part_line(part) for part in description.parts}
+    emit(grid(_facts(description) | parts), "", "prompt", _prompt(description.prompt), "")
+    if description.tokens:
+        emit("tokens, with log-probabilities", _tokens(description.tokens), "")
+    else:
+        emit("no scores", "")
+    if description.next_tokens:
+        emit("likeliest next tokens", _next_tokens(description.next_tokens), "")
+    emit("text", _indented(description.row.text), "", wrap=False)
+
+
+def _facts(description: Description) -> dict[str, str]:
     row, now = description.row, time.time()
-    facts = {
+    return {
         "address": row.address.hex(),
         "segment": row.segment_id.hex(),
         "weights": f"{row.weights_id.hex()} {row.model_name or ''}",
@@ -82,14 +119,11 @@ def _print(description: Description) -> None:
         "pinned": "yes" if row.is_pinned else "no",
         "label": row.label or "-",
     }
-    parts = {part.part.name.lower(): _part_line(part) for part in description.parts}
-    emit(grid(facts | parts))
-    emit("log-probabilities" if description.tokens else "no scores", *_token_lines(description.tokens))
-    emit("text", _indented(row.text), "", wrap=False)
 
 
 def _ids(ids: tuple[SegmentId, ...]) -> str:
-    return " ".join(segment_id.hex() for segment_id in ids) or "-"
+    shown = [segment_id.hex() for segment_id in ids[:_NUM_IDS]]
+    return " ".join([*shown, f"and {len(ids) - _NUM_IDS:,} more"] if len(ids) > _NUM_IDS else shown) or "-"
 
 
 def _part_line(part: PartDescription) -> str:
@@ -97,14 +131,56 @@ def _part_line(part: PartDescription) -> str:
     return part.problem or f"{size(part.nbytes)}: {arrays}"
 
 
-def _token_lines(tokens: tuple[TokenScore, ...]) -> Iterable[str]:
-    for begin in range(0, len(tokens), _NUM_TOKENS_PER_LINE):
-        yield "  " + "   ".join(_token(token) for token in tokens[begin : begin + _NUM_TOKENS_PER_LINE])
+def _prompt(pieces: tuple[Piece, ...]) -> Table:
+    """List the pieces of a prompt, the last of which is marked; of a long one, those before the last are left out."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for _ in ("mark", "number", "segment", "after"):
+        table.add_column(no_wrap=True)
+    table.add_column()
+    numbers = {piece.segment_id: number for number, piece in enumerate(pieces, start=1)}
+    if len(pieces) > _NUM_PIECES:
+        table.add_row("", "", "", "", f"… {len(pieces) - _NUM_PIECES:,} more before these")
+    for piece in pieces[-_NUM_PIECES:]:
+        after = ", ".join(str(number) for number in sorted(numbers[parent] for parent in piece.parents))
+        table.add_row(
+            ">" if piece is pieces[-1] else "",
+            str(numbers[piece.segment_id]),
+            piece.segment_id.hex()[:_NUM_SEGMENT_DIGITS],
+            f"after {after}" if after else "",
+            one_line(literal(shortened(piece.text, num_characters=_NUM_TEXT_CHARACTERS))),
+        )
+    return table
 
 
-def _token(token: TokenScore) -> str:
-    logprob = "-" if math.isnan(token.logprob) else f"{token.logprob:.3f}"
-    return f"{token.id} {logprob}"
+def _tokens(tokens: tuple[TokenScore, ...]) -> Columns:
+    from rich.columns import Columns
+
+    return Columns([_token(token).append(f" {_logprob(token)}", "dim") for token in tokens], padding=(0, 3))
+
+
+def _token(token: TokenScore) -> Text:
+    """Return a token in quotes, or its id; in colour where it is a surprise."""
+    from rich.text import Text
+
+    style = next((style for least, style in _SURPRISES if token.logprob >= least), "")
+    return Text(f"'{visible(token.text)}'" if token.text else str(token.id), style)
+
+
+def _logprob(token: TokenScore) -> str:
+    return "-" if math.isnan(token.logprob) else f"{token.logprob:.3f}"
+
+
+def _next_tokens(tokens: tuple[TokenScore, ...]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    for name in ("token", "id", "log-probability", "probability"):
+        table.add_column(name, no_wrap=name != "token", justify="left" if name == "token" else "right")
+    for token in tokens:
+        table.add_row(_token(token), str(token.id), _logprob(token), f"{math.exp(token.logprob):.2%}")
+    return table
 
 
 def _indented(text: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
-from backprompt_db.keys import SegmentId
+from backprompt_db.keys import SegmentId, TokenizerId
 from backprompt_db.maintenance.inspection import Inspection, Kind, inspect
-from backprompt_db.representation import Arrays, Part
+from backprompt_db.maintenance.vocabulary import Vocabulary, open_vocabulary
+from backprompt_db.representation import Arrays, Part, likeliest
 from backprompt_db.store.contract import Key, Store
+from backprompt_db.text import ancestry
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Catalog, Row
@@ -37,11 +40,23 @@ class PartDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """One segment of the prompt that ends in the one that is described."""
+
+    segment_id: SegmentId
+    parents: tuple[SegmentId, ...]
+    """Those that are known."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class TokenScore:
     """One token and its natural log-probability, NaN where nothing predicts it."""
 
     id: int
     logprob: float
+    text: str | None
+    """Its share of the text, which is empty for the later ones of a character; `None` where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +66,37 @@ class Description:
     row: Row
     parents: tuple[SegmentId, ...]
     children: tuple[SegmentId, ...]
+    prompt: tuple[Piece, ...]
+    """All that it follows, as far as known, and itself: parents before children."""
     parts: tuple[PartDescription, ...]
     tokens: tuple[TokenScore, ...]
     """From the scores part; empty without one."""
+    next_tokens: tuple[TokenScore, ...]
+    """The likeliest ones after it, the likeliest first, from the logits part; empty without one."""
     versions: Mapping[str, str]
     """The libraries that computed it."""
 
 
-def describe(store: Store, catalog: Catalog, prefix: str) -> list[Description]:
+def describe(store: Store, catalog: Catalog, prefix: str, *, num_next_tokens: int = 10) -> list[Description]:
     """Return the newest 50 representations whose address or segment id begins with the hex digits `prefix`.
 
-    Raises `PromptError` when `prefix` is not 1 to 64 hex digits.
+    Token ids become strings where the catalog knows the tokenizer. Raises `PromptError` when `prefix` is not 1 to 64
+    hex digits.
     """
-    return [_describe(store, catalog, row) for row in catalog.find(prefix)]
+
+    @cache
+    def vocabulary(tokenizer_id: TokenizerId) -> Vocabulary | None:
+        return open_vocabulary(catalog, tokenizer_id)
+
+    return [
+        _describe(store, catalog, row, vocabulary(row.tokenizer_id), num_next_tokens=num_next_tokens)
+        for row in catalog.find(prefix)
+    ]
 
 
-def _describe(store: Store, catalog: Catalog, row: Row) -> Description:
+def _describe(
+    store: Store, catalog: Catalog, row: Row, vocabulary: Vocabulary | None, *, num_next_tokens: int
+) -> Description:
     found = [inspect(store, Key(row.address, part)) for part in Part]
     present = [part for part in found if part.arrays is not None or part.problem or part.key.part in row.nbytes]
     arrays = {part.key.part: part.arrays for part in found if part.arrays is not None}
@@ -75,8 +105,10 @@ def _describe(store: Store, catalog: Catalog, row: Row) -> Description:
         row=row,
         parents=catalog.parents(row.segment_id),
         children=catalog.children(row.segment_id),
+        prompt=_prompt(catalog, row.segment_id),
         parts=tuple(_describe_part(part) for part in present),
-        tokens=_tokens(arrays.get(Part.SCORES)),
+        tokens=_tokens(row.text, arrays.get(Part.SCORES), vocabulary),
+        next_tokens=_next_tokens(arrays.get(Part.LOGITS), vocabulary, count=num_next_tokens),
         versions=origins[0].versions if origins else {},
     )
 
@@ -93,8 +125,25 @@ def _describe_part(found: Inspection) -> PartDescription:
     return PartDescription(found.key.part, found.nbytes, arrays, problem)
 
 
-def _tokens(scores: Arrays | None) -> tuple[TokenScore, ...]:
+def _prompt(catalog: Catalog, segment_id: SegmentId) -> tuple[Piece, ...]:
+    segment = catalog.segment(segment_id)
+    found = () if segment is None else ancestry([segment])
+    return tuple(Piece(each.id, tuple(parent.id for parent in each.parents), each.string) for each in found)
+
+
+def _tokens(text: str, scores: Arrays | None, vocabulary: Vocabulary | None) -> tuple[TokenScore, ...]:
     if scores is None:
         return ()
     ids, logprobs = (scores[name].numpy().tolist() for name in ("input_ids", "token_logprobs"))
-    return tuple(TokenScore(*token) for token in zip(ids, logprobs, strict=True))
+    pieces = [None] * len(ids) if vocabulary is None else vocabulary.pieces(text, ids)
+    return tuple(TokenScore(*token) for token in zip(ids, logprobs, pieces, strict=True))
+
+
+def _next_tokens(logits: Arrays | None, vocabulary: Vocabulary | None, *, count: int) -> tuple[TokenScore, ...]:
+    if logits is None:
+        return ()
+    found = likeliest(logits["logits"], min(count, logits["logits"].shape[0]))
+    return tuple(
+        TokenScore(token_id, logprob, None if vocabulary is None else vocabulary.token(token_id))
+        for token_id, logprob in found
+    )
