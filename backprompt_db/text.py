@@ -344,13 +344,23 @@ class Text:
         string = str(self)
         return f"Text({string!r})" if len(string) <= _REPR_CHARS else f"Text({string[:_REPR_CHARS]!r}...)"
 
-    def _repr_svg_(self) -> str:
-        """What a notebook shows where it shows no HTML, as on the web sites that only display one."""
-        return self.picture()._repr_svg_()
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook asks for first: the other two, of one picture."""
+        del include, exclude  # whoever asks may ignore what it has no use for
+        picture = self.picture()
+        return {
+            "text/plain": repr(self),
+            "text/html": picture._repr_html_(),
+            "image/svg+xml": picture._repr_svg_(),
+        }
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         return self.picture()._repr_html_()
+
+    def _repr_svg_(self) -> str:
+        """What is shown where no HTML is, as on web sites that display notebooks."""
+        return self.picture()._repr_svg_()
 
 
 _REPR_CHARS = 200

@@ -55,7 +55,7 @@ def read_svg(svg: str) -> Drawn:
 
 def _row(group: ET.Element) -> DrawnRow:
     bar, title = group.find(f"{SVG}rect"), group.find(f"{SVG}title")
-    label, facts = group.iter(f"{SVG}tspan")
+    label, facts = group.iter(f"{SVG}text")
     assert bar is not None
     assert title is not None
     return DrawnRow(
@@ -65,7 +65,7 @@ def _row(group: ET.Element) -> DrawnRow:
         x=float(bar.attrib["x"]),
         width=float(bar.attrib["width"]),
         label=_text(label),
-        facts=_text(facts).strip(),
+        facts=_text(facts),
         tooltip=title.text or "",
     )
 

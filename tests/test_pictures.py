@@ -196,7 +196,7 @@ class TestTexts:
     def test_whatever_texts_hold_is_shown_and_means_nothing(self) -> None:
         text = bp.Text(HOSTILE + "</svg><script>alert(1)</script>]]>") + "\x00\ufffe\r" + "]]>&lt;"
         shown = drawn(text)
-        assert shown.tags == {"svg", "style", "rect", "path", "g", "title", "text", "tspan"}
+        assert shown.tags == {"svg", "style", "rect", "path", "g", "title", "text"}
         assert shown.rows[0].label.startswith("<script>alert(1)</script>\\x1b[31m[bold]\\u202e&amp;</svg><script>")
         assert shown.rows[1].label == "\\x00\\ufffe\\r"
         assert shown.rows[2].label == "]]>&lt;"
@@ -240,6 +240,16 @@ class TestOutput:
         saved = (tmp_path / "prompt.svg").read_text(encoding="utf-8")
         assert saved == text._repr_svg_() == text._repr_html_() == text.picture().svg()
 
+    def test_a_notebook_is_given_html_and_svg_of_a_text_and_html_of_a_result(self, lm: bp.LanguageModel) -> None:
+        from IPython.core.formatters import DisplayFormatter
+
+        text, formatter = joined(lm), DisplayFormatter()
+        shown, _ = formatter.format(text)
+        assert shown == {"text/plain": repr(text), "text/html": text._repr_html_(), "image/svg+xml": text._repr_svg_()}
+        result = text()
+        shown, _ = formatter.format(result)
+        assert shown["text/html"] == result._repr_html_()
+
     def test_states_differ_by_more_than_colour(self, lm: bp.LanguageModel) -> None:
         run(lm, CONTEXT)
         result = prompt(lm, CONTEXT, REQUEST)()
@@ -262,6 +272,15 @@ class TestOutput:
         string = str(bp.Text("[bold]\x1b[31m\u202e").picture())
         assert "[bold]\\x1b[31m\\u202e" in string
         assert not any(character in string for character in "\x1b\u202e")
+
+
+@pytest.mark.parametrize(("name", "states"), [("prompt", {"stored", "computed", "missing"}), ("tree", {"stored"})])
+def test_pictures_of_the_documentation_are_drawn_as_pictures_are_drawn_now(name: str, states: set[str]) -> None:
+    path = Path(__file__).parents[1] / "docs" / "pictures" / f"{name}.svg"
+    svg = path.read_text(encoding="utf-8")
+    assert set(read_svg(svg).states) == states
+    head = bp.Text("a").picture().svg().partition("<style>")[2].partition("</style>")[0]
+    assert head in svg, "the style has changed: run python docs/pictures/make.py"
 
 
 def test_several_models_on_one_database_have_pictures_of_their_own(make_lm: MakeLM, lm: bp.LanguageModel) -> None:

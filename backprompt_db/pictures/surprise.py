@@ -158,6 +158,10 @@ def _readable(string: str) -> str:
     return head + "".join(_BLANKS.get(character) or html.escape(visible(character)) for character in rest)
 
 
+def _on_one_line(string: str) -> str:
+    return _readable(string).replace("\n", "")
+
+
 def _mark(character: str) -> str:
     return f'<span style="opacity:.45">{character}</span>'
 
@@ -172,7 +176,7 @@ def _next_tokens(result: ModelRepr, vocabulary: Vocabulary) -> str:
     best = result.top_k(min(_NUM_NEXT, result.last_logits.shape[0]))
     tokens = " ".join(
         f'<span title="{_facts(token_id, logprob)}" style="background:rgba({_PROBABILITY},{math.exp(logprob) / 2:.2f});'
-        f'padding:0 .3em">{_readable(vocabulary.token(token_id))} <small>{math.exp(logprob):.1%}</small></span>'
+        f'padding:0 .3em">{_on_one_line(vocabulary.token(token_id))} <small>{math.exp(logprob):.1%}</small></span>'
         for token_id, logprob in best
     )
     return f'<div style="{_BLOCK};{_WRAP}">then {tokens}</div>'

@@ -7,14 +7,13 @@ means nothing.
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from backprompt_db.display import shortened
 from backprompt_db.pictures import palette, wording
 from backprompt_db.pictures.layout import lay_out
+from backprompt_db.pictures.lettering import GAP, Span, lettering
 
 if TYPE_CHECKING:
     from backprompt_db.pictures.layout import Layout, Row
@@ -29,13 +28,7 @@ _ROW_HEIGHT = 28
 _LINE_HEIGHT = 18
 _RAIL = 8
 """How far left of a bar the line runs down that leads to it."""
-_GAP = 6
-"""Between a bar and the text in it or beside it."""
-_CHARACTER_WIDTH = 7.3
-"""Of the monospaced font; wide characters take two."""
 _NUM_LABEL_CHARACTERS = 80
-_NUM_COLUMNS_INSIDE = 45
-"""A bar with room for so much has its text inside, though there might be more room beside it."""
 _ISOLATED = "\u2068{}\u2069"
 """Keeps what is written from right to left from turning what stands beside it around."""
 
@@ -45,7 +38,7 @@ def svg_view(picture: Picture, *, max_rows: int) -> str:
     layout = lay_out(picture, max_rows=max_rows)
     canvas = _Canvas(picture, layout)
     legend = list(canvas.legend())
-    height = _TOP + len(layout.rows) * _ROW_HEIGHT + len(legend) * _LINE_HEIGHT + _GAP
+    height = _TOP + len(layout.rows) * _ROW_HEIGHT + len(legend) * _LINE_HEIGHT + GAP
     body = "\n".join([*canvas.links(), *canvas.rows(), *legend])
     summary = "; ".join(text for _, text in wording.totals(picture)) or "an empty text"
     return (
@@ -54,17 +47,6 @@ def svg_view(picture: Picture, *, max_rows: int) -> str:
         f"<style>{html.escape(palette.style_sheet(), quote=False)}</style>\n"
         f'<rect class="card" width="{_WIDTH}" height="{height}" rx="6"/>\n{body}\n</svg>\n'
     )
-
-
-class _Span(NamedTuple):
-    """From where to where something goes across the picture, in pixels."""
-
-    left: float
-    right: float
-
-    @property
-    def width(self) -> float:
-        return self.right - self.left
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,28 +79,19 @@ class _Canvas:
             yield (
                 f'<g data-segment="{row.number}" data-num-segments="{len(row.segments)}" data-state="{name}">'
                 f"<title>{html.escape(wording.tooltip(row))}</title>"
-                f'<rect class="{name}" x="{_pixels(span.left)}" y="{_top(at)}" width="{_pixels(span.width)}"'
-                f' height="{_BAR_HEIGHT}" rx="{_pixels(min(3, span.width / 2))}"/>{self._text(row, at, span, name)}</g>'
+                f"{_bar(span, at, name)}{self._words(row, at, span, name)}</g>"
             )
 
-    def _text(self, row: Row, at: int, bar: _Span, name: str) -> str:
-        """Write a row's text into its bar where there is room, else beside it where there is most."""
-        facts = wording.facts(row, self.picture.unit)
-        label = wording.label(row, num_characters=_NUM_LABEL_CHARACTERS)
-        needed = (_num_columns(label) + 2 + len(facts)) * _CHARACTER_WIDTH
-        inside = _Span(bar.left + _GAP, bar.right - _GAP)
-        before = _Span(_GAP, bar.left - (_RAIL if row.segments[0].parents else 0) - _GAP)
-        after = _Span(bar.right + _GAP, _WIDTH - _GAP)
-        enough = min(needed, _NUM_COLUMNS_INSIDE * _CHARACTER_WIDTH, max(before.width, after.width))
-        is_inside = inside.width >= enough
-        room = inside if is_inside else max(after, before, key=lambda span: span.width)
-        place, anchor = (room.right, "end") if room is before else (room.left, "start")
-        label = _fitting(label, int(room.width / _CHARACTER_WIDTH) - 2 - len(facts))
-        style = f"in-{name}" if is_inside else "beside"
-        return (
-            f'<text class="{style}" x="{_pixels(place)}" y="{_top(at) + _BAR_HEIGHT - 6}" text-anchor="{anchor}">'
-            f'<tspan class="label">{html.escape(_ISOLATED.format(label))}</tspan>'
-            f'<tspan class="facts {style if is_inside else "pale"}">  {html.escape(facts)}</tspan></text>'
+    def _words(self, row: Row, at: int, bar: Span, name: str) -> str:
+        """Write a row's text and what is to be said of it."""
+        label, facts = wording.label(row, num_characters=_NUM_LABEL_CHARACTERS), wording.facts(row, self.picture.unit)
+        rail = _RAIL if row.segments[0].parents else 0
+        words = lettering(label, facts, bar, width=_WIDTH, rail=rail)
+        return "".join(
+            f'<text class="{kind} {f"in-{name}" if each.is_inside else beside}" x="{_pixels(each.x)}"'
+            f' y="{_top(at) + _BAR_HEIGHT - 6}" text-anchor="{each.anchor}">'
+            f"{html.escape(_ISOLATED.format(each.text))}</text>"
+            for each, kind, beside in zip(words, ("label", "facts"), ("beside", "beside pale"), strict=True)
         )
 
     def legend(self) -> Iterator[str]:
@@ -134,11 +107,19 @@ class _Canvas:
             yield f'<text class="pale" x="{_LEFT}" y="{self._baseline(at)}">{html.escape(text)}</text>'
 
     def _baseline(self, line: int) -> float:
-        return _TOP + len(self.layout.rows) * _ROW_HEIGHT + line * _LINE_HEIGHT + _LINE_HEIGHT - _GAP
+        return _TOP + len(self.layout.rows) * _ROW_HEIGHT + line * _LINE_HEIGHT + _LINE_HEIGHT - GAP
 
-    def _span(self, row: Row) -> _Span:
+    def _span(self, row: Row) -> Span:
         scale = (_WIDTH - _LEFT - _RIGHT) / (self.layout.extent or 1)
-        return _Span(_LEFT + row.begin * scale, _LEFT + row.end * scale)
+        return Span(_LEFT + row.begin * scale, _LEFT + row.end * scale)
+
+
+def _bar(span: Span, at: int, name: str) -> str:
+    width = span.right - span.left
+    return (
+        f'<rect class="{name}" x="{_pixels(span.left)}" y="{_top(at)}" width="{_pixels(width)}"'
+        f' height="{_BAR_HEIGHT}" rx="{_pixels(min(3, width / 2))}"/>'
+    )
 
 
 def _top(row: int) -> int:
@@ -147,14 +128,3 @@ def _top(row: int) -> int:
 
 def _pixels(number: float) -> str:
     return f"{number:.3f}".rstrip("0").rstrip(".")
-
-
-def _num_columns(string: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in string)
-
-
-def _fitting(string: str, num_columns: int) -> str:
-    """Return as much of the beginning of a string as fits."""
-    while _num_columns(string) > max(1, num_columns):
-        string = shortened(string, num_characters=len(string) - 1)
-    return string
