@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from backprompt_db.errors import PromptError
@@ -16,13 +17,15 @@ _ACCEPTED = (
 )
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "backend": (None, "default", "causal"),
-    "device": (None, "cpu"),
     "revision": (None, "main"),
     "trust_remote_code": (None, False),
     "subfolder": (None, ""),
     "dtype": (None, "auto"),
 }
 """What says nothing, as it is what holds without it."""
+
+
+_DEVICE = re.compile(r"cpu|mps(:0)?|cuda(:\d+)?")
 
 
 def check(arguments: dict[str, Any]) -> None:
@@ -33,12 +36,10 @@ def check(arguments: dict[str, Any]) -> None:
                 f"--model backprompt takes no {name}=",
                 hint=f"It takes {', '.join(sorted(_ACCEPTED))}; or use --model hf.",
             )
-    for name in ("backend", "device"):
-        if arguments.get(name) not in _NEUTRAL[name]:
-            raise PromptError(
-                f"--model backprompt takes no {name}={arguments[name]}",
-                hint="It runs causal language models where transformers puts them, which is the processor.",
-            )
+    if arguments.get("backend") not in _NEUTRAL["backend"]:
+        raise PromptError(f"backend={arguments['backend']} cannot be cached", hint="Causal language models can be.")
+    if not _DEVICE.fullmatch(str(arguments.get("device") or "cpu")):
+        raise PromptError(f"device={arguments['device']} is no device", hint="Give cpu, mps, cuda or cuda:1, ...")
 
 
 def loading(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -48,9 +49,23 @@ def loading(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     names = ("dtype", *_LOADING)
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    return {name: value for name, value in given.items() if value not in _NEUTRAL.get(name, ())}
+    passed_on = {name: value for name, value in given.items() if value not in _NEUTRAL.get(name, ())}
+    return passed_on | _placing(str(arguments.get("device") or "cpu"))
+
+
+def _placing(device: str) -> dict[str, Any]:
+    """Return what puts a model on a device. The harness's command line says `cuda:0` on any machine."""
+    kind = device.partition(":")[0]
+    if kind == "cpu":
+        return {}
+    import torch
+
+    is_there = torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available()
+    return {"device_map": device} if is_there else {}
 
 
 def of_files(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return those of the loading arguments that say which files are meant, not what is made of them."""
-    return {name: value for name, value in arguments.items() if name not in ("dtype", "attn_implementation")}
+    return {
+        name: value for name, value in arguments.items() if name not in ("dtype", "attn_implementation", "device_map")
+    }
