@@ -57,6 +57,28 @@ def forest_of(path: Path, *texts: str) -> Forest:
         return forest(catalog, at=NOW)
 
 
+def chain_of(path: Path, num_segments: int) -> Forest:
+    """Segments of a few words, each after the one before."""
+    origins = [origin_of("the beginning")]
+    for number in range(1, num_segments):
+        origins.append(origin_of(f"step {number}", origins[-1]))
+    return _forest_of_scores(path, origins)
+
+
+def fan_of(path: Path, num_segments: int) -> Forest:
+    """Segments of a few words, all but the first after the first."""
+    context = origin_of("the beginning")
+    return _forest_of_scores(
+        path, [context, *(origin_of(f"end {number}", context) for number in range(1, num_segments))]
+    )
+
+
+def _forest_of_scores(path: Path, origins: list[Origin]) -> Forest:
+    with new_catalog(path / "catalog.sqlite") as catalog:
+        catalog.record([StoredPart(origin.address, Part.SCORES, 100, origin) for origin in origins], at=NOW - DAY)
+        return forest(catalog, at=NOW)
+
+
 def _record(catalog: Catalog, origin: Origin, parts: set[Part], num_hits: int, used_at: float) -> None:
     stored = [StoredPart(origin.address, part, SIZES[part] + len(origin.text), origin) for part in parts]
     catalog.record(stored, at=used_at - 5)

@@ -26,11 +26,31 @@ from backprompt_db.pictures import page as page_module
 from backprompt_db.representation import Part
 from backprompt_db.store.contract import Key
 
+from . import browser_parts
 from .cli_parts import run, run_json
 from .maintenance_parts import remove_blob
 from .page_parts import DAY, HOSTILE, MARKUP, NOW, SIZES, forest_of, packed_in, write_page
 
 ASSETS = Path(page_module.__file__).parent / "page_assets"
+
+
+class TestBrowser:
+    """Of the tests that need one."""
+
+    def outcome(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+        monkeypatch.setattr(browser_parts, "CHROMEDRIVER", tmp_path / "chromedriver")
+        with pytest.raises(BaseException, match=r"there is no .*chromedriver: apt-get install") as raised:
+            browser_parts.require_browser()
+        return raised.typename
+
+    def test_without_one_they_are_skipped_but_fail_where_ci_is_set(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(browser_parts, "CHROMIUM", Path(sys.executable))
+        monkeypatch.delenv("CI", raising=False)
+        assert self.outcome(monkeypatch, tmp_path) == "Skipped"
+        monkeypatch.setenv("CI", "true")
+        assert self.outcome(monkeypatch, tmp_path) == "Failed"
 
 
 class Markup(html.parser.HTMLParser):

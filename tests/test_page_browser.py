@@ -14,7 +14,7 @@ from backprompt_db.maintenance.forest import Forest, Measure
 from backprompt_db.maintenance.token_scores import TokenScores
 
 from .browser_parts import Item, PageInBrowser, browser, require_browser
-from .page_parts import EMOJI, HOSTILE, MARKUP, RIGHT_TO_LEFT, forest_of, write_page
+from .page_parts import EMOJI, HOSTILE, MARKUP, RIGHT_TO_LEFT, chain_of, fan_of, forest_of, write_page
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +284,28 @@ def wheel(page: PageInBrowser, pixels: int) -> None:
     origin = ScrollOrigin.from_element(page.element("canvas"))
     ActionChains(page.driver).scroll_from_origin(origin, 0, pixels).perform()
     page.settle()
+
+
+class TestSize:
+    def test_what_is_narrower_than_a_pixel_is_one_box(self, open_page: OpenPage, tmp_path: Path) -> None:
+        page = open_page(fan_of(tmp_path, 5_000))
+        assert page.state()["boxes"] == "3"
+        page.press("/", "end 4321", Keys.ENTER)
+        width = page.element("canvas").size["width"]
+        [selected] = [item for item in page.items().values() if item.is_selected]
+        assert selected.words.startswith("end 4321,")
+        assert 0 <= selected.x <= width - selected.width
+        assert selected.width > 20
+
+    def test_a_chain_of_thousands_is_walked_down(self, open_page: OpenPage, tmp_path: Path) -> None:
+        page = open_page(chain_of(tmp_path, 3_000))
+        page.press("/", "step 2999", Keys.ENTER)
+        [selected] = [item for item in page.items().values() if item.is_selected]
+        assert selected.words.startswith("step 2999,")
+        assert 0 <= selected.row <= page.element("canvas").size["height"] / 24 - 1
+        page.element("canvas").click()
+        page.press(Keys.HOME)
+        assert page.state()["top"] == "0"
 
 
 class TestSearch:

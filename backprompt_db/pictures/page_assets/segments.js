@@ -42,7 +42,8 @@ export class Segments {
   }
 
   nbytes(node) {
-    return this.sizes(node).reduce((sum, [, nbytes]) => sum + nbytes, 0);
+    const sizes = [this.kv_nbytes[node], this.logits_nbytes[node], this.scores_nbytes[node]];
+    return sizes.reduce((sum, nbytes) => sum + Math.max(nbytes, 0), 0);
   }
 
   savedSeconds(node) {
