@@ -57,8 +57,8 @@ def blocks(markdown: str) -> list[Block]:
 
 
 def is_run(block: Block) -> bool:
-    """Whether a block is code that its page does not say is not run."""
-    return block.language in CODE and block.reason is None
+    """Whether a block is code, or a file that code reads, and its page does not say that it is not run."""
+    return (block.language in CODE or block.title is not None) and block.reason is None
 
 
 class Reader:

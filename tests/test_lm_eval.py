@@ -30,7 +30,7 @@ Make = Callable[..., BackpromptLM]
 CONTEXTS = [SHOTS + "Question: Who lists orders?\nAnswer:", SHOTS + "Question: Which dog? ", "The quick brown fox", ""]
 CONTINUATIONS = [" GET", " POST /orders.", "\n\n", "é 🙂", "x", " the endpoint for the request"]
 PAIRS = [(context, continuation) for context in CONTEXTS for continuation in CONTINUATIONS]
-METRICS = {f"{name},none" for name in ("acc", "acc_norm", "exact_match", "byte_perplexity", "word_perplexity")}
+METRICS = {"acc", "acc_norm", "exact_match", "byte_perplexity", "word_perplexity"}
 UNTIL = {"until": ["\n", " the"], "max_gen_toks": 12}
 
 
@@ -337,7 +337,8 @@ class TestWholeRun:
         theirs = self.run("hf", f"pretrained={directory},device=cpu", monkeypatch)
         ours = [self.run("backprompt", f"pretrained={directory},db={tmp_path / 'db'}", monkeypatch) for _ in range(2)]
         for task in self.TASKS:
-            expected = {name: float(value) for name, value in theirs["results"][task].items() if name in METRICS}
+            every = theirs["results"][task].items()
+            expected = {name: float(value) for name, value in every if name.partition(",")[0] in METRICS}
             assert expected
             for result in ours:
                 assert {name: result["results"][task][name] for name in expected} == pytest.approx(expected, rel=1e-5)

@@ -148,11 +148,11 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         **_: Any,
     ) -> list[tuple[float, bool]]:
         questions = [self._question(context, continuation) for _, context, continuation in requests]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, tuple[float, bool]] = {}
         for number, answer in self._answered(questions, "Running loglikelihood requests", disable=disable_tqdm):
-            answers[number] = answer
-            self.cache_hook.add_partial("loglikelihood", requests[number][0], tuple(answer))
-        return [tuple(answers[number]) for number in range(len(requests))]
+            answers[number] = answer.logprob, answer.is_greedy
+            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+        return [answers[number] for number in range(len(requests))]
 
     def loglikelihood_rolling(
         self,
