@@ -243,7 +243,8 @@ class TestOutput:
     def test_a_notebook_is_given_html_and_svg_of_a_text_and_html_of_a_result(self, lm: bp.LanguageModel) -> None:
         from IPython.core.formatters import DisplayFormatter
 
-        text, formatter = joined(lm), DisplayFormatter()
+        formatter: Any = DisplayFormatter()
+        text = joined(lm)
         shown, _ = formatter.format(text)
         assert shown == {"text/plain": repr(text), "text/html": text._repr_html_(), "image/svg+xml": text._repr_svg_()}
         result = text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -85,6 +85,41 @@ class TestTokens:
             **{**vars(result), "ids": (result.ids[0], type(result.ids[1])(b"another tokenizer's".ljust(32)))}
         )
         assert [token.text for token in read(stale).tokens] == [f"[{token_id}]" for token_id in result.input_ids]
+
+
+class SlowTokenizer:
+    """A tokenizer that only knows what its tokens decode to: one for each byte."""
+
+    is_fast = False
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+
+    def __len__(self) -> int:
+        return 256
+
+    def __call__(self, texts: str | list[str], **_: object) -> dict[str, Any]:
+        ids = [list(text.encode()) for text in ([texts] if isinstance(texts, str) else texts)]
+        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"<{number}>": number for number in range(256)}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [f"<{each}>" for each in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+class TestWhereTokensComeFrom:
+    def test_without_a_catalog_the_tokenizer_is_asked(self, gpt2: Any) -> None:
+        tokenizer = train_tokenizer()
+        tokenizer.add_tokens(["another token that no other tokenizer has"])
+        with bp.open(":memory:") as db:
+            assert plain(read(run(bp.LanguageModel(gpt2, tokenizer, db=db)))) == CONTEXT + REQUEST + ENDING
+
+    def test_a_slow_tokenizer_is_asked_what_each_token_decodes_to(self, gpt2: Any, db: bp.Database) -> None:
+        tokens = read(run(bp.LanguageModel(gpt2, SlowTokenizer(), db=db), "naïve"))
+        assert [token.text for token in tokens.tokens] == ["n", "a", "\ufffd", "\ufffd", "v", "e"]
 
 
 class TestSummary:

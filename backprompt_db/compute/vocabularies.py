@@ -62,4 +62,5 @@ class _Names:
         return [self.token(each) for each in ids]
 
     def token(self, token_id: int) -> str:
-        return str(self._tokenizer.decode([token_id]))
+        # Models may predict ids that no token has, to fill their last matrix up.
+        return str(self._tokenizer.decode([token_id])) if token_id < len(self._tokenizer) else ""
