@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_LOGGED_SEAMS = 10_000
+"""Seams that are logged and, so as not to be logged again, remembered."""
+
 
 class Engine:
     """Gets parts of segments under one model: from the database where they are, from the model where they are not."""
@@ -301,7 +304,7 @@ class Engine:
 
     def _log_seams(self, missing: Collection[Segment]) -> None:
         for seam in self._source.tokenizer.seams(missing):
-            if seam not in self._logged_seams:
+            if seam not in self._logged_seams and len(self._logged_seams) < _MAX_LOGGED_SEAMS:
                 self._logged_seams.add(seam)
                 logger.info(
                     "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
