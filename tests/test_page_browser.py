@@ -222,7 +222,7 @@ class TestZoom:
         ]
         steps[1].click()
         context = page.items()[node_of(found, CONTEXT)]
-        assert (context.row, context.width) == (0, pytest.approx(width, abs=2))
+        assert [context.row, context.width] == pytest.approx([0, width], abs=2)
         page.element("#path button").click()
         assert page.items()[node_of(found, CONTEXT)].row == 1
 
@@ -350,6 +350,17 @@ class TestSearch:
         page.press("/", Keys.ESCAPE)
         page.settle()
         assert pixel(page, page.items()[index]) == before
+
+    def test_a_match_far_down_in_a_text_is_scrolled_to(self, open_page: OpenPage, tmp_path: Path) -> None:
+        page = open_page(forest_of(tmp_path, "a line\n" * 200 + "the needle"))
+        page.items()
+        page.press("/", "needle", Keys.ENTER)
+        page.settle()
+        [top, bottom, first, last] = page.ask(
+            "[document.querySelector('#panel'), [...CSS.highlights.get('found')][0]]"
+            ".map(each => each.getBoundingClientRect()).flatMap(({top, bottom}) => [top, bottom])"
+        )
+        assert top <= first < last <= bottom
 
     def test_no_match_is_said_and_leads_nowhere(self, page: PageInBrowser) -> None:
         page.items()

@@ -23,8 +23,14 @@ export function fill(panel, node, { segments, tree, measure, query, go, close })
     ...links("Parents", segments.parentsOf(node), absent(segments, node), segments, go),
     ...links("Children", segments.childrenOf(node), [], segments, go),
   );
+  bringIntoView(panel, highlight(text, query));
+}
+
+/** Scroll to what was found, if it lies below what can be seen, else to the beginning. */
+function bringIntoView(panel, range) {
   panel.scrollTop = 0;
-  highlight(text, query);
+  const below = range ? range.getBoundingClientRect().bottom - panel.getBoundingClientRect().bottom : 0;
+  if (below > 0) panel.scrollTop = below + panel.clientHeight / 2;
 }
 
 function notes(node, segments, tokens) {

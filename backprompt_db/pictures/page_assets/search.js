@@ -40,15 +40,16 @@ export class Matches {
   }
 }
 
-/** Highlight what was searched for in an element, whatever elements it is divided into. */
+/** Highlight what was searched for in an element, whatever elements it is divided into; return the first range of it. */
 export function highlight(element, query) {
-  if (!globalThis.CSS?.highlights) return;
-  CSS.highlights.delete("found");
+  globalThis.CSS?.highlights?.delete("found");
   const pattern = patternOf(query, "giu");
-  if (!pattern || !element) return;
+  if (!pattern) return undefined;
   const pieces = textNodes(element);
   const found = [...pieces.map(({ node }) => node.data).join("").matchAll(pattern)];
-  CSS.highlights.set("found", new Highlight(...found.map(({ index, 0: { length } }) => rangeOf(pieces, index, index + length))));
+  const ranges = found.map(({ index, 0: { length } }) => rangeOf(pieces, index, index + length));
+  if (globalThis.Highlight) CSS.highlights.set("found", new Highlight(...ranges));
+  return ranges[0];
 }
 
 function textNodes(element) {
