@@ -12,7 +12,7 @@ from typing import Any
 
 from backprompt_db.catalog import Catalog, StoredPart
 from backprompt_db.maintenance.forest import Forest, forest
-from backprompt_db.maintenance.page_contents import MAX_TEXT, page_contents
+from backprompt_db.maintenance.page_contents import page_contents
 from backprompt_db.maintenance.token_scores import TokenScores
 from backprompt_db.pictures.page import html_page
 from backprompt_db.representation import Origin, Part
@@ -91,7 +91,7 @@ def write_page(
     found: Forest,
     tokens: Mapping[int, TokenScores] | None = None,
     *,
-    max_text: int = MAX_TEXT,
+    max_text: int = 2_000,
     title: str = "Prompts",
 ) -> Path:
     """Make a page of a forest, in a directory."""

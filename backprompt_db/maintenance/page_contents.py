@@ -13,8 +13,6 @@ from backprompt_db.maintenance.forest import Forest, Measure
 from backprompt_db.maintenance.token_scores import TokenScores
 from backprompt_db.representation import Part
 
-MAX_TEXT = 2_000
-"""Characters of each text, unless told otherwise."""
 MAX_CHARACTERS = 50_000_000
 """Of all texts together: a browser has to hold them."""
 
