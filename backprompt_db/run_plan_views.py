@@ -73,7 +73,7 @@ def _about(seconds: float) -> str:
 
 
 def _room(room: RoomForecast) -> str:
-    limit = "no limit" if room.max_live_nbytes is None else f"up to {size(room.max_live_nbytes)} may be"
+    limit = "no limit" if room.max_live_nbytes is None else f"{size(room.max_live_nbytes)} at most"
     return f"{size(room.live_nbytes)} in use, about {size(room.written_nbytes)} more needed, {limit}"
 
 
