@@ -197,7 +197,8 @@ class TestTexts:
         text = bp.Text(HOSTILE + "</svg><script>alert(1)</script>]]>") + "\x00\ufffe\r" + "]]>&lt;"
         shown = drawn(text)
         assert shown.tags == {"svg", "style", "rect", "path", "g", "title", "text"}
-        assert shown.rows[0].label.startswith("<script>alert(1)</script>\\x1b[31m[bold]\\u202e&amp;</svg><script>")
+        assert shown.rows[0].label.startswith("<script>alert(1)</script>\\x1b[31m[bold]\\")
+        assert "\\x1b[31m[bold]\\u202e&amp;</svg><script>alert(1)</script>]]>" in shown.rows[0].tooltip
         assert shown.rows[1].label == "\\x00\\ufffe\\r"
         assert shown.rows[2].label == "]]>&lt;"
         assert "</svg><script>alert(1)</script>" in shown.rows[0].tooltip

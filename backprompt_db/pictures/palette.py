@@ -69,13 +69,10 @@ def _common() -> str:
         f".{ROOT}{{font:12px {FONT};max-width:100%;height:auto}}"
         f".{ROOT} text{{white-space:pre}}"
         f".{ROOT} .link{{fill:none;stroke-width:1.5}}"
-        f".{ROOT} .beside{{paint-order:stroke;stroke-width:4;stroke-linejoin:round}}"
         f".{ROOT} rect{{stroke-width:1.5}}"
         f".{ROOT} .stored{{fill:#0072b2;stroke:#0072b2}}"
         f".{ROOT} .computed{{fill:#e69f00;stroke:#e69f00}}"
         f".{ROOT} .missing{{stroke-dasharray:4 3}}"
-        f".{ROOT} .in-stored{{fill:#fff}}"
-        f".{ROOT} .in-computed{{fill:#000}}"
     )
 
 
@@ -85,7 +82,6 @@ def _rules(theme: _Theme, *, page: str = "") -> str:
         f"{here} .card{{fill:{theme.card}}}"
         f"{here} text{{fill:{theme.ink}}}"
         f"{here} .pale{{fill:{theme.pale}}}"
-        f"{here} .beside{{stroke:{theme.card}}}"
         f"{here} .link{{stroke:{theme.line}}}"
         f"{here} .missing{{fill:{theme.card};stroke:{theme.missing}}}"
         f"{here} .unknown{{fill:{theme.unknown};stroke:{theme.line}}}"

@@ -1,4 +1,6 @@
-"""A picture as SVG: bars in rows, as wide as their segments, and lines from parents to children.
+"""A picture as SVG: in each row a text, its bar, as wide as its segment, and what is to be said of it.
+
+Lines lead from the bars of parents to those of their children.
 
 No element has an id, so that pictures on one page cannot get in each other's way. Whatever texts hold is shown and
 means nothing.
@@ -9,28 +11,39 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.pictures import palette, wording
 from backprompt_db.pictures.layout import lay_out
-from backprompt_db.pictures.lettering import GAP, Span, lettering
+from backprompt_db.pictures.lettering import CHARACTER_WIDTH, fitting
 
 if TYPE_CHECKING:
     from backprompt_db.pictures.layout import Layout, Row
     from backprompt_db.pictures.picture import Picture
 
-_WIDTH = 860
-_LEFT = 18
-_RIGHT = 12
+_WIDTH = 940
+_MARGIN = 16
+_LABELS_WIDTH = 300
+_FACTS_WIDTH = 248
+_BARS_LEFT = _MARGIN + _LABELS_WIDTH + 14
+_BARS_RIGHT = _WIDTH - _MARGIN - _FACTS_WIDTH - 14
 _TOP = 12
-_BAR_HEIGHT = 20
-_ROW_HEIGHT = 28
+_BAR_HEIGHT = 18
+_ROW_HEIGHT = 26
 _LINE_HEIGHT = 18
+_GAP = 6
 _RAIL = 8
 """How far left of a bar the line runs down that leads to it."""
-_NUM_LABEL_CHARACTERS = 80
+_NUM_LABEL_COLUMNS = int(_LABELS_WIDTH / CHARACTER_WIDTH)
 _ISOLATED = "\u2068{}\u2069"
 """Keeps what is written from right to left from turning what stands beside it around."""
+
+
+class _Span(NamedTuple):
+    """From where to where a bar goes, in pixels."""
+
+    left: float
+    right: float
 
 
 def svg_view(picture: Picture, *, max_rows: int) -> str:
@@ -38,7 +51,7 @@ def svg_view(picture: Picture, *, max_rows: int) -> str:
     layout = lay_out(picture, max_rows=max_rows)
     canvas = _Canvas(picture, layout)
     legend = list(canvas.legend())
-    height = _TOP + len(layout.rows) * _ROW_HEIGHT + len(legend) * _LINE_HEIGHT + GAP
+    height = _TOP + len(layout.rows) * _ROW_HEIGHT + len(legend) * _LINE_HEIGHT + _GAP
     body = "\n".join([*canvas.links(), *canvas.rows(), *legend])
     summary = "; ".join(text for _, text in wording.totals(picture)) or "an empty text"
     return (
@@ -79,42 +92,41 @@ class _Canvas:
             yield (
                 f'<g data-segment="{row.number}" data-num-segments="{len(row.segments)}" data-state="{name}">'
                 f"<title>{html.escape(wording.tooltip(row))}</title>"
-                f"{_bar(span, at, name)}{self._words(row, at, span, name)}</g>"
+                f"{_bar(span, at, name)}{self._words(row, at)}</g>"
             )
 
-    def _words(self, row: Row, at: int, bar: Span, name: str) -> str:
-        """Write a row's text and what is to be said of it."""
-        label, facts = wording.label(row, num_characters=_NUM_LABEL_CHARACTERS), wording.facts(row, self.picture.unit)
-        rail = _RAIL if row.segments[0].parents else 0
-        words = lettering(label, facts, bar, width=_WIDTH, rail=rail)
+    def _words(self, row: Row, at: int) -> str:
+        """Write a row's text before its bar, and what is to be said of it behind."""
+        label = fitting(wording.label(row, num_characters=_NUM_LABEL_COLUMNS), _NUM_LABEL_COLUMNS)
+        facts = wording.facts(row, self.picture.unit)
+        words = (("label", label, _MARGIN), ("facts pale", facts, _WIDTH - _MARGIN - _FACTS_WIDTH))
         return "".join(
-            f'<text class="{kind} {f"in-{name}" if each.is_inside else beside}" x="{_pixels(each.x)}"'
-            f' y="{_top(at) + _BAR_HEIGHT - 6}" text-anchor="{each.anchor}">'
-            f"{html.escape(_ISOLATED.format(each.text))}</text>"
-            for each, kind, beside in zip(words, ("label", "facts"), ("beside", "beside pale"), strict=True)
+            f'<text class="{kind}" x="{x}" y="{_top(at) + _BAR_HEIGHT - 5}">'
+            f"{html.escape(_ISOLATED.format(text))}</text>"
+            for kind, text, x in words
         )
 
     def legend(self) -> Iterator[str]:
         """Yield the lines below: how much is in which state, and what else is to be said."""
         lines = wording.totals(self.picture)
         for at, (state, text) in enumerate(lines):
-            swatch = f'x="{_LEFT}" y="{self._baseline(at) - 9}" width="16" height="10" rx="2"'
+            swatch = f'x="{_MARGIN}" y="{self._baseline(at) - 9}" width="16" height="10" rx="2"'
             yield (
                 f'<rect class="{palette.CLASSES[state]}" {swatch}/>'
-                f'<text class="pale" x="{_LEFT + 24}" y="{self._baseline(at)}">{html.escape(text)}</text>'
+                f'<text class="pale" x="{_MARGIN + 24}" y="{self._baseline(at)}">{html.escape(text)}</text>'
             )
         for at, text in enumerate(wording.remarks(self.picture, self.layout), start=len(lines)):
-            yield f'<text class="pale" x="{_LEFT}" y="{self._baseline(at)}">{html.escape(text)}</text>'
+            yield f'<text class="pale" x="{_MARGIN}" y="{self._baseline(at)}">{html.escape(text)}</text>'
 
     def _baseline(self, line: int) -> float:
-        return _TOP + len(self.layout.rows) * _ROW_HEIGHT + line * _LINE_HEIGHT + _LINE_HEIGHT - GAP
+        return _TOP + len(self.layout.rows) * _ROW_HEIGHT + line * _LINE_HEIGHT + _LINE_HEIGHT - _GAP
 
-    def _span(self, row: Row) -> Span:
-        scale = (_WIDTH - _LEFT - _RIGHT) / (self.layout.extent or 1)
-        return Span(_LEFT + row.begin * scale, _LEFT + row.end * scale)
+    def _span(self, row: Row) -> _Span:
+        scale = (_BARS_RIGHT - _BARS_LEFT) / (self.layout.extent or 1)
+        return _Span(_BARS_LEFT + row.begin * scale, _BARS_LEFT + row.end * scale)
 
 
-def _bar(span: Span, at: int, name: str) -> str:
+def _bar(span: _Span, at: int, name: str) -> str:
     width = span.right - span.left
     return (
         f'<rect class="{name}" x="{_pixels(span.left)}" y="{_top(at)}" width="{_pixels(width)}"'
