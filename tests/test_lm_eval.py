@@ -137,7 +137,7 @@ class TestLoglikelihood:
         self, make: Make, hf: Any, caplog: pytest.LogCaptureFixture
     ) -> None:
         ids = hf.tok_encode("a dog 🙂 is lazy")
-        pairs = [((), ids[:6], ids[6:])]
+        pairs = [(("a dog", " is lazy"), ids[:6], ids[6:])]
         lm = make()
         assert_same(lm._loglikelihood_tokens(pairs), hf._loglikelihood_tokens(pairs), [("", "xxxxxx")], hf)
         assert "inside a character" in caplog.text

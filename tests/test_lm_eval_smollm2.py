@@ -54,7 +54,9 @@ def lm(database: Path) -> Iterator[BackpromptLM]:
 def first(database: Path) -> list[tuple[float, bool]]:
     """The answers of a first run."""
     with bp.open(database) as db:
-        return BackpromptLM(str(smollm2_directory()), db=db).loglikelihood(requests("loglikelihood", PAIRS))
+        lm = BackpromptLM(str(smollm2_directory()), db=db)
+        answers: list[tuple[float, bool]] = lm.loglikelihood(requests("loglikelihood", PAIRS))
+        return answers
 
 
 def test_choices_have_the_log_likelihoods_and_greedy_flags_of_the_hf_model(

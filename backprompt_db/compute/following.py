@@ -8,7 +8,7 @@ token more likely than all others together needs no look.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from backprompt_db.text import Segment, Text, ancestry
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
-    from backprompt_db.compute.job import Need
+    from backprompt_db.compute.job import Need, Wanted
     from backprompt_db.compute.source import ModelSource
 
 _SCORES, _KV = frozenset({Part.SCORES}), frozenset({Part.KV})
@@ -41,8 +41,7 @@ Paths = Mapping[Segment, tuple[int, ...]]
 class Followed:
     """What was found of one completion after its own prompt."""
 
-    token_ids: npt.NDArray[np.int32]
-    """int32 [T]."""
+    token_ids: tuple[int, ...]
     token_logprobs: npt.NDArray[np.float32]
     """float32 [T]: natural log-probability of each token."""
     is_greedy: bool | None
@@ -67,74 +66,74 @@ def follow(
     tips = [ending[0].parents[0] for ending in endings]
     wanted = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
     asked = {tip: wanted.get(tip, frozenset()) | _TO_FOLLOW for tip in tips if paths.get(tip) == ()}
-    found, _ = engine.represent(wanted | asked, keep=dict.fromkeys(tips, _SCORES) | wanted)
+    keep = _kept(tips) | wanted
+    found, _ = engine.represent(wanted | asked, keep=keep)
     paths.update({tip: (int(found[tip, Part.LOGITS]["logits"].torch().argmax()),) for tip in asked})
     scored = [_scored(found, ending) for ending in endings]
-    open_ones = [(tip, *scores) for tip, scores in zip(tips, scored, strict=True) if _is_open(paths, tip, *scores)]
-    if open_ones:
-        _walk(engine, source, open_ones, paths, found)
+    for tip, (ids, logprobs) in zip(tips, scored, strict=True):
+        if _is_open(paths, tip, ids) and _is_sure(logprobs[len(paths[tip]) :]):
+            paths[tip] = ids
+    unknown = [(tip, ids) for tip, (ids, _) in zip(tips, scored, strict=True) if _is_open(paths, tip, ids)]
+    if unknown:
+        _walk(engine, source, unknown, paths, found, keep=keep)
     return [
-        Followed(ids, logprobs, _begins(paths[tip], ids) if tip in paths else None)
+        Followed(ids, logprobs, paths[tip][: len(ids)] == ids if tip in paths else None)
         for tip, (ids, logprobs) in zip(tips, scored, strict=True)
     ]
 
 
-def _scored(
-    found: Mapping[Need, Arrays], ending: Sequence[Segment]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+def _kept(tips: Iterable[Segment]) -> dict[Segment, frozenset[Part]]:
+    """Return what is stored of the last segments of prompts: of those that other prompts go on from, everything."""
+    followed = {parent for segment in ancestry(tips) for parent in segment.parents}
+    return {tip: _SCORES for tip in tips if tip not in followed}
+
+
+def _scored(found: Mapping[Need, Arrays], ending: Sequence[Segment]) -> tuple[tuple[int, ...], npt.NDArray[np.float32]]:
     scores = [found[segment, Part.SCORES] for segment in ending]
-    ids = np.concatenate([part["input_ids"].numpy() for part in scores]).astype(np.int32, copy=False)
-    return ids, np.concatenate([part["token_logprobs"].numpy() for part in scores]).astype(np.float32, copy=False)
+    ids = np.concatenate([part["input_ids"].numpy() for part in scores])
+    logprobs = np.concatenate([part["token_logprobs"].numpy() for part in scores])
+    return tuple(ids.tolist()), logprobs.astype(np.float32, copy=False)
 
 
-def _is_open(
-    paths: MutableMapping[Segment, tuple[int, ...]],
-    tip: Segment,
-    ids: npt.NDArray[np.int32],
-    logprobs: npt.NDArray[np.float32],
-) -> bool:
-    """Whether a path must be followed further to know; a path that surely goes on with the completion is extended."""
+def _is_open(paths: Paths, tip: Segment, ids: tuple[int, ...]) -> bool:
+    """Whether a path says nothing of whether it goes on with `ids`: all that is known of it is a beginning of them."""
     path = paths.get(tip)
-    if path is None or len(path) >= len(ids) or not _begins(tuple(ids.tolist()), np.array(path)):
-        return False
-    if (logprobs[len(path) :] > _SURELY_LIKELIEST).all():
-        paths[tip] = tuple(ids.tolist())
-        return False
-    return True
+    return path is not None and len(path) < len(ids) and ids[: len(path)] == path
 
 
-def _begins(path: Sequence[int], ids: npt.NDArray[np.integer]) -> bool:
-    """Whether a path begins with all of `ids`."""
-    return tuple(path[: len(ids)]) == tuple(ids.tolist())
+def _is_sure(logprobs: npt.NDArray[np.float32]) -> bool:
+    """Whether each of these tokens is certainly the likeliest one."""
+    return bool((logprobs > _SURELY_LIKELIEST).all())
 
 
 def _walk(
     engine: Engine,
     source: ModelSource,
-    completions: Sequence[tuple[Segment, npt.NDArray[np.int32], npt.NDArray[np.float32]]],
+    completions: Sequence[tuple[Segment, tuple[int, ...]]],
     paths: MutableMapping[Segment, tuple[int, ...]],
     found: Mapping[Need, Arrays],
+    *,
+    keep: Wanted,
 ) -> None:
     """Extend each prompt's path by one pass over a completion, up to the first token that is not the likeliest."""
-    tips = [tip for tip, _, _ in completions]
-    needed = {segment: _KV for segment in ancestry(tips) if (segment, Part.KV) not in found}
-    kv = {**found, **engine.represent(needed, keep=dict.fromkeys(tips, _SCORES))[0]}
-    for tip, ids, logprobs in completions:
-        if _is_open(paths, tip, ids, logprobs):  # another completion may have shown it meanwhile
+    needed = {segment: _KV for segment in ancestry(tip for tip, _ in completions) if (segment, Part.KV) not in found}
+    kv = {**found, **engine.represent(needed, keep=keep)[0]}
+    for tip, ids in completions:
+        if _is_open(paths, tip, ids):  # another completion may have shown it meanwhile
             likeliest = _likeliest(source, [kv[segment, Part.KV] for segment in ancestry([tip])], ids[:-1])
             path = (paths[tip][0], *likeliest)
-            num_same = next((n for n, token in enumerate(ids.tolist()) if path[n] != token), len(ids) - 1)
+            num_same = next((n for n, token in enumerate(ids) if path[n] != token), len(ids) - 1)
             paths[tip] = path[: num_same + 1]
 
 
-def _likeliest(source: ModelSource, kv: Sequence[Arrays], ids: npt.NDArray[np.int32]) -> list[int]:
+def _likeliest(source: ModelSource, kv: Sequence[Arrays], ids: Sequence[int]) -> list[int]:
     """Return the likeliest token after each of `ids`, which follow what has these keys and values."""
     runtime = source.runtime
     num_tokens = sum(arrays["keys"].shape[2] for arrays in kv)
     cache = assemble(KVShape.of(kv[0]), kv, capacity=num_tokens + len(ids), device=runtime.device).cache()
     with evaluation(runtime.model):
         output = runtime.model(
-            input_ids=torch.from_numpy(ids.astype(np.int64))[None].to(runtime.device),
+            input_ids=torch.tensor([ids], device=runtime.device),
             past_key_values=cache,
             use_cache=True,
         )

@@ -1,10 +1,9 @@
-"""`python -m backprompt_db.integrations.lm_eval`: the harness's command line, with `--model backprompt` in it."""
+"""`python -m backprompt_db.integrations.lm_eval`: the harness's command line, with `--model backprompt` in it.
+
+The package, which is imported first, has registered the model.
+"""
 
 from lm_eval.__main__ import cli_evaluate
-
-import backprompt_db.integrations.lm_eval
-
-__all__ = ["backprompt_db"]
 
 if __name__ == "__main__":
     cli_evaluate()
