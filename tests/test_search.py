@@ -155,7 +155,7 @@ class TestWhatIsFound:
 
 
 class TestTheIndex:
-    def test_recording_does_not_touch_it(self, catalog: Catalog, path: Path) -> None:
+    def test_recording_notes_what_is_new_and_no_more(self, catalog: Catalog, path: Path) -> None:
         record(catalog, "first")
         index(catalog)
         before = query(path, "SELECT count(*) FROM search_data"), query(path, "SELECT number FROM searchable")
@@ -183,6 +183,19 @@ class TestTheIndex:
         catalog.forget([(origin_of("first text").address, Part.KV)])
         assert found(catalog, "text") == ["second text"]
         record(catalog, "first text")
+        assert found(catalog, "text") == ["first text", "second text"]
+
+    def test_texts_may_go_and_come_back_before_they_are_in_it(self, catalog: Catalog) -> None:
+        index(catalog)
+        record(catalog, "first text", "second text")
+        catalog.forget([(origin_of("first text").address, Part.KV)])
+        assert found(catalog, "text") == ["second text"]
+        index(catalog)
+        record(catalog, "first text")
+        index(catalog)
+        catalog.forget([(origin_of("first text").address, Part.KV)])
+        record(catalog, "first text")
+        index(catalog)
         assert found(catalog, "text") == ["first text", "second text"]
 
     def test_who_may_only_read_searches_with_it_and_without(self, catalog: Catalog, path: Path) -> None:

@@ -128,6 +128,17 @@ class TestTheIndex:
         keep_up_index(directory)
         assert not (directory / "catalog.sqlite").exists()
 
+    def test_nothing_of_what_was_purged_stays_in_it(self, directory: Path, open_db: Callable[..., bp.Database]) -> None:
+        with open_db(directory) as db:
+            db.put([new_part("a 7QZXJV secret")])
+        run("ls", "--db", directory, "--index")
+        assert b"7qz" in (directory / "catalog.sqlite").read_bytes()
+        assert run("purge", "--db", directory, "--contains", "7QZXJV", "--yes").exit_code == 0
+        for secret in (b"7qz", b"7QZ"):
+            assert not [path for path in directory.rglob("*") if path.is_file() and secret in path.read_bytes()]
+        assert found(directory, "--grep", "7qz") == []
+        assert len(found(directory, "--grep", "e")) == 5
+
 
 class TestSelectingAndSorting:
     def test_sizes(self, directory: Path) -> None:
@@ -137,6 +148,14 @@ class TestSelectingAndSorting:
         assert set(larger) == {text for text, nbytes in sizes.items() if nbytes > median}
         assert set(found(directory, "--smaller-than", f"{median}B")) == {t for t, n in sizes.items() if n < median}
         assert found(directory, "--larger-than", "1GB") == []
+
+    def test_other_commands_select_by_size_too(self, directory: Path, tmp_path: Path) -> None:
+        largest = run_json("ls", "--db", directory, "--sort", "size")[0]
+        least = str(sum(largest["nbytes"].values()) - 1)
+        out = tmp_path / "out.bundle"
+        assert run_json("export", out, "--db", directory, "--larger-than", least)["num_representations"] == 1
+        assert run("purge", "--db", directory, "--larger-than", least, "--yes").exit_code == 0
+        assert largest["text"] not in found(directory)
 
     def test_ages(self, directory: Path) -> None:
         assert found(directory, "--older-than", "1h") == []

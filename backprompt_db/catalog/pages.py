@@ -56,9 +56,8 @@ def index_texts(connections: Connections) -> Iterator[int]:
     with connections.writing() as connection:
         search.create_index(connection)
         num_left = search.num_unindexed(connection)
-    last: SegmentId | None = SegmentId(b"")
-    while last is not None:
-        yield num_left
+    yield num_left
+    while num_left > 0:
         with connections.writing() as connection:
-            last, num_indexed = search.index_some(connection, after=last)
-        num_left -= num_indexed
+            num_left -= search.index_some(connection) or num_left
+        yield num_left

@@ -16,7 +16,6 @@ from sqlalchemy import (
     column,
     exists,
     func,
-    insert,
     literal,
     or_,
     select,
@@ -52,8 +51,8 @@ def conditions(connection: Connection, selection: Selection) -> list[ColumnEleme
 def _reach(connection: Connection, ids: Iterable[SegmentId]) -> Select[bytes]:
     """Put segments into a temporary table, which takes more than a statement's variables, and select them from it."""
     connection.exec_driver_sql("CREATE TEMPORARY TABLE reached (id BLOB PRIMARY KEY) WITHOUT ROWID")
-    for some in chunks(ids):
-        connection.execute(insert(_REACHED), [{"id": each} for each in some])
+    if rows := [(each,) for each in ids]:
+        connection.exec_driver_sql("INSERT INTO reached VALUES (?)", rows)
     return select(_REACHED.c.id)
 
 

@@ -18,10 +18,12 @@ from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, size
 from backprompt_db.cli.progress import bar, reading_bar
 from backprompt_db.cli.selecting import (
     LabelOption,
+    LargerThanOption,
     ModelOption,
     NamespaceOption,
     OlderThanOption,
     PrefixOption,
+    SmallerThanOption,
     UsedWithinOption,
     selected,
 )
@@ -45,6 +47,8 @@ def export(
     namespace: NamespaceOption = None,
     used_within: UsedWithinOption = None,
     older_than: OlderThanOption = None,
+    larger_than: LargerThanOption = None,
+    smaller_than: SmallerThanOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file if there is one.")] = False,
     db: DbOption = None,
     as_json: JsonOption = False,
@@ -61,6 +65,8 @@ def export(
         namespace=namespace,
         used_within=used_within,
         older_than=older_than,
+        larger_than=larger_than,
+        smaller_than=smaller_than,
     )
     done = _export(db, out, selection, force=force)
     # Stdout is the bundle's when it goes there.

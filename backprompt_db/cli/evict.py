@@ -15,10 +15,12 @@ from backprompt_db.cli.selecting import (
     AddressOption,
     ContainsOption,
     LabelOption,
+    LargerThanOption,
     ModelOption,
     NamespaceOption,
     OlderThanOption,
     PrefixOption,
+    SmallerThanOption,
     selected,
 )
 
@@ -46,6 +48,8 @@ def evict(
     model: ModelOption = None,
     namespace: NamespaceOption = None,
     older_than: OlderThanOption = None,
+    larger_than: LargerThanOption = None,
+    smaller_than: SmallerThanOption = None,
     dry_run: _DryRun = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,6 +67,8 @@ def evict(
         model=model,
         namespace=namespace,
         older_than=older_than,
+        larger_than=larger_than,
+        smaller_than=smaller_than,
     )
     with open_quietly(db) as database:
         if dry_run:
@@ -102,6 +108,8 @@ def purge(
     model: ModelOption = None,
     namespace: NamespaceOption = None,
     older_than: OlderThanOption = None,
+    larger_than: LargerThanOption = None,
+    smaller_than: SmallerThanOption = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,6 +128,8 @@ def purge(
         model=model,
         namespace=namespace,
         older_than=older_than,
+        larger_than=larger_than,
+        smaller_than=smaller_than,
     )
     with open_quietly(db) as database:
         if not yes:

@@ -19,6 +19,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("search", "searchable"):
+    op.execute("DROP TRIGGER IF EXISTS segments_inserted")
+    for table in ("search", "searchable", "unsearchable"):
         op.execute(f"DROP TABLE IF EXISTS {table}")
     op.drop_column("tokenizers", "definition")
