@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from cycler import cycler
 
 from benchmarks.plots.curves import Figure
 
@@ -14,7 +15,7 @@ PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 
 _STYLE = {
     "axes.grid": True,
-    "axes.prop_cycle": mpl.cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000"]),
+    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000"]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "white",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,12 +23,7 @@ MIB = 1 << 20
 
 def memory_and_disk(directory: Path) -> Figure:
     """Store prompts of each length in a database of each fidelity; then use each in a process of its own."""
-    disk = {
-        fidelity: [
-            in_fresh_process(partial(_disk, num_tokens=num, fidelity=fidelity), directory) for num in NUMS_TOKENS
-        ]
-        for fidelity in Fidelity
-    }
+    disk = {each: in_fresh_process(partial(_disk, fidelity=each), directory) for each in Fidelity}
     hits = [in_fresh_process(partial(_peak_of_hit, num_tokens=num), directory) for num in NUMS_TOKENS]
     colds = [in_fresh_process(partial(_peak_of_computing, num_tokens=num), directory) for num in NUMS_TOKENS]
     tensors = [num * TOKEN_NBYTES / MIB for num in NUMS_TOKENS]
@@ -50,10 +46,16 @@ def memory_and_disk(directory: Path) -> Figure:
     )
 
 
-def _disk(directory: Path, *, num_tokens: int, fidelity: Fidelity) -> float:
-    path = _place(directory, num_tokens, fidelity)
+def _disk(directory: Path, *, fidelity: Fidelity) -> list[float]:
+    model = gpt2(num_positions=NUM_POSITIONS)
+    return [
+        _disk_of(model, _place(directory, num_tokens, fidelity), num_tokens, fidelity) for num_tokens in NUMS_TOKENS
+    ]
+
+
+def _disk_of(model: Any, path: Path, num_tokens: int, fidelity: Fidelity) -> float:
     with bp.open(path, fidelity=fidelity.value) as db:
-        lm = language_model(gpt2(num_positions=NUM_POSITIONS), db)
+        lm = language_model(model, db)
         empty = _allocated(path)
         lm(digits(num_tokens))
         db.flush()
