@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -165,9 +166,7 @@ class TestTheIndex:
 
     def test_who_gives_up_goes_on_where_it_was(self, catalog: Catalog) -> None:
         record(catalog, *(f"text number {number}" for number in range(1200)))
-        steps = catalog.index_texts()
-        assert (next(steps), next(steps)) == (1200, 700)
-        steps.close()
+        assert list(itertools.islice(catalog.index_texts(), 2)) == [1200, 700]
         assert catalog.has_index()
         assert found(catalog, "NUMBER 119") == sorted(["text number 119", *(f"text number 119{n}" for n in range(10))])
         assert next(catalog.index_texts()) == 700
