@@ -21,6 +21,16 @@ def shortened(string: str, *, num_characters: int) -> str:
     return string if len(string) <= num_characters else string[: num_characters - 1] + "…"
 
 
+def plural(number: int, noun: str) -> str:
+    """Return a number of things for people.
+
+    >>> plural(1, "segment"), plural(1000, "segment"), plural(2, "pass")
+    ('1 segment', '1,000 segments', '2 passes')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
+
+
 def size(nbytes: int) -> str:
     """Return a number of bytes for people: `1.5 MiB`.
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from backprompt_db.display import duration, shortened, size, visible
+from backprompt_db.display import duration, plural, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -93,7 +93,7 @@ def _warnings(plan: RunPlan) -> Iterator[str]:
         yield "Raise it with `backprompt-db config --max-size SIZE`, or run less at a time."
     elif room is not None and room.num_evicted_parts:
         yield (
-            f"To make room, {room.num_evicted_parts:,} parts would be evicted: {size(room.evicted_nbytes)},"
+            f"To make room, {plural(room.num_evicted_parts, 'part')} would be evicted: {size(room.evicted_nbytes)},"
             f" which took {duration(room.evicted_seconds)} to compute."
         )
     if plan.num_too_long:

@@ -226,7 +226,7 @@ class TestVerifyAndReindex:
     def test_parts_that_cannot_be_used_are_mentioned(self, directory: Path) -> None:
         with contextlib.closing(LmdbStore(directory / "store")) as store:
             store.put([Blob(Key(Address(b"\x5a" * 32), Part.KV), b"not a part")])
-        assert "1 parts cannot be used" in run("reindex", "--db", directory).stdout
+        assert "1 part cannot be used" in run("reindex", "--db", directory).stdout
 
     def test_a_terminal_gets_a_progress_bar(self, directory: Path) -> None:
         ours, theirs = pty.openpty()

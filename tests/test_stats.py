@@ -227,7 +227,7 @@ class TestHealing:
         assert found["activity"]["num_quarantined"] == 1
         assert [(each["kind"], each["address"]) for each in found["incidents"]] == [("quarantine", key.address.hex())]
         text = run("stats", "--db", directory).stdout
-        assert re.search(r"quarantined +1 parts", text)
+        assert re.search(r"quarantined +1 part", text)
         assert f"quarantine {key.address.hex()[:12]}: the {key.part.name.lower()} part does not match" in text
         assert run("verify", "--db", directory).exit_code == 0
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.cli.output import JsonOption, emit, emit_json, plural
 from backprompt_db.cli.selecting import (
     AddressOption,
     ContainsOption,
@@ -81,4 +81,4 @@ def _report(num_changed: int, what: str, *, as_json: bool) -> None:
     if as_json:
         emit_json({"num_representations": num_changed})
     else:
-        emit(f"{num_changed:,} representations {what}.")
+        emit(f"{plural(num_changed, 'representation')} {what}.")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, plural, size
 from backprompt_db.cli.progress import bar, reading_bar
 from backprompt_db.cli.selecting import (
     LabelOption,
@@ -200,7 +200,8 @@ def _naming_failures(path: Path) -> Iterator[None]:
 
 
 def _print_export(done: Exported) -> None:
-    emit(f"{done.num_representations:,} representations exported, {done.num_parts:,} parts, {size(done.nbytes)}.")
+    representations, parts = plural(done.num_representations, "representation"), plural(done.num_parts, "part")
+    emit(f"{representations} exported, {parts}, {size(done.nbytes)}.")
     if done.num_orphaned:
         emit(f"{done.num_orphaned:,} left out: the keys and values of the text before them are not stored any more.")
     if done.num_unusable:
@@ -217,7 +218,9 @@ def _report(done: Arrivals, *, as_json: bool) -> None:
 
 
 def _print_arrivals(done: Arrivals) -> None:
-    emit(f"{done.num_stored:,} parts stored, {size(done.nbytes_stored)}; {done.num_known:,} were there already.")
+    emit(
+        f"{plural(done.num_stored, 'part')} stored, {size(done.nbytes_stored)}; {done.num_known:,} were there already."
+    )
     if done.num_orphaned:
         emit(f"{done.num_orphaned:,} left out: the keys and values of the text before them are missing.")
     if done.num_unusable:

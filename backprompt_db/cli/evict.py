@@ -10,7 +10,7 @@ import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
 from backprompt_db.cli.options import size_nbytes
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, size
+from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, plural, size
 from backprompt_db.cli.selecting import (
     AddressOption,
     ContainsOption,
@@ -80,7 +80,7 @@ def evict(
     if as_json:
         emit_json({"num_parts": done.num_parts, "nbytes": done.nbytes, "live_nbytes": live_nbytes})
     else:
-        emit(f"{done.num_parts:,} parts evicted, {size(done.nbytes)}; {size(live_nbytes)} are in use.")
+        emit(f"{plural(done.num_parts, 'part')} evicted, {size(done.nbytes)}; {size(live_nbytes)} are in use.")
 
 
 def compact(*, db: DbOption = None, as_json: JsonOption = False) -> None:
@@ -134,12 +134,12 @@ def purge(
     with open_quietly(db) as database:
         if not yes:
             num_doomed = len(purging.doomed(database, selection))
-            typer.confirm(f"Remove {num_doomed:,} representations for good?", abort=True, err=True)
+            typer.confirm(f"Remove {plural(num_doomed, 'representation')} for good?", abort=True, err=True)
         done = purging.purge(database, selection)
     if as_json:
         emit_json(done)
     else:
-        emit(f"{done.num_representations:,} representations purged, {done.num_parts:,} parts.")
+        emit(f"{plural(done.num_representations, 'representation')} purged, {plural(done.num_parts, 'part')}.")
 
 
 def _print_victims(victims: Sequence[Victim]) -> None:
@@ -151,7 +151,8 @@ def _print_victims(victims: Sequence[Victim]) -> None:
         emit(f"... and {len(victims) - _NUM_SHOWN:,} more; --json lists all of them.")
     nbytes, seconds = sum(victim.nbytes for victim in victims), _seconds(victims)
     emit(
-        f"{len(victims):,} parts would go, {size(nbytes)}. Computing all of them again would take {duration(seconds)}."
+        f"{plural(len(victims), 'part')} would go, {size(nbytes)}."
+        f" Computing all of them again would take {duration(seconds)}."
     )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backprompt_db.cli.output import age, literal, shortened
+from backprompt_db.display import plural
 from backprompt_db.maintenance.forest import Measure
 from backprompt_db.maintenance.pruning import Branch
 from backprompt_db.pictures.picture import Picture, PicturedSegment, State, Unit
 from backprompt_db.pictures.terminal import bar
 from backprompt_db.pictures.wording import measure as amount
-from backprompt_db.pictures.wording import plural
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, emit, emit_json, size, visible
+from backprompt_db.cli.output import JsonOption, emit, emit_json, plural, size, visible
 from backprompt_db.cli.progress import bar
 from backprompt_db.cli.selecting import (
     ContainsOption,
@@ -112,4 +112,4 @@ def _report(out: Path, *, num_segments: int, as_json: bool) -> None:
     if as_json:
         emit_json({"file": out, "num_segments": num_segments, "nbytes": nbytes})
     else:
-        emit(visible(f"{num_segments:,} segments, {size(nbytes)}: {out.as_uri()}"), wrap=False)
+        emit(visible(f"{plural(num_segments, 'segment')}, {size(nbytes)}: {out.as_uri()}"), wrap=False)

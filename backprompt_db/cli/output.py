@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backprompt_db.display import age, duration, shortened, size, visible
+from backprompt_db.display import age, duration, plural, shortened, size, visible
 from backprompt_db.representation import Part
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "literal",
     "one_line",
     "plain",
+    "plural",
     "shortened",
     "size",
     "visible",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal
+from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, plural
 
 if TYPE_CHECKING:
     from backprompt_db.maintenance.reindex import Reindexing
@@ -29,6 +29,8 @@ def reindex(*, db: DbOption = None, as_json: JsonOption = False) -> None:
 def _print_reindexing(done: Reindexing) -> None:
     if done.moved_aside is not None:
         emit(literal(f"The damaged catalog is now {done.moved_aside}."), wrap=False)
-    emit(f"{done.num_added:,} parts added, {done.num_forgotten:,} forgotten.")
+    emit(f"{plural(done.num_added, 'part')} added, {done.num_forgotten:,} forgotten.")
     if done.num_unreadable:
-        emit(f"{done.num_unreadable:,} parts cannot be used; `backprompt-db verify` tells why and removes them.")
+        emit(
+            f"{plural(done.num_unreadable, 'part')} cannot be used; `backprompt-db verify` tells why and removes them."
+        )

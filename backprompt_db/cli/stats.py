@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, grid, literal, plain, size
+from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, grid, literal, plain, plural, size
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -147,10 +147,10 @@ def _activity(found: Activity | None) -> dict[str, str]:
         "parts found": f"{found.num_memory_hits:,} in memory, {found.num_disk_hits:,} on disk, "
         f"{found.num_base_hits:,} in a database below",
         "parts missed": f"{found.num_part_misses:,}",
-        "computed": f"{found.num_computed_tokens:,} tokens in {duration(found.computed_seconds)}",
+        "computed": f"{plural(found.num_computed_tokens, 'token')} in {duration(found.computed_seconds)}",
         "waited for": f"{found.num_waits:,} computations of other processes",
-        "evicted": f"{found.num_evicted:,} parts, {size(found.num_evicted_nbytes)}",
-        "quarantined": f"{found.num_quarantined:,} parts",
+        "evicted": f"{plural(found.num_evicted, 'part')}, {size(found.num_evicted_nbytes)}",
+        "quarantined": plural(found.num_quarantined, "part"),
         "failed": f"{found.num_read_failures:,} reads, {found.num_write_failures:,} writes",
     }
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, plain, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, plain, plural, size
 from backprompt_db.cli.progress import bar
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _print(checks: Checks, found: Verification, again: Recomputation | None, *, 
     lines += [problem for problem in (found.store_problem, found.catalog_problem) if problem is not None]
     emit(*map(literal, lines), wrap=False)
     if checks.share:
-        emit(f"{found.num_parts:,} parts read, {size(found.nbytes)}: {_verdict(found)}.")
+        emit(f"{plural(found.num_parts, 'part')} read, {size(found.nbytes)}: {_verdict(found)}.")
     elif checks.structure:
         emit(f"The structure was checked: {_verdict(found)}.")
     if again is not None:
@@ -171,7 +171,8 @@ def _verdict(found: Verification) -> str:
 def _print_recomputation(again: Recomputation, *, is_removed: bool) -> None:
     errors = ", ".join(f"{part.name.lower()} {error:.1e}" for part, error in again.max_errors.items())
     emit(
-        f"{again.num_representations:,} representations computed again, {again.num_parts:,} parts compared: "
+        f"{plural(again.num_representations, 'representation')} computed again,"
+        f" {plural(again.num_parts, 'part')} compared: "
         f"{len(again.problems) or 'none'} of them different. Largest errors, where {again.tolerance:g} is allowed: "
         f"{errors or 'none'}."
     )

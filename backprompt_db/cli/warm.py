@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, plain, visible
+from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, plain, plural, visible
 from backprompt_db.cli.prompts import Prompts, template_of, unescaped
 from backprompt_db.cli.rows import Form, num_lines, rows
 from backprompt_db.errors import ModelMismatch, PromptError
@@ -158,7 +158,7 @@ def _run(lm: LanguageModel, texts: Iterable[Text], completions: list[Text] | Non
         return lm.warm(texts, completions, **options)
     except KeyboardInterrupt:
         num_tokens = lm.counters.num_computed_tokens
-        typer.echo(f"interrupted: {num_tokens:,} tokens were computed and are stored", err=True)
+        typer.echo(f"interrupted: {plural(num_tokens, 'token')} computed and stored", err=True)
         typer.echo("hint: Run the same command again: it goes on where it was.", err=True)
         raise typer.Exit(_INTERRUPTED) from None
 
@@ -219,7 +219,7 @@ def _report(done: RunPlan | Warmed, left_out: list[LeftOut], *, num_left_out: in
 def _summary(done: Warmed) -> str:
     pace = f", {done.tokens_per_second:,.0f} tokens/s" if done.num_computed_tokens else ""
     return (
-        f"{done.num_texts:,} prompts, {done.num_stored_texts:,} of which were stored already:"
-        f" {done.num_computed_tokens:,} tokens computed in {done.num_passes:,} passes"
+        f"{plural(done.num_texts, 'prompt')}, {done.num_stored_texts:,} of which were stored already:"
+        f" {plural(done.num_computed_tokens, 'token')} computed in {plural(done.num_passes, 'pass')}"
         f" ({duration(done.seconds)}{pace})."
     )

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from backprompt_db.display import duration, size
+from backprompt_db.display import duration, plural, size
 from backprompt_db.maintenance.forest import Forest, Measure
 from backprompt_db.maintenance.token_scores import TokenScores
 from backprompt_db.representation import Part
@@ -140,5 +140,5 @@ def _totals(found: Forest) -> str:
         sum(found.weights(measure)) for measure in (Measure.TOKENS, Measure.NBYTES, Measure.SAVED_SECONDS)
     )
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(found.at))
-    facts = (f"{tokens:,} tokens", size(int(nbytes)), f"{duration(seconds)} saved", made)
-    return f"{len(found.nodes):,} segments · {' · '.join(facts)}"
+    facts = (plural(tokens, "token"), size(int(nbytes)), f"{duration(seconds)} saved", made)
+    return f"{plural(len(found.nodes), 'segment')} · {' · '.join(facts)}"

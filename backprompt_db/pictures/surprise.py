@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from backprompt_db.display import visible
+from backprompt_db.display import plural, visible
 from backprompt_db.errors import BackpromptError
-from backprompt_db.pictures.wording import plural
 
 if TYPE_CHECKING:
     from backprompt_db.representation import Arrays, ModelRepr
@@ -114,7 +113,7 @@ def _body(result: ModelRepr, vocabulary: Vocabulary) -> Iterator[str]:
     hidden = range(NUM_TOKENS // 2, max(NUM_TOKENS // 2, ends[-1] - NUM_TOKENS // 2))
     for number, (segment, end) in enumerate(zip(result.text.segments(), ends, strict=True)):
         begin = end - result.scores[number]["input_ids"].shape[0]
-        if begin in hidden and end - 1 in hidden:
+        if hidden.start < begin and end <= hidden.stop:
             continue
         spans = list(_spans(segment.string, result.scores[number], vocabulary))
         before, after = spans[: max(0, hidden.start - begin)], spans[max(0, hidden.stop - begin) :]

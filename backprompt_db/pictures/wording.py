@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from backprompt_db.display import duration, shortened, size, visible
+from backprompt_db.display import duration, plural, shortened, size, visible
 from backprompt_db.pictures.picture import State, Unit
 
 if TYPE_CHECKING:
@@ -60,15 +60,6 @@ def measure(amount: float, unit: Unit) -> str:
         case Unit.SECONDS:
             return duration(amount)
     return plural(round(amount), unit.value.removesuffix("s"))
-
-
-def plural(number: int, noun: str) -> str:
-    """Return a number of things.
-
-    >>> plural(1, "segment"), plural(1000, "segment")
-    ('1 segment', '1,000 segments')
-    """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def tooltip(row: Row) -> str:
