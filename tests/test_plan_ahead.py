@@ -11,6 +11,7 @@ import pytest
 
 import backprompt_db as bp
 from backprompt_db.config import Config, write_config
+from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.representation import Part
 from backprompt_db.run_plan import RunPlan, Warmed
 
@@ -46,6 +47,14 @@ def assert_foretold(foretold: RunPlan, done: Warmed) -> None:
     assert (foretold.num_missing_tokens, foretold.num_passes) == (done.num_computed_tokens, done.num_passes)
     assert (foretold.num_texts, foretold.num_stored_texts) == (done.num_texts, done.num_stored_texts)
     assert foretold.too_long == done.too_long
+
+
+def can_score(lm: bp.LanguageModel, text: str, completions: list[str]) -> bool:
+    try:
+        lm.score(text, completions)
+    except ContextLengthExceeded:
+        return False
+    return True
 
 
 def stored_arrays(db: bp.Database) -> dict[Part, int]:
@@ -168,6 +177,31 @@ class TestTooLong:
     def test_a_completion_may_make_it_too_long(self, lm: bp.LanguageModel) -> None:
         foretold = lm.plan(["0" * 200, "0" * 250], ["1" * 50])
         assert [each.number for each in foretold.too_long] == [1]
+
+    @pytest.mark.parametrize("deterministic", [False, True])
+    @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
+    def test_what_is_listed_is_just_what_cannot_be_run(
+        self, make_lm: MakeLM, family: str, *, deterministic: bool
+    ) -> None:
+        neo = {"attention_types": [[["global"], 3]], "max_position_embeddings": 64}
+        model = tiny_gpt2(n_positions=64) if family == "gpt2" else Family("", "packs", "gpt_neo", neo).build()
+        lm = make_lm(model, deterministic=deterministic)
+        texts = ["0" * num_tokens for num_tokens in range(60, 67)]
+        for completions in (["1"], ["111"], ["1", "222"]):
+            foretold = lm.plan(texts, completions)
+            assert_foretold(foretold, lm.warm(texts, completions))
+            listed = {each.number for each in foretold.too_long}
+            assert {number for number, text in enumerate(texts) if not can_score(lm, text, completions)} == listed
+            assert len(listed) == max(map(len, completions)) + 1 + deterministic
+        foretold = lm.plan(texts, keep=["scores"])
+        assert len(foretold.too_long) == 1 + deterministic
+        assert_foretold(foretold, lm.warm(texts, keep=["scores"]))
+
+    def test_positions_that_are_used_twice_are_places_of_their_own_in_a_pass(self, make_lm: MakeLM) -> None:
+        options = {"attention_types": [[["global"], 3]], "max_position_embeddings": 64}
+        lm = make_lm(Family("", "packs", "gpt_neo", options).build())
+        foretold = lm.plan([lm.text("0" * 40) + lm.text("1" * 30, start=0)])
+        assert [each.num_positions for each in foretold.too_long] == [70]
 
     def test_branches_count_side_by_side_where_a_pass_must_hold_them(self, make_lm: MakeLM) -> None:
         options = {"attention_types": [[["global"], 3]], "max_position_embeddings": 64}

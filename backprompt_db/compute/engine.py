@@ -244,7 +244,7 @@ class Engine:
         packs = plan.packs(
             available, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
         )
-        runtime.require_runnable(packs, input_ids, starts)
+        runtime.require_runnable(packs, num_read, starts)
         return Job(packs, input_ids, starts, wanted, missing, kept, self._deterministic, runtime)
 
     def _proven_runtime(self, names: Names) -> Runtime:

@@ -169,9 +169,16 @@ def too_long(
     num_positions = max(start + num_read[segment] for segment, start in starts.items())
     if bounds.max_positions is not None and num_positions > bounds.max_positions:
         return TooLong(order.number, num_positions, bounds.max_positions, str(order.text)[:_NUM_CHARACTERS])
-    if bounds.max_columns is None or all(len(segment.parents) < 2 for segment in order.segments):
+    if bounds.max_columns is None:
         return None
-    num_columns = max(sum(num_tokens[other] for other in ancestry([segment])) for segment in order.segments)
+    # Without branches and gaps, each position is one column.
+    is_plain = all(len(segment.parents) < 2 and segment.start is None for segment in order.segments)
+    num_columns = num_positions if is_plain else max(_num_columns(segment, num_read) for segment in order.segments)
     if num_columns > bounds.max_columns:
         return TooLong(order.number, num_columns, bounds.max_columns, str(order.text)[:_NUM_CHARACTERS])
     return None
+
+
+def _num_columns(segment: Segment, num_read: Mapping[Segment, int]) -> int:
+    """Return how many tokens a segment sees, itself included."""
+    return sum(num_read[other] for other in ancestry([segment]))

@@ -162,14 +162,14 @@ class Runtime:
         return self._verdict.form
 
     def require_runnable(
-        self, packs: Sequence[Pack], input_ids: Mapping[Segment, Sequence[int]], starts: Mapping[Segment, int]
+        self, packs: Sequence[Pack], num_read: Mapping[Segment, int], starts: Mapping[Segment, int]
     ) -> None:
         """Raise `UnsupportedModel` for packs that this model cannot run: one of chains runs no branches and no gaps."""
         limit = self.max_columns
         for pack in packs:
-            _require_room(pack, input_ids, limit)
+            _require_room(pack, num_read, limit)
             if not self.takes_packs:
-                _require_plain_chain(pack, input_ids, starts, reason=self._verdict.reason)
+                _require_plain_chain(pack, num_read, starts, reason=self._verdict.reason)
 
     @property
     def takes_packs(self) -> bool:
@@ -228,9 +228,9 @@ class Runtime:
         return f"check {CHECK_VERSION}, {libraries}, {kinds} attention"
 
 
-def _require_room(pack: Pack, input_ids: Mapping[Segment, Sequence[int]], limit: int | None) -> None:
+def _require_room(pack: Pack, num_read: Mapping[Segment, int], limit: int | None) -> None:
     """Raise `ContextLengthExceeded` for a segment that sees more tokens, side by side, than fit into one pass."""
-    num_columns = sum(len(input_ids[segment]) for segment in (*pack.context, *pack.segments))
+    num_columns = sum(num_read[segment] for segment in (*pack.context, *pack.segments))
     if limit is not None and num_columns > limit:
         raise ContextLengthExceeded(
             f"a pass needs {num_columns:,} tokens at once, the causal mask inside this model has {limit:,}",
@@ -259,7 +259,7 @@ def costs_of(model: Any, *, num_layers: int) -> Costs:
 
 def _require_plain_chain(
     pack: Pack,
-    input_ids: Mapping[Segment, Sequence[int]],
+    num_read: Mapping[Segment, int],
     starts: Mapping[Segment, int],
     *,
     reason: str | None,
@@ -274,4 +274,4 @@ def _require_plain_chain(
                 f"this model runs plain chains only ({reason})",
                 hint="Use no parallel branches and no explicit start with it.",
             )
-        begin += len(input_ids[segment])
+        begin += num_read[segment]
