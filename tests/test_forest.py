@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,6 +60,31 @@ class TestWhatFollowsWhat:
         second = origin_of("second", first)
         record(catalog, origin_of("third", second), second, first)
         assert list(drawn(forest(catalog))) == ["first", "second", "third"]
+
+    def test_nothing_else_changes_the_order_in_which_they_were_recorded(self, catalog: Catalog) -> None:
+        context, late = origin_of("context"), origin_of("late")
+        early = origin_of("early", late)
+        record(catalog, context, origin_of("request", context), early, origin_of("other"), late)
+        assert list(drawn(forest(catalog))) == ["context", "request", "late", "early", "other"]
+
+    def test_a_chain_that_was_recorded_backwards_is_a_chain(self, catalog: Catalog) -> None:
+        chain = [origin_of("0")]
+        for number in range(1, 2_000):
+            chain.append(origin_of(str(number), chain[-1]))
+        catalog.record([stored(origin) for origin in reversed(chain)], at=1.0)
+        assert [node.parents for node in forest(catalog).nodes] == [(), *((number,) for number in range(1_999))]
+
+    def test_a_catalog_that_says_that_two_follow_each_other_is_drawn_all_the_same(
+        self, catalog: Catalog, tmp_path: Path
+    ) -> None:
+        first, second = origin_of("first"), origin_of("second")
+        record(catalog, first, second, origin_of("third", second))
+        with contextlib.closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as tampered, tampered:
+            ids = [first.segment_id, second.segment_id]
+            tampered.executemany("INSERT INTO parents (segment_id, parent_id) VALUES (?, ?)", [ids, ids[::-1]])
+        found = forest(catalog)
+        assert drawn(found) == {"first": [], "second": ["first"], "third": ["second"]}
+        assert [node.num_absent_parents for node in found.nodes] == [1, 0, 0]
 
     def test_what_follows_something_that_is_gone_is_a_root_and_says_so(self, catalog: Catalog) -> None:
         gone, there = origin_of("gone"), origin_of("there")

@@ -9,7 +9,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Integer,
-    RowMapping,
     Select,
     SQLColumnExpression,
     distinct,
@@ -154,13 +153,17 @@ _ROWS = (
 
 
 def _rows(connection: Connection, statement: Select[*tuple[object, ...]]) -> list[Row]:
-    return [_row(found) for found in connection.execute(statement).mappings()]
+    found = connection.execute(statement)
+    names = tuple(found.keys())
+    return [_row(dict(zip(names, values, strict=True))) for values in found]
 
 
-def _row(found: RowMapping) -> Row:
-    values = dict(found)
-    sizes = {part: values.pop(column.key) for part, column in NBYTES.items()}
-    return Row(**values, nbytes={part: size for part, size in sizes.items() if size is not None})
+_SIZES = [(part, column.key) for part, column in NBYTES.items()]
+
+
+def _row(values: dict[str, Any]) -> Row:
+    sizes = [(part, values.pop(name)) for part, name in _SIZES]
+    return Row(**values, nbytes={part: size for part, size in sizes if size is not None})
 
 
 def parents(connection: Connection, segment_id: SegmentId) -> tuple[SegmentId, ...]:

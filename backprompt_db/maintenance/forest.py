@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
+import operator
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from graphlib import TopologicalSorter
 from typing import TYPE_CHECKING
 
 from backprompt_db.catalog import Row
@@ -117,16 +117,31 @@ def forest(
     rows = newest[:limit][::-1]
     before = _ids_before(catalog, rows)
     numbers = {_key(row, row.segment_id): number for number, row in enumerate(rows)}
-    graph = [
-        sorted(numbers[key] for each in before[row.segment_id] if (key := _key(row, each)) in numbers) for row in rows
-    ]
-    order = list(TopologicalSorter(dict(enumerate(graph))).static_order())
-    places = {number: place for place, number in enumerate(order)}
-    nodes = (
-        _node(rows[number], [places[each] for each in graph[number]], num_ids=len(before[rows[number].segment_id]))
-        for number in order
-    )
+    graph = [[numbers[key] for each in before[row.segment_id] if (key := _key(row, each)) in numbers] for row in rows]
+    nodes, places = list[Node](), dict[int, int]()
+    for number in _parents_first(graph):
+        # A parent that has no place yet follows its own child, which only a catalog that was tampered with can say.
+        parents = tuple(sorted(places[each] for each in graph[number] if each in places))
+        num_absent = len(before[rows[number].segment_id]) - len(parents)
+        places[number] = len(nodes)
+        nodes.append(Node(*_values(rows[number]), parents=parents, num_absent_parents=num_absent))
     return Forest(tuple(nodes), time.time() if at is None else at, is_whole=len(newest) == len(rows))
+
+
+def _parents_first(graph: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Yield numbers in their order, but none before those that it follows; `graph` has these of each."""
+    is_done, is_waiting = bytearray(len(graph)), bytearray(len(graph))
+    for number in range(len(graph)):
+        stack = [number]
+        while stack:
+            last = stack[-1]
+            missing = [] if is_waiting[last] else [each for each in graph[last] if not is_done[each]]
+            if missing:
+                is_waiting[last] = True
+                stack += missing[::-1]
+            elif not is_done[stack.pop()]:
+                is_done[last] = True
+                yield last
 
 
 def _key(row: Row, segment_id: SegmentId) -> tuple[SegmentId, WeightsId, TokenizerId]:
@@ -144,9 +159,4 @@ def _ids_before(catalog: Catalog, rows: Sequence[Row]) -> Mapping[SegmentId, lis
     return found
 
 
-_FIELDS = [field.name for field in fields(Row)]
-
-
-def _node(row: Row, parents: Sequence[int], *, num_ids: int) -> Node:
-    values = {name: getattr(row, name) for name in _FIELDS}
-    return Node(**values, parents=tuple(sorted(parents)), num_absent_parents=num_ids - len(parents))
+_values = operator.attrgetter(*(field.name for field in fields(Row)))
