@@ -178,6 +178,12 @@ class TestCost:
         assert len(tokens.tokens) == NUM_TOKENS
         assert "… 2,010 tokens not shown …" in tokens.texts
 
+    def test_what_is_hidden_may_begin_where_a_segment_does(self, lm: bp.LanguageModel) -> None:
+        for num_tokens, segments in (([5_000, 3_000, 9_000], {0, 2}), ([5_000, 3_000, 5_000], {0, 2})):
+            tokens = read(made_up(lm, num_tokens))
+            assert {token.segment for token in tokens.tokens} == segments
+            assert tokens.texts.count(f"… {sum(num_tokens) - NUM_TOKENS:,} tokens not shown …") == 1
+
 
 def made_up(lm: bp.LanguageModel, num_tokens: list[int]) -> ModelRepr:
     """A result with so many tokens in its segments, which no model has computed."""
