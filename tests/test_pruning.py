@@ -57,6 +57,13 @@ def test_a_depth_counts_branchings() -> None:
     assert len(pruned(forest_of(*chain), max_depth=0)) == 5
 
 
+def test_a_node_weighs_what_it_weighs_and_not_what_sums_of_fractions_leave() -> None:
+    forest = forest_of(node("context", 1), *(node(name, 1, 0) for name in "abc"))
+    weights = [0.0, 0.1, 0.2, 0.7]
+    found = prune(forest, weights, limit=100, max_depth=None)
+    assert {branch.node: branch.weight for branch in found.branches()} == dict(enumerate(weights))
+
+
 def test_what_is_hidden_is_counted_where_it_would_stand() -> None:
     forest = tree()
     found = prune(forest, forest.weights(Measure.TOKENS), limit=2, max_depth=None)

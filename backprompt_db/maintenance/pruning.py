@@ -28,17 +28,14 @@ class Branch:
     """Its index in the forest."""
     depth: int
     """How many branchings are above it; what follows alone after its parent is as deep as that."""
+    weight: float
+    """Its own weight alone."""
     total: float
     """The weight of all nodes below it in the tree, and its own."""
     children: tuple[Branch, ...] = field(repr=False)
     """Those of its children that are shown, the heaviest first."""
     hidden: Hidden
     """Its other children, and all below them."""
-
-    @property
-    def weight(self) -> float:
-        """Its own weight alone."""
-        return self.total - self.hidden.total - sum(child.total for child in self.children)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,7 @@ def prune(forest: Forest, weights: Sequence[float], *, limit: int, max_depth: in
     branches: dict[int, Branch] = {}
     for node in reversed(depths):  # children were found after their parents
         children = forest.children[node]
-        branches[node] = Branch(node, depths[node], totals[node], shown(children), hidden(children))
+        branches[node] = Branch(node, depths[node], weights[node], totals[node], shown(children), hidden(children))
     return PrunedForest(shown(forest.roots), hidden(forest.roots), sum(totals[root] for root in forest.roots))
 
 
