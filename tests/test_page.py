@@ -13,6 +13,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import backprompt_db as bp
@@ -20,10 +21,11 @@ from backprompt_db.maintenance import page_contents as contents_module
 from backprompt_db.maintenance import token_scores
 from backprompt_db.maintenance.existing import open_catalog
 from backprompt_db.maintenance.forest import forest
+from backprompt_db.maintenance.inspection import Inspection
 from backprompt_db.maintenance.page_contents import affordable_text, page_contents
 from backprompt_db.maintenance.token_scores import TokenScores
 from backprompt_db.pictures import page as page_module
-from backprompt_db.representation import Part
+from backprompt_db.representation import Array, Part
 from backprompt_db.store.contract import Key
 
 from . import browser_parts
@@ -221,6 +223,20 @@ class TestTokens:
         logprobs = [each for index in range(3) for each in tokens[index].logprobs]
         assert logprobs[0] is None
         assert logprobs[1:] == pytest.approx(result.token_logprobs[1:].tolist(), abs=1e-3)
+
+    def test_what_a_model_says_is_impossible_can_be_shown(
+        self, lm: bp.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lm(lm.text(self.TEXTS[0]))
+        values = np.array([np.nan, -np.inf, np.inf, -1.5], dtype=np.float32)
+        arrays = {
+            "input_ids": Array.from_numpy(np.arange(4, dtype=np.int32)),
+            "token_logprobs": Array.from_numpy(values),
+        }
+        monkeypatch.setattr(token_scores, "inspect", lambda store, key: Inspection(key, arrays=arrays))
+        found, tokens = self.read(lm)
+        assert tokens[0].logprobs == [None, -1e6, 0.0, -1.5]
+        assert packed_in(write_page(tmp_path, found, tokens))["tokens"]["0"]["logprobs"] == [None, -1e6, 0.0, -1.5]
 
     def test_of_a_shortened_text_those_that_are_shown(self, lm: bp.LanguageModel) -> None:
         lm(lm.text(self.TEXTS[0]))

@@ -23,6 +23,8 @@ MAX_TOKENS = 200_000
 """Of all representations together."""
 MAX_PARTS = 10_000
 """Each is a read of its own."""
+_LEAST = -1e6
+"""Stands for the log-probability of what a model says is impossible: JSON has no infinity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def _token_scores(node: Node, arrays: Arrays, vocabulary: Vocabulary | None, *, 
     ids, logprobs = (arrays[name].numpy().tolist() for name in ("input_ids", "token_logprobs"))
     pieces = None if vocabulary is None else vocabulary.pieces(node.text, ids)
     count = len(ids) if len(node.text) <= max_text else _num_within(pieces, max_text)
-    known = (None if math.isnan(logprob) else round(logprob, 3) for logprob in logprobs[:count])
+    known = (None if math.isnan(logprob) else round(min(max(logprob, _LEAST), 0.0), 3) for logprob in logprobs[:count])
     return TokenScores(ids[:count], list(known), None if pieces is None else pieces[:count])
 
 
