@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,8 +132,25 @@ class TestPieces:
         assert "requires an argument" in run("explain", "--db", directory, "--file").output
 
 
+def forget_tokenizers(directory: Path) -> None:
+    """Make a catalog one that has kept no tokenizer, as catalogs were at first."""
+    with contextlib.closing(sqlite3.connect(directory / "catalog.sqlite")) as catalog, catalog:
+        catalog.execute("UPDATE tokenizers SET definition = NULL")
+
+
 class TestModel:
-    def test_the_only_model_need_not_be_named_but_then_tokens_are_unknown(self, directory: Path) -> None:
+    def test_the_only_model_need_not_be_named_and_its_tokenizer_is_in_the_catalog(
+        self, directory: Path, model: Path, tokenizer: Any
+    ) -> None:
+        model.rename(model.with_name("elsewhere"))
+        found = run_json("explain", "--db", directory, "A qu", "ick fox")
+        expected = [len(tokenizer(piece)["input_ids"]) for piece in ("A qu", "ick fox")]
+        assert [segment["num_tokens"] for segment in found["segments"]] == expected
+        assert [(seam["left"], seam["right"]) for seam in found["seams"]] == [("A qu", "ick fox")]
+        assert "Give --model" not in run("explain", "--db", directory, "A qu", "ick fox").stdout
+
+    def test_without_a_tokenizer_tokens_of_what_is_missing_are_unknown(self, directory: Path) -> None:
+        forget_tokenizers(directory)
         found = run_json("explain", "--db", directory, *PIECES, "more")
         assert reasons(found) == [None, None, None, "never-seen"]
         assert [segment["num_tokens"] is None for segment in found["segments"]] == [False, False, False, True]
@@ -143,23 +162,28 @@ class TestModel:
     def test_a_directory_gives_the_tokens_of_what_is_missing(
         self, directory: Path, model: Path, tokenizer: Any
     ) -> None:
+        forget_tokenizers(directory)
         found = run_json("explain", "--db", directory, "--model", model, "A qu", "ick fox")
         expected = [len(tokenizer(piece)["input_ids"]) for piece in ("A qu", "ick fox")]
         assert [segment["num_tokens"] for segment in found["segments"]] == expected
         assert found["needed_seconds"] > 0
         assert [(seam["left"], seam["right"]) for seam in found["seams"]] == [("A qu", "ick fox")]
 
-    def test_start_tokens_count(self, tmp_path: Path, tokenizer_with_bos: Any) -> None:
+    @pytest.mark.parametrize("is_kept", [True, False])
+    def test_start_tokens_count(self, tmp_path: Path, tokenizer_with_bos: Any, *, is_kept: bool) -> None:
         tiny_gpt2().save_pretrained(tmp_path / "model")
         tokenizer_with_bos.save_pretrained(tmp_path / "model")
         with bp.open(tmp_path / "cache") as db:
             bp.LanguageModel.from_pretrained(str(tmp_path / "model"), db=db)(CONTEXT)
+        if not is_kept:
+            forget_tokenizers(tmp_path / "cache")
         found = run_json("explain", "--db", tmp_path / "cache", "--model", tmp_path / "model", "new", "er")
         expected = [1 + len(tokenizer_with_bos("new", add_special_tokens=False)["input_ids"])]
         expected += [len(tokenizer_with_bos("er", add_special_tokens=False)["input_ids"])]
         assert [segment["num_tokens"] for segment in found["segments"]] == expected
 
     def test_a_tokenizer_that_is_not_the_one_that_was_used_says_nothing(self, directory: Path, model: Path) -> None:
+        forget_tokenizers(directory)
         path = model / "tokenizer.json"
         serialised = json.loads(path.read_text())
         serialised["model"]["merges"] = []

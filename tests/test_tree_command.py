@@ -51,6 +51,8 @@ class TestPrompt:
         assert [list(segment) for segment in found["segments"]] == [SEGMENT_FIELDS] * 3
         assert [segment["state"] for segment in found["segments"]] == ["stored", "stored", "missing"]
         assert [segment["parents"] for segment in found["segments"]] == [[], [0], [1]]
+        assert (found["unit"], found["remarks"]) == ("tokens", [])
+        assert [segment["size"] for segment in found["segments"]] == [each["num_tokens"] for each in found["segments"]]
 
     def test_files_are_pieces_too(self, directory: Path, tmp_path: Path) -> None:
         (tmp_path / "piece.txt").write_text(CONTEXT)

@@ -69,9 +69,9 @@ def explain(
 ) -> None:
     """Show where each segment of a prompt would be found, or why it would have to be computed.
 
-    Each piece is a segment of its own, as in a concatenation. Nothing is computed, and no model is loaded. What was
-    never computed has a number of tokens only where MODEL is a directory, or a name whose files are on this machine,
-    with a tokenizer.json.
+    Each piece is a segment of its own, as in a concatenation. Nothing is computed, and no model is loaded. Where the
+    catalog does not have the tokenizer, what was never computed has a number of tokens only if MODEL is a directory, or
+    a name whose files are on this machine, with a tokenizer.json.
     """
     del file  # it is among the pieces
     text = text_of(pieces or [])
@@ -128,5 +128,5 @@ def explanation_of(directory: Path, text: Text, *, model: str | None, namespace:
     manifest_of(directory)
     with open_catalog(directory) as catalog, open_database(directory, mode=READ, memory_nbytes=0) as database:
         names = recorded_names(database, catalog, model)
-        tokenizer = None if model is None else recorded_tokenizer(catalog, names, model)
+        tokenizer = recorded_tokenizer(catalog, names, model)
         return explain_text(database, names, text.tips(namespace), tokenizer=tokenizer)

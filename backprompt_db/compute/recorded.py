@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backprompt_db.catalog import Selection
@@ -13,9 +12,12 @@ from backprompt_db.compute.pretrained import locate, source_key
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.keys import namespace_id
+from backprompt_db.maintenance.vocabulary import open_tokenizer
 from backprompt_db.text import Segment, Text
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from backprompt_db.catalog import Catalog, ModelRecord
     from backprompt_db.database import Database
 
@@ -62,20 +64,29 @@ def _not_one(records: Sequence[ModelRecord], model: str | None) -> PromptError:
     return PromptError(f"there are several models: {listed}", hint="Give the digits of one of them as --model.")
 
 
-def recorded_tokenizer(catalog: Catalog, names: Names, model: str) -> SegmentTokenizer | None:
-    """Return the tokenizer out of the file beside a model's weights; None where there is none that can be used.
+def recorded_tokenizer(catalog: Catalog, names: Names, model: str | None) -> SegmentTokenizer | None:
+    """Return the tokenizer of a model out of the catalog, else out of the file beside its weights; None without both.
 
-    It must give what was stored of the model last as many tokens as that has.
+    That in the file must give what was stored of the model last as many tokens as that has.
     """
+    try:
+        kept = open_tokenizer(catalog, names.tokenizer_id)
+        if kept is not None:
+            return SegmentTokenizer(RecordedTokenizer(kept))
+        return None if model is None else _in_file(catalog, names, model)
+    except Exception as error:  # noqa: BLE001 - the library for tokenizers raises no other
+        logger.info("the tokenizer of %s cannot be used: %s", model, error)
+        return None
+
+
+def _in_file(catalog: Catalog, names: Names, model: str) -> SegmentTokenizer | None:
+    from tokenizers import Tokenizer
+
     directory = locate(model, {})
     if directory is None or not (directory / _TOKENIZER_FILE).is_file():
         return None
-    try:
-        tokenizer = SegmentTokenizer(FileTokenizer(directory / _TOKENIZER_FILE))
-        return tokenizer if _agrees(tokenizer, catalog, names) else None
-    except Exception as error:  # noqa: BLE001 - the library for tokenizers raises no other
-        logger.info("the tokenizer in %s cannot be used: %s", directory, error)
-        return None
+    tokenizer = SegmentTokenizer(RecordedTokenizer(Tokenizer.from_file(str(directory / _TOKENIZER_FILE))))
+    return tokenizer if _agrees(tokenizer, catalog, names) else None
 
 
 def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, names: Names) -> bool:
@@ -89,16 +100,14 @@ def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, names: Names) -> bool
     return bool(rows)
 
 
-class FileTokenizer:
-    """What `SegmentTokenizer` needs of a tokenizer, out of a `tokenizer.json`: transformers would import torch."""
+class RecordedTokenizer:
+    """What `SegmentTokenizer` needs of a tokenizer, out of one of `tokenizers`: transformers would import torch."""
 
     is_fast = True
     special_tokens_map: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer
-
-        self.backend_tokenizer = Tokenizer.from_file(str(path))
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.backend_tokenizer = tokenizer
         self.backend_tokenizer.no_padding()
         self.backend_tokenizer.no_truncation()
 

@@ -1,7 +1,7 @@
 """A tokenizer out of the catalog: token ids as strings, without the tokenizer's files, its library's, or a model.
 
 A definition is named by its own digest, the tokenizer id, so one that is forged or damaged is told from a true one
-without a secret. It is there to show tokens; no prompt is tokenised with it.
+without a secret. It is there to show and to count tokens; no prompt that is run is tokenised with it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,24 @@ def open_vocabulary(catalog: Catalog, tokenizer_id: TokenizerId) -> Vocabulary |
 
     Raises `CatalogError` when the catalog cannot be read.
     """
-    kept = catalog.definition(tokenizer_id)
-    facts = _facts(kept, tokenizer_id) if kept else None
+    facts = _recorded_facts(catalog, tokenizer_id)
     return None if facts is None else _vocabulary(facts)
+
+
+def open_tokenizer(catalog: Catalog, tokenizer_id: TokenizerId) -> Tokenizer | None:
+    """Return a tokenizer itself, with what it puts before a prompt; `None` and errors as of `open_vocabulary`."""
+    facts = _recorded_facts(catalog, tokenizer_id)
+    return None if facts is None else _tokenizer(facts, facts["tokenizer"])
 
 
 def vocabulary_of(definition: str) -> Vocabulary | None:
     """Return the tokens of the tokenizer that a definition, of all of it, defines; `None` where it cannot be made."""
     return _vocabulary(json.loads(definition))
+
+
+def _recorded_facts(catalog: Catalog, tokenizer_id: TokenizerId) -> Mapping[str, Any] | None:
+    kept = catalog.definition(tokenizer_id)
+    return _facts(kept, tokenizer_id) if kept else None
 
 
 def _facts(kept: bytes, expected: TokenizerId) -> Mapping[str, Any] | None:
@@ -57,16 +67,20 @@ def _facts(kept: bytes, expected: TokenizerId) -> Mapping[str, Any] | None:
 
 
 def _vocabulary(facts: Mapping[str, Any]) -> Vocabulary | None:
+    # What it does after tokenising, adding start tokens and trimming offsets, would only be in the way.
+    tokenizer = _tokenizer(facts, {**facts["tokenizer"], "post_processor": None})
+    return None if tokenizer is None else Vocabulary(tokenizer, facts["start_ids"])
+
+
+def _tokenizer(facts: Mapping[str, Any], serialised: Mapping[str, Any]) -> Tokenizer | None:
     from tokenizers import Tokenizer
 
-    # What it does after tokenising, adding start tokens and trimming offsets, would only be in the way.
-    serialised = json.dumps({**facts["tokenizer"], "post_processor": None})
     try:
-        tokenizer = Tokenizer.from_str(serialised)
+        tokenizer = Tokenizer.from_str(json.dumps(serialised))
     except Exception:  # noqa: BLE001 - the library raises no other, for a definition that another version of it wrote
         return None
     tokenizer.encode_special_tokens = facts["split_special_tokens"]
-    return Vocabulary(tokenizer, facts["start_ids"])
+    return tokenizer
 
 
 class Vocabulary:
