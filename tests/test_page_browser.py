@@ -423,6 +423,19 @@ class TestEverybody:
         )
         assert nameless == []
 
+    @pytest.mark.parametrize("width", [320, 390, 760])
+    def test_in_a_narrow_window_everything_can_be_reached(self, page: PageInBrowser, found: Forest, width: int) -> None:
+        size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": False}
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        try:
+            page.click_box(page.items()[node_of(found, CONTEXT)])
+            page.settle()
+            assert page.ask("document.documentElement.scrollWidth") == width
+            assert page.ask("document.querySelector('#next').getBoundingClientRect().right") <= width
+            assert page.ask("document.querySelector('canvas').clientHeight") > 100
+        finally:
+            page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
     def test_it_follows_the_colour_scheme(self, page: PageInBrowser, found: Forest) -> None:
         page.items()
         paper = {}
