@@ -8,9 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import backprompt_db as bp
+from backprompt_db.catalog import Selection
+from backprompt_db.cli.forest_views import forest_table
+from backprompt_db.maintenance.forest import Forest, Measure, forest
+from backprompt_db.maintenance.pruning import prune
 
+from .catalog_parts import MODEL, OTHER_WEIGHTS, new_catalog, origin_of, stored
 from .cli_parts import run, run_json
 from .database_copies import copies_after
 from .explain_parts import CONTEXT, HOSTILE, REQUEST, prompt
@@ -80,6 +86,16 @@ class TestPrompt:
         assert (result.exit_code, "cannot be written" in result.output) == (2, True)
 
 
+def titles(found: Forest) -> list[str]:
+    """The first column of what is printed, without guides."""
+    weights = found.weights(Measure.TOKENS)
+    table = forest_table(found, prune(found, weights, limit=100, max_depth=None), Measure.TOKENS)
+    console = Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [_BAR.sub("", line) for line in captured.get().splitlines()[1:-2]]
+
+
 class TestDatabase:
     def test_what_follows_a_prompt_stands_below_it(self, directory: Path) -> None:
         lines = [_BAR.sub("", line) for line in run("tree", "--db", directory, columns=160).stdout.splitlines()]
@@ -137,6 +153,22 @@ class TestDatabase:
         )
         assert run_json("tree", "--db", directory, "--namespace", "other")["nodes"] == []
         assert run("tree", "--db", directory, "--model", "nobody").exit_code == 2
+
+    def test_trees_of_several_models_and_namespaces_are_told_apart(self, tmp_path: Path) -> None:
+        with new_catalog(tmp_path / "catalog.sqlite") as catalog:
+            catalog.save(MODEL)
+            for namespace, weights_id in (("", MODEL.weights_id), ("tenant", MODEL.weights_id), ("", OTHER_WEIGHTS)):
+                context = origin_of("context", namespace=namespace, weights_id=weights_id)
+                after = origin_of("after it", context, namespace=namespace, weights_id=weights_id)
+                catalog.record([stored(context), stored(after)], at=1.0)
+            everything, of_one = forest(catalog), forest(catalog, selection=Selection(namespace="tenant"))
+        assert sorted(titles(everything)) == [
+            "after it", "after it", "after it",
+            "no namespace, ? 57575757: context",
+            "no namespace, gpt2 77777777: context",
+            "tenant, gpt2 77777777: context",
+        ]  # fmt: skip
+        assert titles(of_one) == ["context", "after it"]
 
     def test_a_picture_has_the_nodes_and_joins(self, directory: Path, tmp_path: Path) -> None:
         run("tree", "--db", directory, "--svg", tmp_path / "tree.svg")

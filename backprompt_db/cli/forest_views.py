@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from backprompt_db.maintenance.pruning import Hidden, PrunedForest
 
 _NUM_TEXT_CHARACTERS = 120
+_NUM_DIGITS = 8
 _UNITS = {Measure.TOKENS: Unit.TOKENS, Measure.NBYTES: Unit.BYTES, Measure.SAVED_SECONDS: Unit.SECONDS}
 _NOUN = "representation"
 
@@ -47,13 +49,16 @@ def forest_table(forest: Forest, pruned: PrunedForest, measure: Measure) -> Grou
     table.add_column("", ratio=2, min_width=8)
     for name in (measure.value, "own", "hits", "used"):
         table.add_column(name, no_wrap=True, justify="right")
+    places = _places(forest)
     for line in _lines(pruned):
         content = line.content
         share = bar(pruned.total, line.begin, line.begin + content.total, state=_state(content))
         if isinstance(content, Branch):
             node = forest.nodes[content.node]
             own, hits, used = _amount(content.weight, measure), f"{node.num_hits:,}", age(node.used_at, now=now)
-            table.add_row(_title(line, node), share, _amount(content.total, measure), own, hits, used)
+            table.add_row(
+                _title(line, node, place=places[content.node]), share, _amount(content.total, measure), own, hits, used
+            )
         else:
             hidden = f"{line.guides}… {content.num_nodes:,} more"
             table.add_row(literal(hidden), share, _amount(content.total, measure), style="dim")
@@ -66,13 +71,25 @@ def _state(content: Branch | Hidden) -> State:
     return State.STORED if isinstance(content, Branch) else State.UNKNOWN
 
 
-def _title(line: _Line, node: Node) -> Text:
-    """Return a node's text behind its guides, and what the tree cannot show: further parents, or absent ones."""
+def _places(forest: Forest) -> list[str]:
+    """Return for each node, if nothing is above it, which namespace and model it is of, where there are several."""
+    has_several = len({node.namespace for node in forest.nodes}) > 1, len({n.weights_id for n in forest.nodes}) > 1
+    return ["" if node.parents else ", ".join(itertools.compress(_place(node), has_several)) for node in forest.nodes]
+
+
+def _place(node: Node) -> tuple[str, str]:
+    model = (node.model_name or "?").rstrip("/").rpartition("/")[2]
+    return node.namespace or "no namespace", f"{model} {node.weights_id.hex()[:_NUM_DIGITS]}"
+
+
+def _title(line: _Line, node: Node, *, place: str) -> Text:
+    """Return a node's text behind its guides, its place, and what the tree cannot show: further or absent parents."""
     num_parents = len(node.parents) + node.num_absent_parents
     absent = f", {node.num_absent_parents:,} absent" if node.num_absent_parents else ""
     parents = f"({plural(num_parents, 'parent')}{absent}) " if num_parents > 1 or absent else ""
     label = f"[{node.label}] " if node.label else ""
-    return literal(f"{line.guides}{label}{parents}{shortened(node.text, num_characters=_NUM_TEXT_CHARACTERS)}")
+    where = f"{place}: " if place else ""
+    return literal(f"{line.guides}{where}{label}{parents}{shortened(node.text, num_characters=_NUM_TEXT_CHARACTERS)}")
 
 
 def _amount(weight: float, measure: Measure) -> str:
