@@ -165,6 +165,19 @@ class TestManySegments:
         (fold,) = (row for row in shown.rows if row.num_segments > 1)
         assert fold.facts == "91 tokens · 45 stored, 46 missing"
 
+    def test_what_there_is_no_room_for_is_shortened_and_said_when_pointed_at(self) -> None:
+        states = [State.STORED, State.MISSING, State.COMPUTED] * 3_000
+        picture = dataclasses.replace(picture_of_states(states), remarks=("states are unknown: " + "a word " * 1_000,))
+        shown = read_svg(picture.svg(max_rows=10))
+        (fold,) = (row for row in shown.rows if row.num_segments > 1)
+        assert fold.facts.startswith("8,991 tokens · 2,997 stored, ")
+        assert fold.facts.endswith("…")
+        assert fold.tooltip.endswith("\n2,997 stored, 2,997 computed now, 2,997 missing")
+        assert max(len(text) for text in shown.texts) <= 124
+        remark = "".join(text for text in shown.texts if "word" in text)
+        assert 400 < len(remark) <= 500
+        assert remark.endswith("…")
+
     def test_edges_to_folded_segments_go_to_the_fold(self) -> None:
         segments = [segment(State.STORED), *(segment(State.STORED, 0) for _ in range(50))]
         segments.append(segment(State.STORED, *range(1, 51)))

@@ -9,6 +9,7 @@ means nothing.
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,6 +36,8 @@ _GAP = 6
 _RAIL = 8
 """How far left of a bar the line runs down that leads to it."""
 _NUM_LABEL_COLUMNS = int(_LABELS_WIDTH / CHARACTER_WIDTH)
+_NUM_FACTS_COLUMNS = int((_FACTS_WIDTH + _MARGIN) / CHARACTER_WIDTH)
+_NUM_REMARK_COLUMNS = int((_WIDTH - 2 * _MARGIN) / CHARACTER_WIDTH)
 _ISOLATED = "\u2068{}\u2069"
 """Keeps what is written from right to left from turning what stands beside it around."""
 
@@ -98,7 +101,7 @@ class _Canvas:
     def _words(self, row: Row, at: int) -> str:
         """Write a row's text before its bar, and what is to be said of it behind."""
         label = fitting(wording.label(row, num_characters=_NUM_LABEL_COLUMNS), _NUM_LABEL_COLUMNS)
-        facts = wording.facts(row, self.picture.unit)
+        facts = fitting(wording.facts(row, self.picture.unit), _NUM_FACTS_COLUMNS)
         words = (("label", label, _MARGIN), ("facts pale", facts, _WIDTH - _MARGIN - _FACTS_WIDTH))
         return "".join(
             f'<text class="{kind}" x="{x}" y="{_top(at) + _BAR_HEIGHT - 5}">'
@@ -115,7 +118,9 @@ class _Canvas:
                 f'<rect class="{palette.CLASSES[state]}" {swatch}/>'
                 f'<text class="pale" x="{_MARGIN + 24}" y="{self._baseline(at)}">{html.escape(text)}</text>'
             )
-        for at, text in enumerate(wording.remarks(self.picture, self.layout), start=len(lines)):
+        remarks = wording.remarks(self.picture, self.layout)
+        wrapped = (line for remark in remarks for line in textwrap.wrap(remark, _NUM_REMARK_COLUMNS))
+        for at, text in enumerate(wrapped, start=len(lines)):
             yield f'<text class="pale" x="{_MARGIN}" y="{self._baseline(at)}">{html.escape(text)}</text>'
 
     def _baseline(self, line: int) -> float:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from backprompt_db.pictures.picture import Picture, PicturedSegment
 
 _NUM_TOOLTIP_CHARACTERS = 2_000
+_NUM_REMARK_CHARACTERS = 500
 _NUM_FOLDED_TEXTS = 12
 _NUM_FOLDED_CHARACTERS = 60
 
@@ -65,7 +66,7 @@ def measure(amount: float, unit: Unit) -> str:
 def tooltip(row: Row) -> str:
     """Return what is shown when a row is pointed at: the whole text, if it is not very long, and all that is known."""
     if row.is_fold:
-        return "\n".join(_folded_texts(row))
+        return "\n".join([*_folded_texts(row), "", state(row)])
     (segment,) = row.segments
     return f"{_bounded(segment.text)}\n\n{', '.join(_known(row.number, segment))}"
 
@@ -106,7 +107,7 @@ def totals(picture: Picture) -> list[tuple[State, str]]:
 
 def remarks(picture: Picture, layout: Layout) -> list[str]:
     """Return what is to be said of the whole picture, a line each."""
-    lines = [visible(remark) for remark in picture.remarks]
+    lines = [visible(shortened(remark, num_characters=_NUM_REMARK_CHARACTERS)) for remark in picture.remarks]
     if not picture.segments:
         lines.append("an empty text")
     if layout.num_folded:
