@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -288,6 +290,25 @@ def test_greedy_paths_are_remembered_many_at_once_until_they_are_erased(catalog:
     }
     catalog.erase([(first.address, stored(first).part)])
     assert set(catalog.greedy_paths(asked)) == {second.address}
+
+
+@pytest.mark.parametrize("how", ["evict", "forget"])
+def test_a_greedy_path_goes_with_the_last_part_of_its_prompt(catalog: Catalog, how: str) -> None:
+    gone, smaller, kept = (origin_of(text) for text in ("gone", "smaller", "kept"))
+    catalog.record([stored(gone), stored(smaller, Part.KV), stored(smaller, Part.SCORES), stored(kept)], at=1.0)
+    catalog.save(*(GreedyPath(origin.address, (7,)) for origin in (gone, smaller, kept)))
+    keys = [(gone.address, stored(gone).part), (smaller.address, Part.KV)]
+    catalog.evict(keys, at=2.0) if how == "evict" else catalog.forget(keys)
+    assert set(catalog.greedy_paths([gone.address, smaller.address, kept.address])) == {smaller.address, kept.address}
+
+
+@pytest.mark.parametrize("damaged", ["null", "5", '"ab"', "{}", "[null]", "[-1]", "[1.5]", f"[{2**80}]", "[[1]]"])
+def test_greedy_paths_that_are_no_token_ids_are_none(catalog: Catalog, tmp_path: Path, damaged: str) -> None:
+    address = origin_of("first").address
+    catalog.save(GreedyPath(address, (1, 2)))
+    with closing(sqlite3.connect(tmp_path / "catalog.sqlite")) as connection, connection:
+        assert connection.execute("UPDATE greedy_paths SET token_ids = ?", (damaged,)).rowcount == 1
+    assert catalog.greedy_paths([address]) == {}
 
 
 def test_erasing_takes_the_greedy_paths_of_what_is_gone_already_too(catalog: Catalog) -> None:

@@ -65,6 +65,15 @@ def test_how_a_model_went_on_after_a_text_goes_with_it(tmp_path: Path) -> None:
         assert db.notes.greedy_paths([gone.address, kept.address]) == {kept.address: (3,)}
 
 
+def test_prompts_forget_that_they_go_on_with_what_is_purged(tmp_path: Path) -> None:
+    with bp.open(tmp_path / "db") as db:
+        asked, *_ = put(db, Text("Who asks?") + " It is" + " Jane Doe.")
+        db.notes.save(GreedyPath(asked.address, (32001, 32002, 32003)))
+        purge(db, JANE)
+        assert db.notes.greedy_paths([asked.address]) == {}
+    assert not files_with(tmp_path, b"32002")
+
+
 def test_what_the_catalog_does_not_list_is_purged_too(tmp_path: Path) -> None:
     with bp.open(tmp_path / "db") as db:
         put(db, Text("Jane Doe asks."))

@@ -115,11 +115,12 @@ class Catalog:
     def erase(self, keys: Iterable[tuple[Address, Part]]) -> None:
         """Forget parts that have left the store, and that there was anything under their addresses."""
         if gone := list(keys):
+            addresses = {address for address, _ in gone}
             with self._connections.writing() as connection:
+                known.forget_greedy_paths(connection, addresses)  # while what they follow is known
                 changes.forget(connection, gone)
                 search.clear(connection)
-                journal.forget_evictions(connection, {address for address, _ in gone})
-                known.forget_greedy_paths(connection, {address for address, _ in gone})
+                journal.forget_evictions(connection, addresses)
 
     def evicted_at(self, address: Address) -> float | None:
         """Return when something of a representation was evicted the last time, `None` if that is not known."""

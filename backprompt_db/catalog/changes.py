@@ -10,7 +10,17 @@ from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam,
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.tables import NBYTES, USED_AT, Base, Model, Parent, Representation, Segment, Tokenizer
+from backprompt_db.catalog.tables import (
+    NBYTES,
+    USED_AT,
+    Base,
+    GreedyPathRow,
+    Model,
+    Parent,
+    Representation,
+    Segment,
+    Tokenizer,
+)
 from backprompt_db.failpoints import reach
 from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.representation import Part
@@ -180,6 +190,8 @@ def forget(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> None
 def _delete_empty(connection: Connection, addresses: Sequence[Address]) -> None:
     is_empty = and_(Representation.address.in_(addresses), *(column.is_(None) for column in NBYTES.values()))
     ids = connection.execute(select(Representation.segment_id).where(is_empty)).scalars().all()
+    gone = select(Representation.address).where(is_empty)
+    connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.in_(gone)))
     connection.execute(delete(Representation).where(is_empty))
     if unneeded := _unneeded(connection, ids):
         connection.execute(

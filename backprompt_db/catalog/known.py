@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, delete, exists, select
+from sqlalchemy import Connection, Delete, bindparam, delete, exists, select
 
 from backprompt_db.catalog.changes import replace
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
-from backprompt_db.catalog.tables import Base, Cuts, GreedyPathRow, Model, Representation, SourceFiles, Tokenizer
+from backprompt_db.catalog.tables import (
+    Base,
+    Cuts,
+    GreedyPathRow,
+    Model,
+    Parent,
+    Representation,
+    SourceFiles,
+    Tokenizer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +37,7 @@ _MODELS = select(*Model.__table__.columns)
 _TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 _SOURCES = select(*SourceFiles.__table__.columns)
 _CUTS = select(Cuts.key, Cuts.offsets, Cuts.signature)
+_MAX_TOKEN_ID = 2**32
 _PATHS = select(GreedyPathRow.address, GreedyPathRow.token_ids, GreedyPathRow.signature)
 
 
@@ -80,11 +90,35 @@ def cuts(connection: Connection, key: bytes) -> CutsRecord | None:
 def greedy_paths(connection: Connection, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
     """Return how models go on after prompts that end with these representations, as far as that is known."""
     found = (connection.execute(_PATHS.where(GreedyPathRow.address.in_(some))) for some in chunks(addresses))
-    return {row.address: GreedyPath(row.address, tuple(row.token_ids), row.signature) for rows in found for row in rows}
+    return {
+        row.address: GreedyPath(row.address, tuple(row.token_ids), row.signature)
+        for rows in found
+        for row in rows
+        if _are_tokens(row.token_ids)
+    }
+
+
+def _are_tokens(found: object) -> bool:
+    return isinstance(found, list) and all(type(token) is int and 0 <= token < _MAX_TOKEN_ID for token in found)
 
 
 def forget_greedy_paths(connection: Connection, addresses: Iterable[Address]) -> None:
-    """Remove how models go on after these, and after prompts of which nothing is there any more."""
+    """Remove how models go on after prompts with these in them, and after those of which nothing is listed.
+
+    What goes on from a prompt that stays may be in its path: it was followed as far as it agrees with what was there.
+    """
     for some in chunks(addresses):
         connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.in_(some)))
+        connection.execute(_FORGET_BEFORE, {"addresses": some})
     connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.not_in(select(Representation.address))))
+
+
+def _forget_before() -> Delete:
+    of = Representation.address.in_(bindparam("addresses", expanding=True))
+    reached = select(Representation.segment_id.label("id")).where(of).cte("reached", recursive=True)
+    reached = reached.union(select(Parent.parent_id).join(reached, Parent.segment_id == reached.c.id))
+    before = select(Representation.address).where(Representation.segment_id.in_(select(reached.c.id)))
+    return delete(GreedyPathRow).where(GreedyPathRow.address.in_(before))
+
+
+_FORGET_BEFORE = _forget_before()

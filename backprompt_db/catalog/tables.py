@@ -145,7 +145,7 @@ class Cuts(Base):
 
 
 class GreedyPathRow(Base):
-    """The likeliest tokens after a prompt, one after the other. The prompt's representation may be gone by now."""
+    """The likeliest tokens after a prompt, one after the other. The prompt's representation need not be listed yet."""
 
     __tablename__ = "greedy_paths"
 
