@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -19,10 +20,10 @@ from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 
 import backprompt_db as bp
-from backprompt_db.errors import PromptError
+from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.integrations.lm_eval import BackpromptLM
 
-from .conftest import CORPUS, tiny_gpt2
+from .conftest import CORPUS, tiny_gpt2, train_tokenizer
 from .lm_eval_parts import DATA, SHOTS, hf_model, requests, save_model
 
 Make = Callable[..., BackpromptLM]
@@ -147,6 +148,11 @@ class TestLoglikelihood:
         with pytest.raises(PromptError, match="a continuation has 0 tokens"):
             make()._loglikelihood_tokens([(("a", ""), [5], [])])
 
+    @pytest.mark.parametrize("context", ["   ", "\n\n"])
+    def test_a_context_without_tokens_is_refused(self, make: Make, context: str) -> None:
+        with pytest.raises(PromptError, match="nothing predicts"):
+            make().loglikelihood(requests("loglikelihood", [(context, "x")]))
+
     def test_without_a_catalog_answers_are_the_same(self, directory: str, hf: Any) -> None:
         asked = requests("loglikelihood", PAIRS)
         with bp.open(":memory:") as db:
@@ -167,6 +173,28 @@ class TestLoglikelihood:
         again = make().loglikelihood(asked)
         assert [is_greedy for _, is_greedy in again] == [is_greedy for _, is_greedy in first]
         assert [logprob for logprob, _ in again] == [logprob for logprob, _ in first]
+
+    def test_paths_are_not_followed_with_another_model_than_was_recorded(self, tmp_path: Path, hf: Any) -> None:
+        place = save_model(tmp_path / "model")
+        pairs = [(context, greedy_continuation(hf, context, 3)) for context in ("GET /users", "the")]
+        asked = requests("loglikelihood", pairs)
+        with bp.open(tmp_path / "db") as db:
+            first = BackpromptLM(place, db=db).loglikelihood(asked)
+            assert any(is_greedy for _, is_greedy in first)
+            lm = bp.LanguageModel.from_pretrained(place, db=db)
+            for context, _ in pairs:
+                lm(context)
+        with sqlite3.connect(tmp_path / "db" / "catalog.sqlite") as connection:
+            connection.execute("DELETE FROM greedy_paths")
+        connection.close()
+        with bp.open(tmp_path / "db") as db:
+            stale = BackpromptLM(place, db=db)
+            assert not stale.is_loaded
+            tiny_gpt2(seed=1).save_pretrained(place)
+            with pytest.raises(ModelMismatch):
+                stale.loglikelihood(asked)
+            assert db.catalog is not None
+            assert db.catalog.greedy_paths(row.address for row in db.catalog.rows()) == {}
 
     def test_only_scores_are_kept_of_questions_and_answers(self, make: Make) -> None:
         lm = make()
@@ -230,6 +258,29 @@ class TestGeneration:
         told = {"until": ["k" + written[0]], "max_gen_toks": 8}
         asked = requests("generate_until", [("The quick", told), ("The quick brown", told)])
         assert make().generate_until(asked) == hf.generate_until(asked)
+
+    @pytest.mark.parametrize("until", ["", [""], ["\n", ""]])
+    def test_the_empty_stop_string_is_in_the_first_token(self, make: Make, hf: Any, until: Any) -> None:
+        asked = requests("generate_until", [("The quick", {"until": until, "max_gen_toks": 6})])
+        expected = hf.generate_until(asked)
+        assert [make().generate_until(asked) for _ in range(2)] == [expected, expected]
+
+    def test_a_special_token_stops_a_path_that_is_known_beyond_it(self, tmp_path: Path) -> None:
+        tokenizer = train_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["*"]})  # the tiny model writes it second
+        place = save_model(tmp_path / "model", tokenizer=tokenizer)
+        tolds = [{"until": until, "max_gen_toks": 10} for until in ([], ["*"])]
+        asked = [requests("generate_until", [("Pick the endpoint", told)]) for told in tolds]
+        theirs = hf_model(place)
+        expected = [theirs.generate_until(each) for each in asked]
+        assert expected[0] != expected[1]
+        with bp.open(tmp_path / "db") as db:
+            lm = BackpromptLM(place, db=db)
+            assert [lm.generate_until(each) for each in asked] == expected
+
+    def test_a_prompt_without_tokens_is_refused(self, make: Make) -> None:
+        with pytest.raises(PromptError, match="nothing predicts"):
+            make().generate_until(requests("generate_until", [("", {"until": [], "max_gen_toks": 3})]))
 
     def test_a_model_with_a_penalty_of_its_own_is_followed_and_not_remembered(self, tmp_path: Path) -> None:
         place = save_model(tmp_path / "model")

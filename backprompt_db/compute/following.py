@@ -25,7 +25,7 @@ from backprompt_db.text import Segment, Text, ancestry
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.job import Need, Wanted
-    from backprompt_db.compute.source import ModelSource
+    from backprompt_db.compute.runtime import Runtime
 
 _SCORES, _KV = frozenset({Part.SCORES}), frozenset({Part.KV})
 _TO_FOLLOW = frozenset({Part.LOGITS, Part.KV})
@@ -50,7 +50,6 @@ class Followed:
 
 def follow(
     engine: Engine,
-    source: ModelSource,
     pairs: Sequence[tuple[Text, Text]],
     *,
     paths: MutableMapping[Segment, tuple[int, ...]],
@@ -75,7 +74,7 @@ def follow(
             paths[tip] = ids
     unknown = [(tip, ids) for tip, (ids, _) in zip(tips, scored, strict=True) if _is_open(paths, tip, ids)]
     if unknown:
-        _walk(engine, source, unknown, paths, found, keep=keep)
+        _walk(engine, unknown, paths, found, keep=keep)
     return [
         Followed(ids, logprobs, paths[tip][: len(ids)] == ids if tip in paths else None)
         for tip, (ids, logprobs) in zip(tips, scored, strict=True)
@@ -108,7 +107,6 @@ def _is_sure(logprobs: npt.NDArray[np.float32]) -> bool:
 
 def _walk(
     engine: Engine,
-    source: ModelSource,
     completions: Sequence[tuple[Segment, tuple[int, ...]]],
     paths: MutableMapping[Segment, tuple[int, ...]],
     found: Mapping[Need, Arrays],
@@ -116,19 +114,19 @@ def _walk(
     keep: Wanted,
 ) -> None:
     """Extend each prompt's path by one pass over a completion, up to the first token that is not the likeliest."""
+    runtime = engine.prove()  # first: all may be found of a model whose files are others by now
     needed = {segment: _KV for segment in ancestry(tip for tip, _ in completions) if (segment, Part.KV) not in found}
     kv = {**found, **engine.represent(needed, keep=keep)[0]}
     for tip, ids in completions:
         if _is_open(paths, tip, ids):  # another completion may have shown it meanwhile
-            likeliest = _likeliest(source, [kv[segment, Part.KV] for segment in ancestry([tip])], ids[:-1])
+            likeliest = _likeliest(runtime, [kv[segment, Part.KV] for segment in ancestry([tip])], ids[:-1])
             path = (paths[tip][0], *likeliest)
             num_same = next((n for n, token in enumerate(ids) if path[n] != token), len(ids) - 1)
             paths[tip] = path[: num_same + 1]
 
 
-def _likeliest(source: ModelSource, kv: Sequence[Arrays], ids: Sequence[int]) -> list[int]:
+def _likeliest(runtime: Runtime, kv: Sequence[Arrays], ids: Sequence[int]) -> list[int]:
     """Return the likeliest token after each of `ids`, which follow what has these keys and values."""
-    runtime = source.runtime
     num_tokens = sum(arrays["keys"].shape[2] for arrays in kv)
     cache = assemble(KVShape.of(kv[0]), kv, capacity=num_tokens + len(ids), device=runtime.device).cache()
     with evaluation(runtime.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,6 +41,7 @@ class Told:
     """What the harness's `gen_kwargs` mean for transformers."""
 
     until: list[str]
+    """The empty string is in whatever is written: with it, that is one token."""
     max_new_tokens: int
     others: Mapping[str, Any]
 
@@ -47,7 +49,7 @@ class Told:
     def of(cls, gen_kwargs: Mapping[str, Any], *, max_gen_toks: int, eos: str) -> Told:
         """Read them as the harness's `hf` model does; it ends at `eos`, the end-of-sequence token, too."""
         values = dict(normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks))
-        until = [term for term in handle_stop_sequences(values.pop("until", None), eos=eos) if term]
+        until = handle_stop_sequences(values.pop("until", None), eos=eos)
         max_new_tokens = values.pop("max_gen_toks")
         if not values.get("do_sample"):
             values = {name: value for name, value in values.items() if name not in ("do_sample", "temperature")}
@@ -98,7 +100,8 @@ class Generator:
         """Generate after texts together; once more, alone, after those that stopped at what their own end began."""
         if not texts:
             return []
-        together = self._call(texts, told, {"stop_strings": told.until} if told.until else {})
+        stops = [term for term in told.until if term]
+        together = self._call(texts, told, {"stop_strings": stops} if stops else {})
         return [
             ids
             if self._is_whole(ids, told)
@@ -160,11 +163,17 @@ class Generator:
 
     def _has_stop(self, ids: Sequence[int], told: Told) -> bool:
         string = self._source.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return any(term in string for term in told.until)
+        return bool(ids) and any(term in string for term in told.until)
+
+    def _before_stop(self, ids: Sequence[int], told: Told) -> list[int]:
+        """Return the ids up to the one that completes a stop string: one that is special is not in the string."""
+        if not self._has_stop(ids, told):
+            return list(ids)
+        return list(ids[: bisect_left(range(len(ids)), True, key=lambda end: self._has_stop(ids[:end], told))])  # noqa: FBT003
 
     def _string(self, ids: Sequence[int], told: Told) -> str:
         end = next((index for index, token in enumerate(ids) if token in self._eos_ids), len(ids))
-        kept = list(ids[: min(end, told.max_new_tokens)])
+        kept = self._before_stop(ids[: min(end, told.max_new_tokens)], told)
         string = self._source.tokenizer.tokenizer.decode(kept, skip_special_tokens=True)
         result: str = postprocess_generated_text(string, told.until, None)
         return result

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_CONTEXT = "Mend the task: a context must have a token, and white space at its end does not count for one."
+
 _GENERATED_TOGETHER = 16
 """Prompts, where nobody says how many."""
 
@@ -232,6 +234,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 f"a continuation has {len(continuation):,} tokens of its own, not 1 to {self.max_length:,}",
                 hint="Mend the task: a continuation must add to its context, and fit into the model.",
             )
+        if not context:
+            raise PromptError("nothing predicts a continuation's first token", hint=_NO_CONTEXT)
         ids = (context + continuation)[-(self.max_length + 1) :]
         return Question(ids, len(continuation), wants_greedy)
 
@@ -266,6 +270,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 hint="Give a smaller max_gen_toks.",
             )
         ids = {number: self.tok_encode(requests[number].args[0], left_truncate_len=longest) for number in numbers}
+        if not all(ids.values()):
+            raise PromptError("nothing predicts the first token of what is written", hint=_NO_CONTEXT)
         order = sorted(numbers, key=ids.__getitem__)
         for begin in range(0, len(order), self._num_together):
             some = order[begin : begin + self._num_together]
@@ -286,7 +292,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self._engine, self._source, paths=self._paths, namespace=self._db.namespace)
+        return Scorer(self._engine, paths=self._paths, namespace=self._db.namespace)
 
     @cached_property
     def _generator(self) -> Generator:

@@ -13,7 +13,6 @@ from backprompt_db.text import Text
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
-    from backprompt_db.compute.source import ModelSource
     from backprompt_db.integrations.lm_eval.paths import GreedyPaths
     from backprompt_db.integrations.lm_eval.spelling import Speller
 
@@ -70,9 +69,8 @@ def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
 class Scorer:
     """Answers questions under one model."""
 
-    def __init__(self, engine: Engine, source: ModelSource, *, paths: GreedyPaths, namespace: str) -> None:
+    def __init__(self, engine: Engine, *, paths: GreedyPaths, namespace: str) -> None:
         self._engine = engine
-        self._source = source
         self._paths = paths
         self._namespace = namespace
         self._has_warned = False
@@ -100,7 +98,7 @@ class Scorer:
         }
         known = self._paths.known(asked, names) if asked else {}
         paths = dict(known)
-        followed = follow(self._engine, self._source, pairs, paths=paths, namespace=self._namespace)
+        followed = follow(self._engine, pairs, paths=paths, namespace=self._namespace)
         self._paths.save(paths, names, known=known)
         return followed
 
