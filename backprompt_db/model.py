@@ -285,8 +285,8 @@ class LanguageModel:
 
         `check="sample"` computes every token in the first layer, and in all layers one in 16 and the last one of each
         piece, over the given keys and values before it. What it can miss are tokens between these that are wrong in
-        deeper layers alone. `check="full"` computes and keeps everything; a model that only runs chains is always
-        checked so. Loads the model.
+        deeper layers alone, and their logits. `check="full"` computes everything, and keeps its own scores and logits;
+        a model that only runs chains is always checked so. Loads the model.
 
         Raises `ModelMismatch`, with what differs most, for another model's or another text's keys and values,
         `PromptError` for a cache that is not of this many tokens, has forgotten some, or has rows and no `row`, and

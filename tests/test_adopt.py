@@ -279,6 +279,36 @@ def test_other_logits_are_refused(lm: bp.LanguageModel, change: str) -> None:
     assert_refused(lm, chain(lm), output.past_key_values, error=error, match=match, logits=logits)
 
 
+def test_logits_that_only_a_full_check_can_doubt_are_not_what_it_stores(lm: bp.LanguageModel) -> None:
+    output = plain(lm.model, ids_of(lm.tokenizer))
+    ends = [ids_of(lm.tokenizer, PIECES[:number]).shape[1] - 1 for number in (1, 2, 3)]
+    made_up = output.logits.roll(1, dims=2)
+    made_up[:, ends] = output.logits[:, ends]
+    lm.adopt(chain(lm), output.past_key_values, logits=made_up, check="full")
+    result = chain(lm)()
+    assert result.num_computed_tokens == 0
+    logprobs, _ = plain_logprobs(lm.model, ids_of(lm.tokenizer)[0])
+    assert torch.allclose(result.token_logprobs, logprobs, atol=TOLERANCE, equal_nan=True)
+
+
+@pytest.mark.parametrize("change", ["vocabulary", "dtype", "nan", "rows", "numpy"])
+def test_what_are_no_logits_of_this_model_is_refused(lm: bp.LanguageModel, change: str) -> None:
+    output = plain(lm.model, ids_of(lm.tokenizer).repeat(2, 1))
+    logits: Any = {
+        "vocabulary": output.logits[..., :-1],
+        "dtype": output.logits.double(),
+        "nan": output.logits.index_fill(1, torch.tensor([5]), torch.nan),  # not among those that are compared
+        "rows": output.logits[:1],
+        "numpy": output.logits.numpy(),
+    }[change]
+    error, match = {
+        "vocabulary": (ModelMismatch, "599 numbers in float32 after each token, this model's 600"),
+        "dtype": (ModelMismatch, "in float64 after each token, this model's 600 in float32"),
+        "nan": (ModelMismatch, "not numbers"),
+    }.get(change, (PromptError, "logits have shape"))
+    assert_refused(lm, chain(lm), output.past_key_values, error=error, match=match, logits=logits, row=1)
+
+
 @pytest.mark.parametrize("num_more", [-1, 1])
 def test_another_number_of_tokens_is_refused(lm: bp.LanguageModel, num_more: int) -> None:
     ids = ids_of(lm.tokenizer)
@@ -299,6 +329,33 @@ def test_another_shape_or_dtype_is_refused_with_both(lm: bp.LanguageModel) -> No
 @pytest.mark.parametrize("cache", [None, DynamicCache(), (), "a cache"], ids=repr)
 def test_what_is_no_filled_cache_is_refused(lm: bp.LanguageModel, cache: Any) -> None:
     assert_refused(lm, chain(lm), cache, error=PromptError, match="not a cache")
+
+
+@pytest.mark.parametrize(
+    "change", ["values in half", "fewer heads", "fewer tokens", "no batch", "quantised", "no values"]
+)
+def test_a_layer_whose_keys_and_values_do_not_belong_together_is_refused(lm: bp.LanguageModel, change: str) -> None:
+    cache = plain(lm.model, ids_of(lm.tokenizer)).past_key_values
+    layer = cache.layers[1]
+    if change == "values in half":  # rounded by less than the check takes for rounding
+        for each in cache.layers:
+            each.values = each.values.half()
+    elif change == "no batch":
+        layer.keys = layer.keys[0]
+    elif change == "quantised":  # what such a layer calls keys are the few that are not
+        layer.keys = layer.values = torch.tensor([])
+    else:
+        layer.values = {
+            "fewer heads": layer.values[:, :2], "fewer tokens": layer.values[:, :, 1:], "no values": None
+        }[change]  # fmt: skip
+    assert_refused(lm, chain(lm), cache, error=PromptError, match="not a cache")
+
+
+def test_layers_of_different_numbers_of_rows_are_refused(lm: bp.LanguageModel) -> None:
+    cache = plain(lm.model, ids_of(lm.tokenizer).repeat(2, 1)).past_key_values
+    layer = cache.layers[-1]
+    layer.keys, layer.values = layer.keys[:1], layer.values[:1]
+    assert_refused(lm, chain(lm), cache, error=PromptError, match="no row 1", row=1)
 
 
 def test_a_batch_is_refused_without_a_row_and_with_one_that_it_lacks(lm: bp.LanguageModel) -> None:

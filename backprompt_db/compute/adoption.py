@@ -92,10 +92,10 @@ def adopt(engine: Engine, source: ModelSource, text: Text, offer: Offer, *, name
     seconds = (time.perf_counter() - began) / finding.num_checked_tokens
     if source.ids != ids:
         raise ModelMismatch("the model changed while the cache was checked", hint="Adopt it again; nothing was stored.")
-    made = finding.parts if logits is None else _parts_of(tokens, logits)
+    told = {} if logits is None else _parts_of(tokens, logits)
     num_stored = 0
     for segment, kv in _divided(tokens, given):
-        parts = {Part.KV: kv, **made.get(segment, {})}
+        parts = {Part.KV: kv, **told.get(segment, {}), **finding.parts.get(segment, {})}
         new = {part: arrays for part, arrays in parts.items() if not engine.is_stored(segment, ids=ids, parts=[part])}
         num_tokens = tokens.num_tokens[segment]
         engine.store(segment, new, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
@@ -135,18 +135,20 @@ def _tokens_of(source: ModelSource, runtime: Runtime, text: Text, *, namespace: 
     return Tokens(segments, num_tokens, joined, np.concatenate(places))
 
 
-def _logits_of(logits: torch.Tensor, tokens: Tokens, *, row: int | None) -> torch.Tensor:
+def _logits_of(logits: Any, tokens: Tokens, *, row: int | None) -> torch.Tensor:
     """Return the logits after each token of the text, without what comes before them in a padded row."""
-    rows = logits.detach()
-    if rows.dim() == 3:
+    rows: torch.Tensor = logits.detach() if isinstance(logits, torch.Tensor) else torch.empty(0)
+    if rows.dim() == 3 and (row or 0) < len(rows):
         rows = rows[row or 0]
     if rows.dim() == 2 and row is not None:
         rows = rows[-len(tokens) :]
     if rows.dim() != 2 or len(rows) != len(tokens):
         raise PromptError(
-            f"the logits have shape {list(logits.shape)}, the text has {len(tokens):,} tokens",
+            f"the logits have shape {list(getattr(logits, 'shape', ()))}, the text has {len(tokens):,} tokens",
             hint="Give the logits after every token, [T, vocab_size], as a model returns them; or none.",
         )
+    if rows.isnan().any():
+        raise ModelMismatch("some of the logits are not numbers", hint="Compute them again; nothing was stored.")
     return rows
 
 

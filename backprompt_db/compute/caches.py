@@ -34,7 +34,7 @@ def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | Non
     `shape` cannot have made it.
     """
     layers = _layers(cache, shape)
-    index = _row(layers[0].keys.shape[0], row)
+    index = _row(min(layer.keys.shape[0] for layer in layers), row)
     end = _num_places(layers)
     is_padded = row is not None and end > num_tokens
     if end != num_tokens and not is_padded:
@@ -52,7 +52,7 @@ def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | Non
 def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
     """Return the layers of a cache, each with keys and values of the model's shape."""
     layers = list(getattr(cache, "layers", ()))
-    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+    if not layers or not all(_is_filled(layer) for layer in layers):
         raise PromptError(
             f"this {type(cache).__name__} is not a cache that a model has filled with keys and values",
             hint="Give the past_key_values of the model's output.",
@@ -69,6 +69,15 @@ def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
                 f"this model {expected}"
             )
     return layers
+
+
+def _is_filled(layer: Any) -> bool:
+    """Whether a layer has keys and values, [rows, heads, tokens, dim] each, as many of both and of one dtype."""
+    pair = [getattr(layer, name, None) for name in ("keys", "values")]
+    if not all(isinstance(each, torch.Tensor) and each.dim() == 4 for each in pair):
+        return False
+    keys, values = pair
+    return bool(keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype)
 
 
 def _form(layer: Any) -> tuple[int, int, int, torch.dtype]:
@@ -98,8 +107,8 @@ def _row(num_rows: int, row: int | None) -> int:
         return 0
     if row is None:
         raise PromptError(f"the cache is of {num_rows} prompts", hint="Say which one with row=.")
-    if not 0 <= row < num_rows:
-        raise PromptError(f"the cache has no row {row}", hint=f"It has {num_rows}, the first one is 0.")
+    if not isinstance(row, int) or not 0 <= row < num_rows:
+        raise PromptError(f"the cache has no row {row!r}", hint=f"It has {num_rows}, the first one is 0.")
     return row
 
 

@@ -12,6 +12,7 @@ import torch
 
 from backprompt_db.compute.caches import CachedTokens
 from backprompt_db.compute.crosscheck import Computed
+from backprompt_db.errors import ModelMismatch
 
 _TINY = 1e-30
 
@@ -76,7 +77,16 @@ def _errors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def _of_logits(computed: Computed, ours: torch.Tensor, given: torch.Tensor, dtype: str) -> Deviation:
-    """Return the error of a log-probability after one of the tokens, in standard deviations of them all."""
+    """Return the error of a log-probability after one of the tokens, in standard deviations of them all.
+
+    Raises `ModelMismatch` for logits of another vocabulary or dtype.
+    """
+    if (ours.shape[1], ours.dtype) != (given.shape[1], given.dtype):
+        raise ModelMismatch(
+            f"the logits are {given.shape[1]:,} numbers in {_name(given.dtype)} after each token, "
+            f"this model's {ours.shape[1]:,} in {_name(ours.dtype)}",
+            hint="Give them as the model returns them; nothing was stored.",
+        )
     mine, theirs = (rows.float().log_softmax(-1) for rows in (ours, given[torch.from_numpy(computed.places)].cpu()))
     is_unlikely = torch.maximum(mine, theirs) < _MIN_LOGPROB
     errors = (mine - theirs).abs().masked_fill(is_unlikely, 0.0).amax(1)
@@ -96,3 +106,7 @@ def _worst(errors: torch.Tensor, limit: float) -> tuple[int, int]:
 
 def _finite(errors: torch.Tensor) -> torch.Tensor:
     return errors.nan_to_num(torch.inf, torch.inf)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
