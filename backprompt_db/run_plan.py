@@ -89,7 +89,7 @@ class RunPlan:
     num_missing_tokens: int
     """To compute."""
     num_passes: int
-    """Calls of the model."""
+    """Calls of the model. One that never ran is taken for one whose passes hold several segments; a few cannot."""
     seconds: float | None
     """In these passes, about; None where nothing is recorded of the model to judge by."""
     nbytes: Mapping[Part, int]

@@ -16,7 +16,7 @@ from backprompt_db.representation import Part
 from backprompt_db.run_plan import RunPlan, Warmed
 
 from .conftest import tiny_gpt2
-from .families import Family
+from .families import FAMILIES, Family
 
 Open = Callable[..., bp.Database]
 MakeLM = Callable[..., bp.LanguageModel]
@@ -161,6 +161,35 @@ class TestNothingHappens:
         assert foretold.memory.weights_nbytes == sum(each.nbytes for each in tiny_gpt2().parameters())
         assert_foretold(foretold, lm.warm(unrelated(), batch_size=16))
         assert lm.is_loaded
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"dtype": "bfloat16"}, {"torch_dtype": "float16"}, {"n_layer": 2}, {"num_hidden_layers": 1}],
+        ids=str,
+    )
+    def test_arguments_that_change_the_model_change_the_plan(
+        self, open_db: Open, tokenizer: Any, tmp_path: Path, arguments: dict[str, Any]
+    ) -> None:
+        tiny_gpt2().save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        with open_db(tmp_path / "db") as db:
+            bp.LanguageModel.from_pretrained(str(tmp_path / "model"), db=db, **arguments)
+        db = open_db(tmp_path / "db")
+        lm = bp.LanguageModel.from_pretrained(str(tmp_path / "model"), db=db, **arguments)
+        foretold = lm.plan(prompts())
+        assert not lm.is_loaded
+        assert_foretold(foretold, lm.warm(prompts()))
+        assert foretold.nbytes == stored_arrays(lm.db)
+
+    @pytest.mark.parametrize("name", ["llama-dynamic", "bert-encoder"])
+    def test_a_model_that_would_be_refused_has_no_plan(self, make_lm: MakeLM, name: str) -> None:
+        (family,) = [each for each in FAMILIES if each.name == name]
+        lm = make_lm(family.build())
+        with pytest.raises(bp.errors.UnsupportedModel) as refused:
+            lm.warm(prompts())
+        with pytest.raises(bp.errors.UnsupportedModel) as unplanned:
+            lm.plan(prompts())
+        assert unplanned.value.message == refused.value.message
 
 
 class TestTooLong:

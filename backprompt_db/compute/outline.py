@@ -10,7 +10,7 @@ import transformers
 from transformers.cache_utils import DynamicCache
 
 from backprompt_db.compute.kvcache import KVShape, shape_of
-from backprompt_db.compute.limits import masked_window, max_columns, max_positions
+from backprompt_db.compute.limits import masked_window, max_columns, max_positions, refusal
 from backprompt_db.compute.orders import Bounds
 from backprompt_db.compute.plan import Costs
 from backprompt_db.compute.runtime import Runtime, costs_of
@@ -19,8 +19,11 @@ from backprompt_db.errors import UnsupportedModel
 if TYPE_CHECKING:
     from backprompt_db.catalog import ModelRecord
 
-_CONFIG_ARGUMENTS = ("revision", "cache_dir", "local_files_only", "token", "subfolder", "gguf_file")
-_PACKS = "packs"
+_DTYPE_ARGUMENTS = ("dtype", "torch_dtype")
+_TELLING_ARGUMENTS = {"config", "quantization_config"}
+"""What these say of a model shows when it is loaded."""
+
+_PACKS, _REFUSED = "packs", "refused"
 _MLP_WIDTH = 4
 """What a model whose configuration does not say has, in widths of its hidden states."""
 
@@ -45,20 +48,24 @@ class Outline:
 
 
 def outline_of(runtime: Runtime, record: ModelRecord | None) -> Outline:
-    """Return the outline of a loaded model; `record` is what a self-check has shown of it, if there was one."""
+    """Return the outline of a loaded model; `record` is what a self-check has shown of it, if there was one.
+
+    Raises `UnsupportedModel` for a model that is refused.
+    """
     return _outline(runtime.model, runtime.shape, record)
 
 
 def outline_of_files(name: str, arguments: dict[str, Any], record: ModelRecord | None) -> Outline:
     """Return the outline of a model in files, of which nothing but the configuration is read.
 
-    Raises whatever transformers does where that does not suffice, and `UnsupportedModel` where there are no plain keys
-    and values.
+    `arguments` are those that load the model; some change its configuration. Raises whatever transformers does where
+    that does not suffice, and `UnsupportedModel` where there are no plain keys and values.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        name, **{each: arguments[each] for each in _CONFIG_ARGUMENTS if each in arguments}
-    )
-    dtype = getattr(torch, record.dtype) if record and record.dtype else config.dtype or torch.float32
+    if _TELLING_ARGUMENTS & set(arguments):
+        raise ValueError("its configuration is not that of its files")
+    others = {each: value for each, value in arguments.items() if each not in _DTYPE_ARGUMENTS}
+    config, _ = transformers.AutoConfig.from_pretrained(name, return_unused_kwargs=True, **others)
+    dtype = _dtype(record.dtype if record and record.dtype else arguments, config)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         cache = DynamicCache(config=config.get_text_config())
@@ -70,8 +77,27 @@ def outline_of_files(name: str, arguments: dict[str, Any], record: ModelRecord |
     return _outline(model, shape, record)
 
 
+def _dtype(told: str | dict[str, Any], config: Any) -> torch.dtype:
+    """Return a dtype by its name or by the arguments that load a model; what these do not say, its files do."""
+    given = told if isinstance(told, str) else next((told[each] for each in _DTYPE_ARGUMENTS if told.get(each)), "auto")
+    if given == "auto":
+        given = config.dtype or torch.float32
+    return given if isinstance(given, torch.dtype) else getattr(torch, given)
+
+
+def _require_supported(model: Any, record: ModelRecord | None) -> None:
+    is_refused = record is not None and record.verdict == _REFUSED
+    reason = record.reason if record and is_refused else refusal(model)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be cached and stay right: {reason}",
+            hint="Run it with transformers directly.",
+        )
+
+
 def _outline(model: Any, shape: KVShape, record: ModelRecord | None) -> Outline:
     is_checked = record is not None and record.checked_with is not None
+    _require_supported(model, record)
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
     return Outline(
