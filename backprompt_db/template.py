@@ -92,4 +92,8 @@ def _cut(parts: Iterable[str | _Column]) -> Iterator[_Piece]:
 def _value(values: Mapping[str, str], name: str) -> str:
     if name not in values:
         raise PromptError(f"there is no column {name!r}", hint=f"There are: {', '.join(values) or 'none'}.")
+    if not isinstance(values[name], str):
+        raise PromptError(
+            f"the column {name!r} is of {type(values[name]).__name__}, not str", hint="Convert it with str()."
+        )
     return values[name]

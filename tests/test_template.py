@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +55,12 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
     with pytest.raises(PromptError, match="no column 'c'") as error:
         Template("{c}").text(VALUES)
     assert error.value.hint == "There are: a, b, first name."
+
+
+def test_a_value_that_is_no_string_is_named() -> None:
+    row: Any = {"a": 7}
+    with pytest.raises(PromptError, match="the column 'a' is of int, not str"):
+        Template("{a}").text(row)
 
 
 @given(st.lists(st.sampled_from(["{a}", "{b}", " ", "\n", "x", "{{", "}}"]), max_size=12))
