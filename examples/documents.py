@@ -17,7 +17,7 @@ from reuse import data, language_model, told
 
 import backprompt_db as bp
 
-INSTRUCTION = "Answer the questions with what the texts say.\n\n"
+INSTRUCTION = "Answer the questions with what the texts say.\n"
 QUESTIONS = {
     "opens": "At what time does {name} open?",
     "founded": "When was the beginning of {name}?",
@@ -31,16 +31,15 @@ Layout = Callable[[list[bp.Text]], bp.Text]
 
 def report(lm: bp.LanguageModel, documents: list[dict], name: str, layout: Layout) -> None:
     """Ask all questions over documents laid out in one way, and print how well they were answered."""
-    texts = [bp.Text(f"{document['text']}\n\n") for document in documents]
+    texts = [bp.Text(f"{document['text']}\n") for document in documents]
     contexts = [layout([texts[(number + step) % len(texts)] for step in (0, 1, 4)]) for number in range(len(texts))]
     with told(lm, name):
         by_question = []
         for kind, question in QUESTIONS.items():
             asked = [f"Question: {question.format(**document)}\nAnswer:" for document in documents]
             answers = [f" {document['answers'][kind]}." for document in documents]
-            by_question.append(
-                lm.score([sum(pair, bp.Text("")) for pair in zip(contexts, asked, strict=True)], answers)
-            )
+            prompts = [context + each for context, each in zip(contexts, asked, strict=True)]
+            by_question.append(lm.score(prompts, answers))
     scores = np.array(by_question)  # [questions, documents, answers]; each document's own answer is the right one
     share = float(np.mean(scores.argmax(axis=2) == np.arange(len(documents))))
     right = float(scores.diagonal(axis1=1, axis2=2).mean())

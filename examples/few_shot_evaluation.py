@@ -14,12 +14,12 @@ from reuse import data, language_model, told
 import backprompt_db as bp
 
 NUM_EXAMPLES = (0, 1, 2, 4, 8, 12)
-INSTRUCTION = "Sort each message of a customer by its topic: billing, delivery, account or product.\n\n"
+INSTRUCTION = "Sort each message of a customer by its topic: billing, delivery, account or product.\n"
 
 
 def shown(message: str, topic: str = "") -> str:
     """Return a message as the prompt shows it, with its topic or without."""
-    return f"Message: {message}\nTopic:" + (f" {topic}\n\n" if topic else "")
+    return f"Message: {message}\nTopic:" + (f" {topic}\n" if topic else "")
 
 
 def accuracy(lm: bp.LanguageModel, context: bp.Text, task: dict) -> float:
