@@ -67,6 +67,12 @@ class TestWhatFollowsWhat:
         record(catalog, context, origin_of("request", context), early, origin_of("other"), late)
         assert list(drawn(forest(catalog))) == ["context", "request", "late", "early", "other"]
 
+    def test_parents_that_were_recorded_late_keep_their_order(self, catalog: Catalog) -> None:
+        branches = [origin_of(f"branch {number}") for number in range(9)]
+        record(catalog, origin_of("join", *branches), *branches)
+        names = [f"branch {number}" for number in range(9)]
+        assert list(drawn(forest(catalog)).items())[-1] == ("join", names)
+
     def test_a_chain_that_was_recorded_backwards_is_a_chain(self, catalog: Catalog) -> None:
         chain = [origin_of("0")]
         for number in range(1, 2_000):

@@ -117,7 +117,9 @@ def forest(
     rows = newest[:limit][::-1]
     before = _ids_before(catalog, rows)
     numbers = {_key(row, row.segment_id): number for number, row in enumerate(rows)}
-    graph = [[numbers[key] for each in before[row.segment_id] if (key := _key(row, each)) in numbers] for row in rows]
+    graph = [
+        sorted(numbers[key] for each in before[row.segment_id] if (key := _key(row, each)) in numbers) for row in rows
+    ]
     nodes, places = list[Node](), dict[int, int]()
     for number in _parents_first(graph):
         # A parent that has no place yet follows its own child, which only a catalog that was tampered with can say.
