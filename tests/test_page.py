@@ -184,6 +184,8 @@ class TestContents:
         assert affordable_text(found, 90) == 90
         monkeypatch.setattr(contents_module, "MAX_CHARACTERS", 400)
         assert affordable_text(found, 90) == 45
+        assert page_contents(found, {}, max_text=45)["remarks"][0].endswith("of fewer segments there is room for more.")
+        assert page_contents(found, {}, max_text=20)["remarks"][0].endswith("--max-text takes more.")
 
     def test_what_else_is_left_out_is_said(self, tmp_path: Path) -> None:
         found = forest_of(tmp_path)

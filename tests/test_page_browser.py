@@ -106,6 +106,7 @@ class TestDrawing:
             "state": ["keys and values", "logits, no keys and values", "scores only"],
             "age": ["longer ago", "used in the last 30 days", "7 days", "24 hours", "hour"],
             "model": ["gpt2 (77777777)", "? (57575757)"],
+            "namespace": ["no namespace", "tenant"],
             "hits": ["no hits", "1", "2 to 9", "10 to 99", "100 or more"],
         }.items():
             page.choose("#colouring", colouring)

@@ -123,9 +123,11 @@ def _remarks(found: Forest, tokens: Mapping[int, TokenScores] | None, *, max_tex
     if not found.is_whole:
         yield f"Only the newest {len(found.nodes):,} representations are on this page; --limit takes more."
     if num_shortened:
+        has_room = affordable_text(found, 2 * max_text) > max_text
+        what = "--max-text takes" if has_room else "of fewer segments there is room for"
         yield (
             f"Of {num_shortened:,} {'text' if num_shortened == 1 else 'texts'} only the first {max_text:,} characters"
-            " are shown and searched; --max-text takes more."
+            f" are shown and searched; {what} more."
         )
     if tokens is not None and len(tokens) < num_scores:
         yield f"Log-probabilities are those of {len(tokens):,} of {num_scores:,} segments that have any: the most used."

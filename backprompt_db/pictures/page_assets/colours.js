@@ -6,6 +6,8 @@ const DAY = 86400;
 
 const least = (bounds, value) => bounds.filter((bound) => value >= bound).length;
 
+const categories = (names) => (names.length > NUM_CATEGORIES ? [...names.slice(0, NUM_CATEGORIES - 1), "others"] : names);
+
 /** Every way to colour segments. */
 export const COLOURINGS = {
   state: {
@@ -21,8 +23,13 @@ export const COLOURINGS = {
   },
   model: {
     name: "model",
-    classes: ({ contents: { models } }) => (models.length > NUM_CATEGORIES ? [...models.slice(0, NUM_CATEGORIES - 1), "others"] : models),
+    classes: ({ contents: { models } }) => categories(models),
     classOf: (segments, node) => Math.min(segments.models[node], NUM_CATEGORIES - 1),
+  },
+  namespace: {
+    name: "namespace",
+    classes: ({ contents: { namespaces } }) => categories(namespaces.map((name) => name || "no namespace")),
+    classOf: (segments, node) => Math.min(segments.namespaces[node], NUM_CATEGORIES - 1),
   },
   hits: {
     name: "hits",
