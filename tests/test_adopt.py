@@ -249,7 +249,7 @@ def test_wrong_numbers_are_refused_with_where_they_are(lm: bp.LanguageModel, cha
         layer.values[:, :, ids_of(lm.tokenizer, PIECES[:1]).shape[1] - 1] *= 1.1
     if change == "sixteen tokens":
         layer.keys[:, :, 5:21] *= 1.01
-    assert_refused(lm, chain(lm), cache, error=ModelMismatch, match=r"is off by .*, where rounding stays below 0\.001")
+    assert_refused(lm, chain(lm), cache, error=ModelMismatch, match=r"is off by .*, where rounding stays below 0\.00")
 
 
 def test_a_single_wrong_token_in_a_deep_layer_is_found_by_the_full_check(lm: bp.LanguageModel) -> None:
@@ -507,3 +507,7 @@ def test_a_trained_models_cache_is_adopted_and_one_that_begins_a_position_later_
         shifted = plain(model, ids, position_ids=torch.arange(1, ids.shape[1] + 1)[None])
         with pytest.raises(ModelMismatch, match="layer 0 is off by"):
             lm.adopt(chain(lm), shifted.past_key_values)
+        mask = (torch.arange(ids.shape[1]) != 1).long()[None]  # a token that is not among those of the sample
+        blind = plain(model, ids, attention_mask=mask, position_ids=torch.arange(ids.shape[1])[None])
+        with pytest.raises(ModelMismatch, match="is off by"):
+            lm.adopt(chain(lm), blind.past_key_values)
