@@ -142,5 +142,5 @@ def _totals(found: Forest) -> str:
         sum(found.weights(measure)) for measure in (Measure.TOKENS, Measure.NBYTES, Measure.SAVED_SECONDS)
     )
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(found.at))
-    facts = (plural(tokens, "token"), size(int(nbytes)), f"{duration(seconds)} saved", made)
+    facts = (plural(int(tokens), "token"), size(int(nbytes)), f"{duration(seconds)} saved", made)
     return f"{plural(len(found.nodes), 'segment')} · {' · '.join(facts)}"
