@@ -373,6 +373,13 @@ class TestSearch:
 
 
 class TestHostileTexts:
+    def test_what_follows_the_tokens_is_shown_whatever_start_tokens_are_called(
+        self, open_page: OpenPage, tmp_path: Path
+    ) -> None:
+        page = open_page(forest_of(tmp_path, "Hello world"), {0: TokenScores([1, 7], [None, -2.0], ["<s>", "Hello"])})
+        page.click_box(page.items()[0])
+        assert page.text("#text") == "<s>Hello world"
+
     @pytest.mark.parametrize("hostile", HOSTILE)
     def test_a_text_is_shown_as_it_is(self, open_page: OpenPage, tmp_path: Path, hostile: str) -> None:
         page = open_page(forest_of(tmp_path, hostile), max_text=10_000)

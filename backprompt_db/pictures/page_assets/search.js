@@ -47,7 +47,7 @@ export function highlight(element, query) {
   if (!pattern) return undefined;
   const pieces = textNodes(element);
   const found = [...pieces.map(({ node }) => node.data).join("").matchAll(pattern)];
-  const ranges = found.map(({ index, 0: { length } }) => rangeOf(pieces, index, index + length));
+  const ranges = rangesOf(pieces, found);
   if (globalThis.Highlight) CSS.highlights.set("found", new Highlight(...ranges));
   return ranges[0];
 }
@@ -59,11 +59,19 @@ function textNodes(element) {
   return pieces;
 }
 
-function rangeOf(pieces, begin, end) {
-  const range = new Range();
-  const first = pieces.findLast((piece) => piece.begin <= begin);
-  const last = pieces.findLast((piece) => piece.begin < end);
-  range.setStart(first.node, begin - first.begin);
-  range.setEnd(last.node, end - last.begin);
-  return range;
+/** The ranges of matches, which come in order: so the pieces are gone through once, however many there are. */
+function rangesOf(pieces, found) {
+  let at = 0;
+  const pieceAt = (place) => {
+    while (at + 1 < pieces.length && pieces[at + 1].begin <= place) at++;
+    return pieces[at];
+  };
+  return found.map(({ index, 0: { length } }) => {
+    const range = new Range();
+    const first = pieceAt(index);
+    const last = pieceAt(index + length - 1);
+    range.setStart(first.node, index - first.begin);
+    range.setEnd(last.node, index + length - last.begin);
+    return range;
+  });
 }

@@ -5,6 +5,7 @@ import { counted, number } from "./words.js";
 
 const DARKEST = 8; // nats: less than one in 2980
 const STRONGEST = 0.75;
+const MOST_NAMES = 4; // of start tokens
 
 /** The text of a segment, token by token where these are known, then what is left of it. */
 export function textOf(text, tokens) {
@@ -13,10 +14,17 @@ export function textOf(text, tokens) {
     block.append(text);
     return block;
   }
-  block.append(...spansOf(tokens, tokens.pieces));
-  const shown = tokens.pieces.join("");
-  if (text.startsWith(shown)) block.append(text.slice(shown.length));
+  block.append(...spansOf(tokens, tokens.pieces), restOf(text, tokens.pieces));
   return block;
+}
+
+/** What of a text is left after its tokens; the names of start tokens, which stand before it, are no part of it. */
+function restOf(text, pieces) {
+  for (let numNames = 0; numNames <= Math.min(MOST_NAMES, pieces.length); numNames++) {
+    const shown = pieces.slice(numNames).join("");
+    if (text.startsWith(shown)) return text.slice(shown.length);
+  }
+  return "";
 }
 
 /** The tokens of which only ids are known. */
