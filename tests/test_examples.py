@@ -58,8 +58,7 @@ def run(name: str, db: Path, model: Path) -> Run:
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_computes_nothing_the_second_time(name: str, tmp_path: Path, model: Path) -> None:
     first, second = (run(name, tmp_path / "db", model) for _ in range(2))
-    assert all(number > 0 for number in first.numbers("tokens")[:1])
-    assert first.steps[0]["loading"] == ", with loading the model"
+    assert first.numbers("tokens")[0] > 0
     assert set(second.numbers("tokens")) == set(second.numbers("passes")) == {0}
     assert not any(step["loading"] for step in second.steps)
     assert second.others == first.others
