@@ -73,11 +73,11 @@ def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
 
 def _is_filled(layer: Any) -> bool:
     """Whether a layer has keys and values, [rows, heads, tokens, dim] each, as many of both and of one dtype."""
-    pair = [getattr(layer, name, None) for name in ("keys", "values")]
-    if not all(isinstance(each, torch.Tensor) and each.dim() == 4 for each in pair):
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)):
         return False
-    keys, values = pair
-    return bool(keys.shape[:3] == values.shape[:3] and keys.dtype == values.dtype)
+    is_whole = keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3]
+    return is_whole and keys.dtype == values.dtype
 
 
 def _form(layer: Any) -> tuple[int, int, int, torch.dtype]:
