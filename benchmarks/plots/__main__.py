@@ -1,4 +1,4 @@
-"""Measure the curves and draw them, or draw those that were measured last: `python -m benchmarks.plots --draw`."""
+"""Measure the curves and draw them: all, or `python -m benchmarks.plots lengths`; `--draw` draws the last ones."""
 
 from __future__ import annotations
 
@@ -26,13 +26,23 @@ IN_PROCESSES_OF_THEIR_OWN = frozenset({"memory"})
 def main() -> None:
     """Print the exponents, write the figures and `results/plots.json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description="Measure the curves and draw them.")
-    parser.add_argument("--draw", action="store_true", help="draw what was measured last")
-    if not parser.parse_args().draw:
-        curves.write([_measure(name) for name in FIGURES])
+    parser.add_argument("names", nargs="*", metavar="name", help=f"any of: {', '.join(FIGURES)}; all if none is named")
+    parser.add_argument("--draw", action="store_true", help="measure nothing, draw what was measured last")
+    told = parser.parse_args()
+    if unknown := set(told.names) - set(FIGURES):
+        parser.error(f"there is no figure {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
+    if not told.draw:
+        curves.write(_with_new([_measure(name) for name in told.names or FIGURES]))
     for figure in curves.read():
         print(draw(figure))
         for curve in figure.curves:
             print(f"  {curve.name}: {curve.values[0]:,.4g} to {curve.values[-1]:,.4g}, exponent {curve.exponent:.2f}")
+
+
+def _with_new(measured: list[curves.Figure]) -> list[curves.Figure]:
+    """Return what was measured now, in the place of what was measured of it before."""
+    kept = {figure.name: figure for figure in curves.read()} if curves.FILE.exists() else {}
+    return list((kept | {figure.name: figure for figure in measured}).values())
 
 
 def _measure(name: str) -> curves.Figure:
