@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from backprompt_db.errors import (
 )
 from backprompt_db.maintenance.verify import verify
 
-from .conftest import plain_logprobs, tiny_gpt2
+from .conftest import plain_logprobs, tiny_gpt2, train_tokenizer
 from .families import FAMILIES, REFUSED, SUPPORTED
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -472,26 +472,25 @@ def test_a_model_whose_mask_has_no_room_for_a_sample_is_checked_in_full(make_lm:
     assert adopted.num_checked_tokens == ids.shape[1]
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[bp.LanguageModel]:
+    """A model for all examples of one test."""
+    with bp.open(":memory:") as db:
+        yield bp.LanguageModel(tiny_gpt2(), train_tokenizer(), db=db)
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.text(alphabet="ab c\n", min_size=1, max_size=20), min_size=1, max_size=6))
-def test_any_chain_is_adopted_and_runs_like_a_plain_pass(pieces: list[str]) -> None:
-    lm = _SHARED.setdefault("lm", _shared())
-    ids = ids_of(lm.tokenizer, pieces)
-    output = plain(lm.model, ids)
-    lm.adopt(chain(lm, pieces), output.past_key_values, logits=output.logits)
-    result = chain(lm, pieces)()
+@given(pieces=st.lists(st.text(alphabet="ab c\n", min_size=1, max_size=20), min_size=1, max_size=6))
+def test_any_chain_is_adopted_and_runs_like_a_plain_pass(shared: bp.LanguageModel, pieces: list[str]) -> None:
+    ids = ids_of(shared.tokenizer, pieces)
+    output = plain(shared.model, ids)
+    shared.adopt(chain(shared, pieces), output.past_key_values, logits=output.logits)
+    result = chain(shared, pieces)()
     assert result.num_computed_tokens == 0
     assert torch.equal(result.input_ids, ids[0])
-    assert torch.allclose(result.token_logprobs, plain_logprobs(lm.model, ids[0])[0], atol=TOLERANCE, equal_nan=True)
-
-
-_SHARED: dict[str, bp.LanguageModel] = {}
-
-
-def _shared() -> bp.LanguageModel:
-    from .conftest import train_tokenizer
-
-    return bp.LanguageModel(tiny_gpt2(), train_tokenizer(), db=bp.open(":memory:"))
+    assert torch.allclose(
+        result.token_logprobs, plain_logprobs(shared.model, ids[0])[0], atol=TOLERANCE, equal_nan=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
