@@ -177,8 +177,12 @@ def test_a_tokenizer_that_rewrites_what_it_wraps_is_refused(tokenizer: Any) -> N
 
     with pytest.raises(UnsupportedModel, match="special tokens"):
         SegmentTokenizer(Rewriting())
+
+
+@pytest.mark.parametrize("split", [0, -1, 2.5, "8"])
+def test_a_split_that_is_no_number_of_tokens_is_refused(lm: bp.LanguageModel, split: Any) -> None:
     with pytest.raises(bp.errors.PromptError, match="split"):
-        bp.LanguageModel.text(object.__new__(bp.LanguageModel), "text", split=0)
+        lm.text("text", split=split)
 
 
 def test_a_tokenizer_that_is_changed_in_place_is_another_key(
