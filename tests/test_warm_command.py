@@ -220,7 +220,7 @@ class TestBrokenRows:
     def test_the_first_ends_it_with_its_file_and_line(self, warm: Callable[..., Result], tmp_path: Path) -> None:
         result = warm(write(tmp_path / "rows.jsonl", self.BROKEN), "--template", "{request}")
         assert result.exit_code == 2
-        assert "rows.jsonl, line 2: Expecting value" in result.stderr
+        assert "rows.jsonl, line 2: it is not JSON, from character 1 on" in result.stderr
         assert "--skip-errors" in result.stderr
 
     def test_skipped_ones_are_counted_and_listed(

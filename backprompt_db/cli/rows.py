@@ -123,6 +123,8 @@ def _row(place: Place, line: bytes, read: Callable[[bytes], Mapping[str, str]]) 
         return Row(place, read(line))
     except UnicodeDecodeError:
         return Broken(place, "it is not UTF-8")
+    except json.JSONDecodeError as error:
+        return Broken(place, f"it is not JSON, from character {error.pos + 1} on")
     except ValueError as error:
         return Broken(place, str(error))
     except RecursionError:
