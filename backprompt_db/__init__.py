@@ -8,31 +8,33 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from backprompt_db.text import Runner, register_pair_runner
+from backprompt_db.prompt.text import Runner, register_pair_runner
 
 if TYPE_CHECKING:
     from backprompt_db import errors as errors
-    from backprompt_db.compute.adoption import Adopted as Adopted
-    from backprompt_db.counting import Counters as Counters
-    from backprompt_db.counting import ModelCounters as ModelCounters
-    from backprompt_db.database import Database as Database
+    from backprompt_db.compute.adopt.adopt import Adopted as Adopted
+    from backprompt_db.compute.batch.run_plan import RunPlan as RunPlan
+    from backprompt_db.compute.batch.run_plan import Warmed as Warmed
+    from backprompt_db.database.counters import Counters as Counters
+    from backprompt_db.database.counters import ModelCounters as ModelCounters
+    from backprompt_db.database.database import Database as Database
+    from backprompt_db.database.opening import open_database
     from backprompt_db.errors import BackpromptError as BackpromptError
-    from backprompt_db.explanation import Explanation as Explanation
-    from backprompt_db.explanation import SegmentExplanation as SegmentExplanation
-    from backprompt_db.generated import Generated as Generated
     from backprompt_db.model import LanguageModel as LanguageModel
-    from backprompt_db.opening import open_database
-    from backprompt_db.representation import ModelRepr as ModelRepr
-    from backprompt_db.run_plan import RunPlan as RunPlan
-    from backprompt_db.run_plan import Warmed as Warmed
-    from backprompt_db.template import Template as Template
-    from backprompt_db.text import Seam as Seam
-    from backprompt_db.text import Text as Text
-    from backprompt_db.text import parallel as parallel
+    from backprompt_db.prompt.explanation import Explanation as Explanation
+    from backprompt_db.prompt.explanation import SegmentExplanation as SegmentExplanation
+    from backprompt_db.prompt.generated import Generated as Generated
+    from backprompt_db.prompt.segments import Seam as Seam
+    from backprompt_db.prompt.template import Template as Template
+    from backprompt_db.prompt.text import ModelRepr as ModelRepr
+    from backprompt_db.prompt.text import Text as Text
+    from backprompt_db.prompt.text import parallel as parallel
 
     open = open_database  # noqa: A001 - reads as bp.open
 
@@ -40,23 +42,23 @@ __version__ = version("backprompt-db")
 
 # Public names load when they are first used: the command line and a run of full hits need neither torch nor SQLAlchemy.
 _HOMES = {
-    "Adopted": "compute.adoption",
+    "Adopted": "compute.adopt.adopt",
     "BackpromptError": "errors",
-    "Counters": "counting",
-    "Database": "database",
-    "Explanation": "explanation",
-    "Generated": "generated",
+    "Counters": "database.counters",
+    "Database": "database.database",
+    "Explanation": "prompt.explanation",
+    "Generated": "prompt.generated",
     "LanguageModel": "model",
-    "ModelCounters": "counting",
-    "ModelRepr": "representation",
-    "RunPlan": "run_plan",
-    "Seam": "text",
-    "SegmentExplanation": "explanation",
-    "Template": "template",
-    "Text": "text",
-    "Warmed": "run_plan",
-    "open": "opening",
-    "parallel": "text",
+    "ModelCounters": "database.counters",
+    "ModelRepr": "prompt.text",
+    "RunPlan": "compute.batch.run_plan",
+    "Seam": "prompt.segments",
+    "SegmentExplanation": "prompt.explanation",
+    "Template": "prompt.template",
+    "Text": "prompt.text",
+    "Warmed": "compute.batch.run_plan",
+    "open": "database.opening",
+    "parallel": "prompt.text",
 }
 _NAMES_AT_HOME = {"open": "open_database"}
 
@@ -78,9 +80,30 @@ def __dir__() -> list[str]:
 
 
 def _runner_of_pair(model: Any, tokenizer: Any) -> Runner:
-    from backprompt_db.pairs import language_model_of
+    from backprompt_db.model import language_model_of
 
     return language_model_of(model, tokenizer)
 
 
 register_pair_runner(_runner_of_pair)
+
+
+_MOVED = {
+    "demo.smollm2": "cli.demo.smollm2",
+    "keys": "prompt.ids",
+    "opening": "database.opening",
+    "representation": "prompt.representation",
+}
+"""Modules that documentation once named by another path, which goes on to work."""
+
+
+class _Moved(ModuleType):
+    """Stands under the old name of a module, which loads when something of it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(import_module(f"backprompt_db.{_MOVED[self.__name__]}"), name)
+
+
+sys.modules.update({f"backprompt_db.{name}": _Moved(name) for name in _MOVED})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
@@ -9,30 +10,33 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from backprompt_db.compute import answers, pins
-from backprompt_db.compute.cuts import pieces
+from backprompt_db.codec.fidelity import Fidelity
+from backprompt_db.compute import answers
+from backprompt_db.compute.batch import warm
+from backprompt_db.compute.batch.requests import PARTS, Orders
+from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.compute.engine import Engine
-from backprompt_db.compute.explanation import explain_run
-from backprompt_db.compute.orders import PARTS, Orders
-from backprompt_db.compute.source import GivenModel, ModelSource, pretrained_model
+from backprompt_db.compute.explain import explain_run
+from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
+from backprompt_db.compute.splitting import pieces
 from backprompt_db.compute.vocabularies import vocabulary
-from backprompt_db.counting import ModelCounters
-from backprompt_db.database import MEMORY, Database
+from backprompt_db.database.counters import ModelCounters
+from backprompt_db.database.database import MEMORY, Database
+from backprompt_db.database.opening import open_database
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
-from backprompt_db.explanation import Explanation
-from backprompt_db.fidelity import Fidelity
-from backprompt_db.generated import Generated
-from backprompt_db.keys import TokenizerId, WeightsId
-from backprompt_db.opening import open_database
-from backprompt_db.representation import ModelRepr, Part
-from backprompt_db.run_plan import RunPlan, Warmed
-from backprompt_db.text import Seam, Segment, Text, ancestry, as_text
+from backprompt_db.prompt.explanation import Explanation
+from backprompt_db.prompt.generated import Generated
+from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.segments import Seam, Segment, ancestry
+from backprompt_db.prompt.text import ModelRepr, Text, as_text
 
 if TYPE_CHECKING:
     import torch
 
-    from backprompt_db.compute.adoption import Adopted, Check
-    from backprompt_db.pictures.surprise import Vocabulary
+    from backprompt_db.compute.adopt.adopt import Adopted, Check
+    from backprompt_db.views.scene import Vocabulary
+
 
 _Texts = Text | str | Iterable[Text | str]
 
@@ -78,7 +82,7 @@ class LanguageModel:
         """
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
-        source = pretrained_model(str(name_or_path), arguments, notes=database.notes)
+        source = pretrained_model(str(name_or_path), arguments, model_metadata=database.model_metadata)
         lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress)
         return lm
 
@@ -113,7 +117,7 @@ class LanguageModel:
     @property
     def model(self) -> Any:
         """The transformers model; loads it if need be."""
-        return self._source.runtime.model
+        return self._source.runner.model
 
     @property
     def tokenizer(self) -> Any:
@@ -138,7 +142,7 @@ class LanguageModel:
     @property
     def counters(self) -> ModelCounters:
         """What this object did since it was made."""
-        num_calls = self._source.runtime.num_calls if self.is_loaded else 0
+        num_calls = self._source.runner.num_calls if self.is_loaded else 0
         return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
 
     def text(self, string: str, *, start: int | None = None, eager: bool = False, split: int | None = None) -> Text:
@@ -152,7 +156,7 @@ class LanguageModel:
         """
         if split is None:
             return Text(string, self, start=start, eager=eager)
-        first, *others = pieces(string, split, source=self._source, notes=self.db.notes)
+        first, *others = pieces(string, split, source=self._source, model_metadata=self.db.model_metadata)
         text = Text(first, self, start=start)
         for piece in others:
             text += piece
@@ -171,7 +175,7 @@ class LanguageModel:
         Where the tokenizer puts start tokens before a prompt that the template does not write, they are put there.
         Raises `PromptError` without messages or a template, and where the template refuses the messages.
         """
-        from backprompt_db.compute.chat import chat_pieces
+        from backprompt_db.compute.splitting import chat_pieces
 
         text = Text("", self)
         for piece in chat_pieces(
@@ -249,8 +253,8 @@ class LanguageModel:
         Raises `PromptError` for arguments that cannot be used here and for a prompt that ends in parallel branches,
         `ContextLengthExceeded` where prompt and `max_new_tokens` need more positions than the model has.
         """
-        from backprompt_db.compute.arguments import GenerateArguments
-        from backprompt_db.compute.generation import generate
+        from backprompt_db.compute.generate import generate
+        from backprompt_db.compute.inference.decoding import GenerateArguments
 
         prompts = [prompt] if isinstance(prompt, Text | str) else prompt
         is_one = prompts is not prompt
@@ -292,7 +296,7 @@ class LanguageModel:
         `PromptError` for a cache that is not of this many tokens, has forgotten some, or has rows and no `row`, and
         `StoreReadOnly` where nothing may be stored.
         """
-        from backprompt_db.compute.adoption import Offer, adopt
+        from backprompt_db.compute.adopt.adopt import Offer, adopt
 
         if self._answering_db is not self.db:
             raise StoreReadOnly(
@@ -308,11 +312,11 @@ class LanguageModel:
         `label` is for the command line, where it selects them. Raises `StoreReadOnly` where nothing may be written, and
         `CatalogError` where there is no catalog, as in memory.
         """
-        pins.pin(self._engine, self._answering_db, self._segments(texts), label=label)
+        warm.pin(self._engine, self._answering_db, self._segments(texts), label=label)
 
     def unpin(self, texts: Text | str | Iterable[Text | str]) -> None:
         """Let texts be evicted again, with what others share with them. Raises the same errors as `pin`."""
-        pins.unpin(self._engine, self._answering_db, self._segments(texts))
+        warm.unpin(self._engine, self._answering_db, self._segments(texts))
 
     def plan(
         self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
@@ -321,7 +325,7 @@ class LanguageModel:
 
         Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, and not the weights.
         """
-        from backprompt_db.compute.forecast import forecast
+        from backprompt_db.compute.batch.forecast import forecast
 
         orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
         return forecast(self._engine, self._source, self._answering_db, orders, batch_size=batch_size)
@@ -337,7 +341,7 @@ class LanguageModel:
 
         Raises what `Database.flush` does where something cannot be stored, `StoreReadOnly` where nothing may be.
         """
-        from backprompt_db.compute.warming import Warmer
+        from backprompt_db.compute.batch.warm import Warmer
 
         orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
         warmer = Warmer(self._engine, self._source, self._answering_db)
@@ -364,14 +368,14 @@ class LanguageModel:
         Segments come in the order written. Keys and values that are not stored are computed and kept. With `ids`,
         raises `ModelMismatch` when the model or the tokenizer has others by now.
         """
-        from backprompt_db.compute.kvcache import KVShape, assemble
+        from backprompt_db.compute.inference.kv_cache import KVShape, assemble
 
         if ids is not None and ids != self._source.ids:
             raise ModelMismatch("the model has changed since this was computed", hint="Run the text again.")
         segments = self._own(text).segments(self.namespace)
         found, _ = self._engine.represent(dict.fromkeys(segments, frozenset({Part.KV})), keep={})
         parts = [found[segment, Part.KV] for segment in segments]
-        device = self._source.runtime.device if self.is_loaded else None
+        device = self._source.runner.device if self.is_loaded else None
         num_tokens = sum(arrays["keys"].shape[2] for arrays in parts)
         return assemble(KVShape.of(parts[0]), parts, capacity=num_tokens, device=device).cache()
 
@@ -397,3 +401,15 @@ class LanguageModel:
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"
         return f"<LanguageModel {self._source.name}{state} on {self._given_db or 'the default database'}>"
+
+
+_models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = weakref.WeakValueDictionary()
+
+
+def language_model_of(model: Any, tokenizer: Any) -> LanguageModel:
+    """Return the `LanguageModel` of a pair of objects on the default database, the same one as long as it is in use."""
+    pair = id(model), id(tokenizer)
+    lm = _models_of_pairs.get(pair)
+    if lm is None:
+        lm = _models_of_pairs[pair] = LanguageModel(model, tokenizer)
+    return lm

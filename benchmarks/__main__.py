@@ -20,7 +20,6 @@ from benchmarks.batches import unrelated_prompts
 from benchmarks.churn import churn
 from benchmarks.exactness import exactness
 from benchmarks.fidelity import lossy_databases
-from benchmarks.flights import single_flight
 from benchmarks.generation import after_long_prefix, after_stored_prefix
 from benchmarks.growth import lengths_and_depths, many_leaves
 from benchmarks.identity import identity
@@ -29,6 +28,7 @@ from benchmarks.reads import fresh_processes, kv_on_disk, one_process, store_pre
 from benchmarks.report import Measurement, print_table, write_json
 from benchmarks.scale import scale
 from benchmarks.scores import stored_scores
+from benchmarks.single_flight import single_flight
 from benchmarks.startup import startup
 from benchmarks.trees import completions, continued_leaf, three_levels
 from benchmarks.workload import in_fresh_process, save_gpt2

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import backprompt_db as bp
-from backprompt_db.creation import create_database
-from backprompt_db.database import Database
-from backprompt_db.keys import TokenizerId, WeightsId, address
-from backprompt_db.maintenance.inspection import inspect
-from backprompt_db.representation import Array, Arrays, Origin, Part
+from backprompt_db.database.database import Database
+from backprompt_db.database.opening import create_database
+from backprompt_db.database.writer import NewPart
+from backprompt_db.operations.inspection import inspect
+from backprompt_db.prompt.ids import TokenizerId, WeightsId, address
+from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
+from backprompt_db.prompt.segments import Segment
+from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Key, needs_of
-from backprompt_db.text import Segment, Text
-from backprompt_db.writer import NewPart
 from benchmarks.report import Measurement
 
 LIMIT_NBYTES = 300_000_000

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import backprompt_db as bp
-from backprompt_db.demo.job import load_task
-from backprompt_db.demo.smollm2 import smollm2_directory
+from backprompt_db.cli.demo.job import load_task
+from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from benchmarks.report import Measurement
 from benchmarks.workload import NUM_THREADS
 from tests.conftest import plain_logprobs

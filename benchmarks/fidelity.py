@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import backprompt_db as bp
-from backprompt_db.compute.kvcache import KVBuffer, KVShape
-from backprompt_db.demo.smollm2 import smollm2_directory
-from backprompt_db.fidelity import Fidelity
-from backprompt_db.keys import address
-from backprompt_db.representation import Part
+from backprompt_db.cli.demo.smollm2 import smollm2_directory
+from backprompt_db.codec.fidelity import Fidelity
+from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape
+from backprompt_db.prompt.ids import address
+from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from benchmarks.report import Measurement
 from benchmarks.timing import Times, alternate

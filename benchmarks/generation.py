@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 import backprompt_db as bp
-from backprompt_db.demo.smollm2 import smollm2_directory
+from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from benchmarks import plain
 from benchmarks.plain import Ids
 from benchmarks.report import Measurement

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import backprompt_db as bp
-from backprompt_db.compute import fingerprint
+from backprompt_db.compute.inference import fingerprint
 from benchmarks.report import Measurement
 from benchmarks.timing import alternate
 from benchmarks.workload import NUM_THREADS, digits, gpt2, language_model

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 
 import backprompt_db as bp
-from backprompt_db.keys import address
-from backprompt_db.representation import Part
+from backprompt_db.prompt.ids import address
+from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from benchmarks import plain
 from benchmarks.plain import Prefix, Reader

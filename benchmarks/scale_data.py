@@ -16,9 +16,9 @@ import numpy as np
 
 import backprompt_db as bp
 from backprompt_db.catalog import Catalog, StoredPart
-from backprompt_db.codec import encode
-from backprompt_db.keys import SegmentId, TokenizerId, WeightsId, namespace_id
-from backprompt_db.representation import Array, Arrays, Origin, Part
+from backprompt_db.codec.blob import encode
+from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId, namespace_id
+from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
 from backprompt_db.store.contract import Blob, Key
 
 NUM_REQUESTS = 25

@@ -22,10 +22,11 @@ import psutil
 
 import backprompt_db as bp
 from backprompt_db.catalog import Catalog, Selection, Victim
-from backprompt_db.keys import Address
-from backprompt_db.maintenance import reindex as reindexing
-from backprompt_db.maintenance.stats import gather
-from backprompt_db.representation import Arrays, Part
+from backprompt_db.database.reconcile import Reindexing
+from backprompt_db.operations import reindex as reindexing
+from backprompt_db.operations.stats import gather
+from backprompt_db.prompt.ids import Address
+from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.store.contract import Key
 from benchmarks.scale_data import is_same, kv, origin, scores
 
@@ -156,7 +157,7 @@ def reindex(directory: Path, num_representations: int) -> Answer:
         began = time.perf_counter()
         done = reindexing.reindex(db)
         seconds = time.perf_counter() - began
-    assert done == reindexing.Reindexing(0 if was_there else num_representations, 0, 0, None)
+    assert done == Reindexing(0 if was_there else num_representations, 0, 0, None)
     assert gather(directory).num_representations == num_representations
     return {"seconds": seconds}
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 import backprompt_db as bp
-from backprompt_db.keys import TokenizerId, WeightsId
-from backprompt_db.representation import Array, Origin, Part
+from backprompt_db.database.writer import NewPart
+from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Array, Origin, Part
 from backprompt_db.store.contract import Key
-from backprompt_db.writer import NewPart
 from benchmarks import plain
 from benchmarks.report import Measurement
 from benchmarks.timing import Times, seconds, timed

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from reuse import language_model, told
 
-from backprompt_db.demo.job import load_task
+from backprompt_db.cli.demo.job import load_task
 
 NUM_REQUESTS = 12
 NEW_REQUEST = "Request: I forgot my password\nEndpoint:"

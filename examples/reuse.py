@@ -15,7 +15,7 @@ from typing import Any
 import platformdirs
 
 import backprompt_db as bp
-from backprompt_db.demo.smollm2 import smollm2_directory
+from backprompt_db.cli.demo.smollm2 import smollm2_directory
 
 DATA = Path(__file__).parent / "data"
 

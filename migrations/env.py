@@ -8,7 +8,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import Connection, create_engine
 
-from backprompt_db.catalog.tables import Base
+from backprompt_db.catalog.schema import Base
 
 
 def run(connection: Connection) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Self
 
-from backprompt_db.catalog import changes, graph, journal, known, migration, pages, queries, search
+from backprompt_db.catalog import changes, events, graph, migration, models, pages, queries, search
 from backprompt_db.catalog.connection import Connections
+from backprompt_db.catalog.eviction_order import Choice, choose_victims, removable
 from backprompt_db.catalog.records import (
     CutsRecord,
     Event,
@@ -23,20 +24,19 @@ from backprompt_db.catalog.records import (
     Totals,
     Victim,
 )
+from backprompt_db.catalog.schema import Sums
 from backprompt_db.catalog.selection import conditions, conditions_but_searches, searched_segments
-from backprompt_db.catalog.tables import Sums
-from backprompt_db.catalog.victims import Choice, choose_victims, removable
 from backprompt_db.errors import CatalogError
-from backprompt_db.failpoints import reach
-from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
-from backprompt_db.representation import Part
+from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Part
+from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
-    from backprompt_db.text import Segment
+    from backprompt_db.prompt.segments import Segment
 
 
 class Catalog:
@@ -110,17 +110,17 @@ class Catalog:
             with self._connections.writing() as connection:
                 changes.forget(connection, gone)
                 reach("catalog.evict.inside")
-                journal.remember_evictions(connection, {address for address, _ in gone}, at=at)
+                events.remember_evictions(connection, {address for address, _ in gone}, at=at)
 
     def erase(self, keys: Iterable[tuple[Address, Part]]) -> None:
         """Forget parts that have left the store, and that there was anything under their addresses."""
         if gone := list(keys):
             addresses = {address for address, _ in gone}
             with self._connections.writing() as connection:
-                known.forget_greedy_paths(connection, addresses)  # while what they follow is known
+                models.forget_greedy_paths(connection, addresses)  # while what they follow is known
                 changes.forget(connection, gone)
                 search.clear(connection)
-                journal.forget_evictions(connection, addresses)
+                events.forget_evictions(connection, addresses)
 
     def evicted_at(self, address: Address) -> float | None:
         """Return when something of a representation was evicted the last time, `None` if that is not known."""
@@ -129,7 +129,7 @@ class Catalog:
     def evictions(self, addresses: Iterable[Address]) -> dict[Address, float]:
         """Return what `evicted_at` returns, of those of many representations of which it is known."""
         with self._connections.reading() as connection:
-            return journal.evictions(connection, addresses)
+            return events.evictions(connection, addresses)
 
     def victims(
         self,
@@ -220,23 +220,23 @@ class Catalog:
         """Add to counts that all processes share; one that is not there begins at 0."""
         if increments:
             with self._connections.writing() as connection:
-                journal.count(connection, increments)
+                events.count(connection, increments)
 
     def counts(self) -> dict[str, float]:
         """Return all counts, by name."""
         with self._connections.reading() as connection:
-            return journal.counts(connection)
+            return events.counts(connection)
 
-    def log(self, events: Sequence[Event]) -> None:
+    def log(self, new: Sequence[Event]) -> None:
         """Enter events; the newest thousand are kept."""
-        if events:
+        if new:
             with self._connections.writing() as connection:
-                journal.log(connection, events)
+                events.log(connection, new)
 
     def events(self, *, limit: int = 20) -> list[Event]:
         """Return the newest events, the last one first."""
         with self._connections.reading() as connection:
-            return journal.events(connection, limit=limit)
+            return events.events(connection, limit=limit)
 
     def vacuum(self) -> None:
         """Rewrite the file without free space; nothing of what was deleted remains in it."""
@@ -270,7 +270,7 @@ class Catalog:
         """Save what is known of something, all or nothing of it, over what was known before."""
         with self._connections.writing() as connection:
             for record in records:
-                known.save(connection, record)
+                models.save(connection, record)
 
     def model(self, weights_id: WeightsId) -> ModelRecord | None:
         """Return one model, `None` if it is unknown.
@@ -278,42 +278,42 @@ class Catalog:
         A model that was never saved, but has representations, is `"unchecked"` and has the name `""`.
         """
         with self._connections.reading() as connection:
-            return known.model(connection, weights_id)
+            return models.model(connection, weights_id)
 
     def models(self) -> list[ModelRecord]:
         """Return all models, by name."""
         with self._connections.reading() as connection:
-            return known.models(connection)
+            return models.models(connection)
 
     def tokenizers(self) -> list[TokenizerRecord]:
         """Return all tokenizers, by name; one that was never saved has the name `""`."""
         with self._connections.reading() as connection:
-            return known.tokenizers(connection)
+            return models.tokenizers(connection)
 
     def definition(self, tokenizer_id: TokenizerId) -> bytes | None:
         """Return a tokenizer's definition as it was saved, unchecked; `None` if none was."""
         with self._connections.reading() as connection:
-            return known.definition(connection, tokenizer_id)
+            return models.definition(connection, tokenizer_id)
 
     def has_definition(self, tokenizer_id: TokenizerId) -> bool:
         """Whether a tokenizer's definition, or that there is none, was saved."""
         with self._connections.reading() as connection:
-            return known.has_definition(connection, tokenizer_id)
+            return models.has_definition(connection, tokenizer_id)
 
     def source(self, key: bytes) -> Source | None:
         """Return the ids of unchanged files, `None` if they are unknown."""
         with self._connections.reading() as connection:
-            return known.source(connection, key)
+            return models.source(connection, key)
 
     def cuts(self, key: bytes) -> CutsRecord | None:
         """Return where a long string is cut, `None` if that is unknown."""
         with self._connections.reading() as connection:
-            return known.cuts(connection, key)
+            return models.cuts(connection, key)
 
     def greedy_paths(self, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
         """Return how models go on after prompts that end with these representations, as far as that is known."""
         with self._connections.reading() as connection:
-            return known.greedy_paths(connection, addresses)
+            return models.greedy_paths(connection, addresses)
 
     def totals(self, *, namespace: str | None = None) -> Totals:
         """Return the sums over all representations, or over those of a namespace."""

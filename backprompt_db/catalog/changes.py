@@ -10,7 +10,7 @@ from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam,
 from sqlalchemy.dialects.sqlite import Insert, insert
 
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.tables import (
+from backprompt_db.catalog.schema import (
     NBYTES,
     USED_AT,
     Base,
@@ -21,15 +21,15 @@ from backprompt_db.catalog.tables import (
     Segment,
     Tokenizer,
 )
-from backprompt_db.failpoints import reach
-from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
-from backprompt_db.representation import Part
+from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Part
+from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from backprompt_db.catalog.records import StoredPart
-    from backprompt_db.representation import Origin
+    from backprompt_db.prompt.representation import Origin
 
 _NO_MODEL: dict[str, object] = {
     "name": "",

@@ -7,23 +7,25 @@ process holds in that process's memory, and a child would inherit the belief wit
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import sqlite3
 import threading
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from backprompt_db.catalog.folding import folded
+from backprompt_db.catalog.search import folded
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long an operation waits for another process to finish writing."""
@@ -154,3 +156,25 @@ def _begin(connection: Connection) -> None:
     # The driver would begin only before an INSERT, UPDATE or DELETE: too late for a read that must be consistent, and
     # without IMMEDIATE a write that has read first fails at once when another process writes.
     connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+
+_TIMEOUT_SECONDS = 5.0
+_MAX_FLAWS = 10
+
+
+def catalog_flaws(path: Path) -> list[str]:
+    """Return what SQLite finds wrong with the catalog at `path`, at most 10 lines; none for a whole one."""
+    try:
+        with contextlib.closing(_connect(path)) as connection:
+            damage = [str(line) for (line,) in connection.execute(f"PRAGMA integrity_check({_MAX_FLAWS})")]
+            dangling = connection.execute("PRAGMA foreign_key_check").fetchmany(_MAX_FLAWS)
+    except sqlite3.Error as error:
+        return [f"it cannot be read: {error}"]
+    flaws = [] if damage == ["ok"] else damage
+    return flaws + [
+        f"a row of {table} refers to a row of {target} that is not there" for table, _, target, _ in dangling
+    ]
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_TIMEOUT_SECONDS)

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Select, bindparam, exists, select
 
-from backprompt_db import text
-from backprompt_db.catalog.tables import Parent, Segment
-from backprompt_db.keys import SegmentId
+from backprompt_db.catalog.schema import Parent, Segment
+from backprompt_db.prompt import segments
+from backprompt_db.prompt.ids import SegmentId
 
 MAX_VARIABLES = 900
 """SQLite builds may allow no more than 999 variables in a statement."""
@@ -43,7 +43,7 @@ def edges(connection: Connection, ids: Iterable[SegmentId]) -> list[tuple[Segmen
 
 def placed(
     connection: Connection, ids: Iterable[SegmentId], *, order: Sequence[SegmentId]
-) -> dict[SegmentId, text.Segment]:
+) -> dict[SegmentId, segments.Segment]:
     """Return segments and all that they follow, as far as known, rebuilt.
 
     Nobody knows in which order parallel branches were written: those in `order` come first, in that order.
@@ -54,12 +54,12 @@ def placed(
     for segment_id, parent_id in edges(connection, rows):
         if parent_id in rows:
             parents[segment_id].append(parent_id)
-    built: dict[SegmentId, text.Segment] = {}
+    built: dict[SegmentId, segments.Segment] = {}
     for segment_id in TopologicalSorter(parents).static_order():
         row = rows[segment_id]
         ordered = sorted(parents[segment_id], key=lambda each: (numbers.get(each, len(numbers)), each))
         before = tuple(built[each] for each in ordered)
-        built[segment_id] = text.Segment(segment_id, row.text, before, row.start, row.namespace)
+        built[segment_id] = segments.Segment(segment_id, row.text, before, row.start, row.namespace)
     return built
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from backprompt_db.catalog import graph, queries, search
-from backprompt_db.keys import Address, SegmentId
+from backprompt_db.prompt.ids import Address, SegmentId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from backprompt_db.catalog.connection import Connections
     from backprompt_db.catalog.records import Row
-    from backprompt_db.representation import Part
+    from backprompt_db.prompt.representation import Part
 
 _KEYS_PER_PAGE = 5_000
 _ROWS_PER_PAGE = 1_000

@@ -22,7 +22,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from backprompt_db.catalog import graph
 from backprompt_db.catalog.records import GroupTotals, Order, Row, Totals
-from backprompt_db.catalog.tables import (
+from backprompt_db.catalog.schema import (
     ALL_NBYTES,
     NBYTES,
     USED_AT,
@@ -34,13 +34,13 @@ from backprompt_db.catalog.tables import (
     Sums,
 )
 from backprompt_db.errors import PromptError
-from backprompt_db.keys import ID_NBYTES, Address, SegmentId, TokenizerId, WeightsId
+from backprompt_db.prompt.ids import ID_NBYTES, Address, SegmentId, TokenizerId, WeightsId
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from backprompt_db import text
-    from backprompt_db.representation import Part
+    from backprompt_db.prompt import segments
+    from backprompt_db.prompt.representation import Part
 
 _Group = TypeVar("_Group")
 
@@ -189,8 +189,11 @@ def page_of_keys(connection: Connection, *, after: Address, num_rows: int) -> li
 
 
 def namesakes(
-    connection: Connection, strings: Iterable[str], ids: tuple[WeightsId, TokenizerId], among: Sequence[text.Segment]
-) -> dict[text.Segment, bool]:
+    connection: Connection,
+    strings: Iterable[str],
+    ids: tuple[WeightsId, TokenizerId],
+    among: Sequence[segments.Segment],
+) -> dict[segments.Segment, bool]:
     """Return the newest segments whose text is one of `strings`, 300 of each, with all that they follow.
 
     And whether they have a representation under the model and the tokenizer that have these ids. The namespace, and the

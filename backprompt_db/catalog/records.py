@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from backprompt_db.keys import Address, SegmentId, TokenizerId, WeightsId
-    from backprompt_db.representation import Origin, Part
+    from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
+    from backprompt_db.prompt.representation import Origin, Part
 
 
 @dataclass(frozen=True, slots=True)

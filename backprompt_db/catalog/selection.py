@@ -25,10 +25,10 @@ from sqlalchemy.orm import aliased
 
 from backprompt_db.catalog.graph import children, chunks, descendants
 from backprompt_db.catalog.queries import id_range
+from backprompt_db.catalog.schema import ALL_NBYTES, USED_AT, Model, Namespace, Parent, Representation, Segment
 from backprompt_db.catalog.search import segments_with
-from backprompt_db.catalog.tables import ALL_NBYTES, USED_AT, Model, Namespace, Parent, Representation, Segment
 from backprompt_db.errors import PromptError
-from backprompt_db.keys import SegmentId, namespace_id, utf8
+from backprompt_db.prompt.ids import SegmentId, namespace_id, utf8
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import Selection

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, plural
-from backprompt_db.cli.selecting import (
+from backprompt_db.cli.options import (
     AddressOption,
     ContainsOption,
     LabelOption,
@@ -17,6 +16,7 @@ from backprompt_db.cli.selecting import (
     PrefixOption,
     selected,
 )
+from backprompt_db.cli.output import JsonOption, emit, emit_json, plural
 
 
 def pin(
@@ -32,7 +32,7 @@ def pin(
     as_json: JsonOption = False,
 ) -> None:
     """Keep representations from being evicted, with all that they follow; or with --remove let them go again."""
-    from backprompt_db.maintenance import annotation
+    from backprompt_db.operations import annotate
 
     selection = selected(
         address_prefix=address,
@@ -43,7 +43,7 @@ def pin(
         namespace=namespace,
     )
     with open_quietly(db) as database:
-        num_changed = annotation.pin(database, selection, is_pinned=not remove)
+        num_changed = annotate.pin(database, selection, is_pinned=not remove)
     _report(num_changed, "unpinned" if remove else "pinned", as_json=as_json)
 
 
@@ -60,7 +60,7 @@ def label(
     as_json: JsonOption = False,
 ) -> None:
     """Label what the options select, so that other commands can select them by --label. Each has one label at most."""
-    from backprompt_db.maintenance import annotation
+    from backprompt_db.operations import annotate
 
     if not name:
         raise typer.BadParameter("a label has at least one character.")
@@ -73,7 +73,7 @@ def label(
         label=name if remove else None,
     )
     with open_quietly(db) as database:
-        num_changed = annotation.label(database, selection, None if remove else name)
+        num_changed = annotate.label(database, selection, None if remove else name)
     _report(num_changed, "unlabelled" if remove else "labelled", as_json=as_json)
 
 

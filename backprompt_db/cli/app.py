@@ -21,11 +21,10 @@ from backprompt_db.cli.graph import graph
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
 from backprompt_db.cli.output import visible
-from backprompt_db.cli.repair import reindex
 from backprompt_db.cli.show import show
 from backprompt_db.cli.stats import stats
 from backprompt_db.cli.tree import tree
-from backprompt_db.cli.verify import verify
+from backprompt_db.cli.verify import reindex, verify
 from backprompt_db.cli.warm import warm
 from backprompt_db.errors import BackpromptError
 

@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, plural, size
-from backprompt_db.cli.progress import bar, reading_bar
-from backprompt_db.cli.selecting import (
+from backprompt_db.cli.options import (
     LabelOption,
     LargerThanOption,
     ModelOption,
@@ -27,13 +25,14 @@ from backprompt_db.cli.selecting import (
     UsedWithinOption,
     selected,
 )
+from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, literal, plural, reading_bar, size
 from backprompt_db.errors import StoreError, UnsafeLocation
-from backprompt_db.replacement import sync_directory
+from backprompt_db.store.files import sync_directory
 
 if TYPE_CHECKING:
     from backprompt_db.catalog import Selection
-    from backprompt_db.maintenance.intake import Arrivals
-    from backprompt_db.maintenance.transfer import Exported
+    from backprompt_db.operations.bundles.ingest import Arrivals
+    from backprompt_db.operations.bundles.transfer import Exported
 
 _STANDARD_STREAM = "-"
 
@@ -87,7 +86,7 @@ def import_(
 
     Checks find damage, not lies: import only what people made whom you trust. Can be repeated after an interruption.
     """
-    from backprompt_db.maintenance.transfer import import_bundle
+    from backprompt_db.operations.bundles.transfer import import_bundle
 
     with open_quietly(db) as database, _reading(file) as stream:
         done = import_bundle(database, stream)
@@ -104,7 +103,7 @@ def merge(
 
     Everything is checked before it is stored. Can be repeated after an interruption.
     """
-    from backprompt_db.maintenance.transfer import merge as merge_databases
+    from backprompt_db.operations.bundles.transfer import merge as merge_databases
 
     with open_quietly(db) as database:
         done = merge_databases(
@@ -114,7 +113,7 @@ def merge(
 
 
 def _export(db: Path | None, out: Path, selection: Selection, *, force: bool) -> Exported:
-    from backprompt_db.maintenance.transfer import export_bundle
+    from backprompt_db.operations.bundles.transfer import export_bundle
 
     with open_quietly(db) as database, _writing(out, force=force) as stream:
         return export_bundle(

@@ -13,8 +13,8 @@ from backprompt_db.cli.options import duration_seconds, size_nbytes
 from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, grid, literal, size
 
 if TYPE_CHECKING:
-    from backprompt_db.config import Config
-    from backprompt_db.store.sharing import Sharing
+    from backprompt_db.database.config import Config
+    from backprompt_db.store.files import Sharing
 
 _Number = TypeVar("_Number", int, float)
 
@@ -64,10 +64,10 @@ def init(
     Its files get their permissions whatever the umask. Without --max-size, its limit is 50 GB, or a quarter of the free
     space if that is less. With BACKPROMPT_DB_SECRET set, or BACKPROMPT_DB_SECRET_FILE, every part is authenticated.
     """
-    from backprompt_db.creation import create_database
+    from backprompt_db.codec.fidelity import Fidelity
+    from backprompt_db.database.manifest import read_manifest
+    from backprompt_db.database.opening import create_database
     from backprompt_db.errors import UnsafeLocation
-    from backprompt_db.fidelity import Fidelity
-    from backprompt_db.manifest import read_manifest
 
     sharing, group = _parse_shared(shared)
     if fidelity not in tuple(Fidelity):
@@ -105,7 +105,7 @@ def config(
 
     --shared gives all files the permissions that it asks for; only their owner, or root, may do that.
     """
-    from backprompt_db.config import write_config
+    from backprompt_db.database.config import write_config
 
     directory = directory_of(db)
     given = {"grace_seconds": grace, "high_water": high_water, "low_water": low_water}
@@ -130,9 +130,9 @@ def _limits(max_size: int | None, ttl: float | None) -> dict[str, Any]:
 
 def _known(directory: Path, *, is_written_anew: bool) -> Config:
     """Return the configuration of a database; the default one in place of one that cannot be read."""
-    from backprompt_db.config import default_config, read_config
+    from backprompt_db.database.config import default_config, read_config
+    from backprompt_db.database.opening import manifest_of
     from backprompt_db.errors import FormatError
-    from backprompt_db.maintenance.existing import manifest_of
 
     manifest_of(directory)
     try:
@@ -144,7 +144,7 @@ def _known(directory: Path, *, is_written_anew: bool) -> Config:
 
 
 def _parse_shared(shared: str) -> tuple[Sharing, str | None]:
-    from backprompt_db.store.sharing import Sharing
+    from backprompt_db.store.files import Sharing
 
     way, _, group = shared.partition(":")
     if way not in tuple(Sharing) or (group and way == Sharing.PRIVATE):
@@ -153,7 +153,7 @@ def _parse_shared(shared: str) -> tuple[Sharing, str | None]:
 
 
 def _share(directory: Path, shared: str) -> Sharing:
-    from backprompt_db.maintenance.ownership import share
+    from backprompt_db.operations.doctor_checks import share
 
     sharing, group = _parse_shared(shared)
     share(directory, sharing, group=group)

@@ -12,7 +12,7 @@ from backprompt_db.cli.output import JsonOption, emit, emit_json, literal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from backprompt_db.maintenance.doctor import Check
+    from backprompt_db.operations.doctor import Check
 
 PROBLEMS = 1
 """The exit code when something does not work."""
@@ -31,8 +31,8 @@ def doctor(
     Python and libraries, filesystem and free space, owners and modes of files, writing, leftovers of killed processes,
     limit, secret, catalog and clock. Values are checked by `verify`. Exits with 1 if there is a problem.
     """
-    from backprompt_db.maintenance.doctor import diagnose
-    from backprompt_db.maintenance.findings import Status
+    from backprompt_db.operations.doctor import diagnose
+    from backprompt_db.operations.doctor_checks import Status
 
     with quietly():
         checks = diagnose(directory_of(db), fix=fix)

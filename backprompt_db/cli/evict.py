@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.options import size_nbytes
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, plural, size
-from backprompt_db.cli.selecting import (
+from backprompt_db.cli.options import (
     AddressOption,
     ContainsOption,
     LabelOption,
@@ -22,7 +20,9 @@ from backprompt_db.cli.selecting import (
     PrefixOption,
     SmallerThanOption,
     selected,
+    size_nbytes,
 )
+from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, plural, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,7 +58,7 @@ def evict(
     Until --to SIZE is in use; without it, everything that the options select, and without any the part above the low
     water mark. Pinned representations stay, and keys and values on which others build.
     """
-    from backprompt_db.maintenance import eviction
+    from backprompt_db.operations import evict
 
     selection = selected(
         text_prefix=text_prefix,
@@ -72,10 +72,10 @@ def evict(
     )
     with open_quietly(db) as database:
         if dry_run:
-            victims = eviction.victims(database, to_nbytes=to, selection=selection)
+            victims = evict.victims(database, to_nbytes=to, selection=selection)
             emit_json([victim._asdict() for victim in victims]) if as_json else _print_victims(victims)
             return
-        done = eviction.evict(database, to_nbytes=to, selection=selection)
+        done = evict.evict(database, to_nbytes=to, selection=selection)
         live_nbytes = database.store.usage().live_nbytes
     if as_json:
         emit_json({"num_parts": done.num_parts, "nbytes": done.nbytes, "live_nbytes": live_nbytes})
@@ -88,7 +88,7 @@ def compact(*, db: DbOption = None, as_json: JsonOption = False) -> None:
 
     Needs room for a second copy of what is stored, until all processes that have the old file open have gone over.
     """
-    from backprompt_db.maintenance.compaction import compact as compact_database
+    from backprompt_db.operations.evict import compact as compact_database
 
     with open_quietly(db) as database:
         before, after = compact_database(database)
@@ -118,7 +118,7 @@ def purge(
     What follows a text goes with it, because keys and values hold what they were computed from. Bundles, backups and
     databases that were merged from this one are not touched. Needs room for a second copy of what stays.
     """
-    from backprompt_db.maintenance import purge as purging
+    from backprompt_db.operations import evict as purging
 
     selection = selected(
         text_prefix=text_prefix,

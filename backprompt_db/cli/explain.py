@@ -15,8 +15,8 @@ from backprompt_db.cli.output import JsonOption, emit, emit_json
 from backprompt_db.errors import InvalidText, PromptError
 
 if TYPE_CHECKING:
-    from backprompt_db.explanation import Explanation
-    from backprompt_db.text import Text
+    from backprompt_db.prompt.explanation import Explanation
+    from backprompt_db.prompt.text import Text
 
 _FILE = "\0"
 """Begins a piece that is a file's name: no argument of a process can hold it."""
@@ -87,7 +87,7 @@ def explain(
 
 def text_of(pieces: Iterable[str]) -> Text:
     """Return the text that pieces mean: strings, files and stdin. Raises `PromptError` for an empty one."""
-    from backprompt_db.text import Text
+    from backprompt_db.prompt.text import Text
 
     text = Text("")
     for piece in pieces:
@@ -120,10 +120,9 @@ def _decoded(content: bytes, name: str) -> str:
 
 def explanation_of(directory: Path, text: Text, *, model: str | None, namespace: str) -> Explanation:
     """Explain a text by the database in `directory`, for a model that it knows."""
-    from backprompt_db.compute.explanation import explain as explain_text
-    from backprompt_db.compute.recorded import recorded_names, recorded_tokenizer
-    from backprompt_db.maintenance.existing import manifest_of, open_catalog
-    from backprompt_db.opening import READ, open_database
+    from backprompt_db.compute.explain import explain as explain_text
+    from backprompt_db.compute.explain import recorded_names, recorded_tokenizer
+    from backprompt_db.database.opening import READ, manifest_of, open_catalog, open_database
 
     manifest_of(directory)
     with open_catalog(directory) as catalog, open_database(directory, mode=READ, memory_nbytes=0) as database:

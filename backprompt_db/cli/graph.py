@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, emit, emit_json, plural, size, visible
-from backprompt_db.cli.progress import bar
-from backprompt_db.cli.selecting import (
+from backprompt_db.cli.options import (
     ContainsOption,
     LabelOption,
     ModelOption,
@@ -22,6 +20,7 @@ from backprompt_db.cli.selecting import (
     UsedWithinOption,
     selected,
 )
+from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, plural, size, visible
 from backprompt_db.errors import StoreError
 
 if TYPE_CHECKING:
@@ -78,10 +77,9 @@ def graph(
 
 
 def _contents(directory: Path, selection: Selection, *, max_text: int, limit: int, with_tokens: bool) -> dict[str, Any]:
-    from backprompt_db.maintenance.existing import open_catalog, open_store
-    from backprompt_db.maintenance.forest import forest
-    from backprompt_db.maintenance.page_contents import affordable_text, page_contents
-    from backprompt_db.maintenance.token_scores import read_token_scores
+    from backprompt_db.database.opening import open_catalog, open_store
+    from backprompt_db.operations.forest import forest
+    from backprompt_db.operations.graph_page import affordable_text, page_contents, read_token_scores
 
     tokens = None
     with open_catalog(directory) as catalog:
@@ -98,8 +96,8 @@ def _watched(indexes: Sequence[int]) -> Iterable[int]:
 
 
 def _write(out: Path, contents: dict[str, Any], *, title: str) -> None:
-    from backprompt_db.pictures.page import html_page
-    from backprompt_db.replacement import replace_file
+    from backprompt_db.store.files import replace_file
+    from backprompt_db.views.page import html_page
 
     try:
         replace_file(out, html_page(contents, title=title), mode=_MODE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from backprompt_db.database import Database
+    from backprompt_db.database.database import Database
 
 DbOption = Annotated[
     Path | None,
@@ -34,7 +34,7 @@ def path(*, db: DbOption = None) -> None:
 def directory_of(db: Path | None) -> Path:
     """Return the directory to work on, absolute."""
     if db is None:
-        from backprompt_db.opening import default_location
+        from backprompt_db.database.opening import default_location
 
         db = default_location()
     return db.expanduser().absolute()
@@ -54,7 +54,7 @@ def quietly() -> Iterator[None]:
 @contextlib.contextmanager
 def open_quietly(db: Path | None) -> Iterator[Database]:
     """Open an existing database, `quietly`."""
-    from backprompt_db.maintenance.existing import open_existing
+    from backprompt_db.database.opening import open_existing
 
     with quietly(), open_existing(directory_of(db)) as database:
         yield database

@@ -11,11 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backprompt_db.cli.excerpt import excerpt, places
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, age, emit, emit_json, grid, literal, one_line, plain, shortened, size
-from backprompt_db.cli.progress import bar
-from backprompt_db.cli.selecting import (
+from backprompt_db.cli.options import (
     GrepOption,
     LabelOption,
     LargerThanOption,
@@ -26,12 +23,28 @@ from backprompt_db.cli.selecting import (
     UsedWithinOption,
     selected,
 )
+from backprompt_db.cli.output import (
+    JsonOption,
+    age,
+    bar,
+    emit,
+    emit_json,
+    grid,
+    literal,
+    one_line,
+    plain,
+    shortened,
+    size,
+)
+from backprompt_db.views.formatting import visible
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from backprompt_db.catalog import Catalog, ModelRecord, Row, Selection
-    from backprompt_db.maintenance.sums import GroupSums
+    from backprompt_db.operations.stats import GroupSums
+
 
 _NUM_ADDRESS_DIGITS = 12
 _NUM_TEXT_CHARACTERS = 200
@@ -103,7 +116,7 @@ def ls(
 
 def _make_index(directory: Path) -> None:
     from backprompt_db.catalog.search import TEXTS_PER_BATCH
-    from backprompt_db.maintenance.text_index import update_index
+    from backprompt_db.operations.reindex import update_index
 
     steps = update_index(directory)
     for _ in bar(steps, "Indexing texts", total=next(steps) / TEXTS_PER_BATCH):
@@ -112,7 +125,7 @@ def _make_index(directory: Path) -> None:
 
 def _rows(directory: Path, selection: Selection, *, limit: int, sort: Sort) -> list[Row]:
     from backprompt_db.catalog import Order
-    from backprompt_db.maintenance.existing import open_catalog
+    from backprompt_db.database.opening import open_catalog
 
     with open_catalog(directory) as catalog:
         if selection.text_matches:
@@ -125,7 +138,7 @@ def _rows(directory: Path, selection: Selection, *, limit: int, sort: Sort) -> l
 
 
 def _keep_up_index(directory: Path, catalog: Catalog) -> None:
-    from backprompt_db.maintenance.text_index import keep_up_index
+    from backprompt_db.operations.reindex import keep_up_index
 
     if catalog.has_index():
         keep_up_index(directory)
@@ -159,8 +172,8 @@ def _beginning(text: str) -> str:
 
 
 def _list_models(directory: Path, *, as_json: bool) -> None:
-    from backprompt_db.maintenance.existing import CATALOG, open_catalog
-    from backprompt_db.maintenance.sums import GroupSums, sums_by_model
+    from backprompt_db.database.opening import CATALOG, open_catalog
+    from backprompt_db.operations.stats import GroupSums, sums_by_model
 
     with open_catalog(directory) as catalog:
         records = catalog.models()
@@ -192,3 +205,31 @@ def _model_facts(record: ModelRecord, total: GroupSums) -> dict[str, str]:
         "representations": f"{total.num_representations:,}",
         "size": size(sum(total.nbytes.values())),
     }
+
+
+_NUM_CHARACTERS_BEFORE = 8
+"""So few that in a narrow column, too, the string is seen."""
+_NUM_CHARACTERS = 200
+_MAX_PLACES = 100
+_STYLE = "bold red"
+
+
+def places(text: str, string: str) -> list[tuple[int, int]]:
+    """Return where a string, in any case, begins and ends in a text: the first hundred places."""
+    from backprompt_db.catalog.search import occurrences
+
+    return list(itertools.islice(occurrences(text, string), _MAX_PLACES))
+
+
+def excerpt(text: str, string: str) -> Text:
+    """Return the text from shortly before the first place where it has the string, with ellipses where it goes on."""
+    from rich.text import Text
+
+    found = places(text, string)
+    begin = max(0, found[0][0] - _NUM_CHARACTERS_BEFORE) if found else 0
+    end = begin + _NUM_CHARACTERS
+    shown = Text("…" if begin else "")
+    for first, last in itertools.takewhile(lambda place: place[0] < end, found):
+        shown.append(visible(text[begin:first])).append(visible(text[first:last]), _STYLE)
+        begin = last
+    return shown.append(visible(text[begin:end])).append("…" if max(begin, end) < len(text) else "")

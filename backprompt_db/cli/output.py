@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 
 import typer
 
-from backprompt_db.display import age, duration, plural, shortened, size, visible
-from backprompt_db.representation import Part
+from backprompt_db.prompt.representation import Part
+from backprompt_db.views.formatting import age, duration, plural, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
     from rich.text import Text
+
 
 __all__ = [
     "JsonOption",
@@ -101,3 +104,26 @@ def literal(string: str) -> Text:
     from rich.text import Text
 
     return Text(visible(string))
+
+
+_Each = TypeVar("_Each")
+
+
+def bar(each: Iterable[_Each], what: str, *, total: float | None) -> Iterable[_Each]:
+    """Put a progress bar around what is done; without a total, one that only moves."""
+    if not sys.stderr.isatty():
+        return each
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(each, what, total=total, console=Console(stderr=True), transient=True)
+
+
+def reading_bar(file: BinaryIO, what: str, *, nbytes: int) -> contextlib.AbstractContextManager[BinaryIO]:
+    """Put a progress bar around reading a file."""
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext(file)
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    return wrap_file(file, nbytes, description=what, console=Console(stderr=True), transient=True)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from backprompt_db.keys import SegmentId
-    from backprompt_db.maintenance.description import Description, PartDescription, Piece, TokenScore
+    from backprompt_db.operations.describe import Description, PartDescription, Piece, TokenScore
+    from backprompt_db.prompt.ids import SegmentId
 
 _NUM_SEGMENT_DIGITS = 12
 _NUM_TEXT_CHARACTERS = 200
@@ -66,9 +66,9 @@ def show(
 
 
 def _describe(prefix: str, db: DbOption, *, top: int) -> list[Description]:
+    from backprompt_db.database.opening import open_catalog, open_store
     from backprompt_db.errors import PromptError
-    from backprompt_db.maintenance.description import describe
-    from backprompt_db.maintenance.existing import open_catalog, open_store
+    from backprompt_db.operations.describe import describe
 
     directory = directory_of(db)
     with open_catalog(directory) as catalog, contextlib.closing(open_store(directory)) as store:

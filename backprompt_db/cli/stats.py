@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from backprompt_db.maintenance.stats import Activity, Incident, ModelUsage, NamespaceUsage, Stats
+    from backprompt_db.operations.stats import Activity, Incident, ModelUsage, NamespaceUsage, Stats
 
 _NUM_ID_DIGITS = 12
 _NUM_GROUPS = 10
@@ -45,7 +45,7 @@ def stats(
 
     The numbers come from the catalog. Where it cannot be used, what the store holds is counted instead.
     """
-    from backprompt_db.maintenance.stats import gather
+    from backprompt_db.operations.stats import gather
 
     if openmetrics and (as_json or watch):
         raise typer.BadParameter("--openmetrics prints once, and no JSON: give it alone.")
@@ -57,7 +57,7 @@ def stats(
     if watch:
         _watch(look, interval, as_json=as_json)
     elif openmetrics:
-        from backprompt_db.maintenance.metrics import exposition
+        from backprompt_db.operations.metrics import exposition
 
         typer.echo(exposition(look()), nl=False)
     elif as_json:

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import enum
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from backprompt_db.cli.explain import explanation_of, text_of
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json
-from backprompt_db.cli.selecting import LabelOption, ModelOption, NamespaceOption, selected
+from backprompt_db.cli.options import LabelOption, ModelOption, NamespaceOption, selected
+from backprompt_db.cli.output import JsonOption, age, emit, emit_json, literal, shortened
 from backprompt_db.errors import PromptError
-from backprompt_db.pictures.picture import MIN_ROWS
+from backprompt_db.operations.forest import Branch, Measure
+from backprompt_db.views.formatting import plural
+from backprompt_db.views.picture import MIN_ROWS, Picture
+from backprompt_db.views.scene import PicturedSegment, State, Unit
+from backprompt_db.views.terminal import bar
+from backprompt_db.views.wording import measure as amount
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Group, RenderableType
+    from rich.text import Text
 
     from backprompt_db.catalog import Selection
-    from backprompt_db.pictures.picture import Picture
+    from backprompt_db.operations.forest import Forest, Hidden, Node, PrunedForest
+
 
 _NUM_ROWS = 40
 
@@ -89,8 +99,8 @@ def tree(
 
 
 def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace: str, limit: int) -> _Answer:
-    from backprompt_db.pictures.subjects import picture_explanation
-    from backprompt_db.pictures.terminal import terminal_view
+    from backprompt_db.prompt.pictures import picture_explanation
+    from backprompt_db.views.terminal import terminal_view
 
     with quietly():
         explanation = explanation_of(directory, text_of(pieces), model=model, namespace=namespace)
@@ -99,10 +109,9 @@ def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace:
 
 
 def _database(directory: Path, selection: Selection, *, by: By, depth: int | None, limit: int) -> _Answer:
-    from backprompt_db.cli.forest_views import forest_fields, forest_picture, forest_table
-    from backprompt_db.maintenance.existing import open_catalog
-    from backprompt_db.maintenance.forest import Measure, forest
-    from backprompt_db.maintenance.pruning import prune
+    from backprompt_db.cli.tree import forest_fields, forest_picture, forest_table
+    from backprompt_db.database.opening import open_catalog
+    from backprompt_db.operations.forest import Measure, forest, prune
 
     with open_catalog(directory) as catalog:
         trees, measure = forest(catalog, selection=selection), Measure(by.value)
@@ -116,3 +125,187 @@ def _save(picture: Picture, path: Path, *, max_rows: int) -> None:
         picture.save(path, max_rows=max_rows)
     except OSError as error:
         raise PromptError(f"{path} cannot be written: {error.strerror}", hint="Give another file.") from error
+
+
+_NUM_TEXT_CHARACTERS = 120
+_NUM_DIGITS = 8
+_UNITS = {Measure.TOKENS: Unit.TOKENS, Measure.NBYTES: Unit.BYTES, Measure.SAVED_SECONDS: Unit.SECONDS}
+_NOUN = "representation"
+
+
+class _Line(NamedTuple):
+    """One line of the table: a node, or how much is hidden in its place."""
+
+    content: Branch | Hidden
+    guides: str
+    below: str
+    """The guides of what follows it."""
+    begin: float
+    """Where its share of the whole begins: within that of its parent."""
+
+
+def forest_table(forest: Forest, pruned: PrunedForest, measure: Measure) -> Group:
+    """Return what rich prints: trees whose lines have bars, each within that of its parent."""
+    from rich.console import Group
+    from rich.table import Table
+
+    table, now = Table(box=None, pad_edge=False, header_style="bold", expand=True), time.time()
+    table.add_column("prompt", ratio=3, no_wrap=True, overflow="ellipsis")
+    table.add_column("", ratio=2, min_width=8)
+    for name in (measure.value, "own", "hits", "used"):
+        table.add_column(name, no_wrap=True, justify="right")
+    places = _places(forest)
+    for line in _lines(pruned):
+        content = line.content
+        share = bar(pruned.total, line.begin, line.begin + content.total, state=_state(content))
+        if isinstance(content, Branch):
+            node = forest.nodes[content.node]
+            own, hits, used = _amount(content.weight, measure), f"{node.num_hits:,}", age(node.used_at, now=now)
+            table.add_row(
+                _title(line, node, place=places[content.node]), share, _amount(content.total, measure), own, hits, used
+            )
+        else:
+            hidden = f"{line.guides}… {content.num_nodes:,} more"
+            table.add_row(literal(hidden), share, _amount(content.total, measure), style="dim")
+    if not forest.nodes:
+        return Group("The catalog lists no representations.")
+    return Group(table, "", _summary(forest, pruned, measure))
+
+
+def _state(content: Branch | Hidden) -> State:
+    return State.STORED if isinstance(content, Branch) else State.UNKNOWN
+
+
+def _places(forest: Forest) -> list[str]:
+    """Return for each node, if nothing is above it, which namespace and model it is of, where there are several."""
+    has_several = len({node.namespace for node in forest.nodes}) > 1, len({n.weights_id for n in forest.nodes}) > 1
+    return ["" if node.parents else ", ".join(itertools.compress(_place(node), has_several)) for node in forest.nodes]
+
+
+def _place(node: Node) -> tuple[str, str]:
+    model = (node.model_name or "?").rstrip("/").rpartition("/")[2]
+    return node.namespace or "no namespace", f"{model} {node.weights_id.hex()[:_NUM_DIGITS]}"
+
+
+def _title(line: _Line, node: Node, *, place: str) -> Text:
+    """Return a node's text behind its guides, its place, and what the tree cannot show: further or absent parents."""
+    num_parents = len(node.parents) + node.num_absent_parents
+    absent = f", {node.num_absent_parents:,} absent" if node.num_absent_parents else ""
+    parents = f"({plural(num_parents, 'parent')}{absent}) " if num_parents > 1 or absent else ""
+    label = f"[{node.label}] " if node.label else ""
+    where = f"{place}: " if place else ""
+    return literal(f"{line.guides}{where}{label}{parents}{shortened(node.text, num_characters=_NUM_TEXT_CHARACTERS)}")
+
+
+def _amount(weight: float, measure: Measure) -> str:
+    """Return an amount in the fewest characters."""
+    if measure is Measure.RECENCY:
+        return f"{weight:,.2f}"
+    return f"{weight:,}" if measure is Measure.TOKENS else amount(weight, _UNITS[measure])
+
+
+def _summary(forest: Forest, pruned: PrunedForest, measure: Measure) -> str:
+    """Return how much there is; the sum of how recently things were used would tell nobody anything."""
+    parts = [plural(len(forest.nodes), _NOUN)]
+    if measure is not Measure.RECENCY:
+        parts.append(amount(pruned.total, _UNITS[measure]) + " saved" * (measure is Measure.SAVED_SECONDS))
+    return ", ".join(parts)
+
+
+def _lines(pruned: PrunedForest) -> Iterator[_Line]:
+    """Yield the lines from top to bottom. What follows alone stands below its parent without being indented."""
+    stack = _entries(pruned.roots, pruned.hidden, below="", begin=0, are_roots=True)[::-1]
+    while stack:
+        line = stack.pop()
+        yield line
+        if isinstance(line.content, Branch):
+            branch, begin = line.content, line.begin + line.content.weight
+            stack += _entries(branch.children, branch.hidden, below=line.below, begin=begin)[::-1]
+
+
+def _entries(
+    branches: Sequence[Branch], hidden: Hidden, *, below: str, begin: float, are_roots: bool = False
+) -> list[_Line]:
+    contents: list[Branch | Hidden] = [*branches, *([hidden] if hidden.num_nodes else [])]
+    is_flat = are_roots or len(contents) == 1
+    lines = []
+    for number, content in enumerate(contents, start=1):
+        own, further = ("", "") if is_flat else ("└─ ", "   ") if number == len(contents) else ("├─ ", "│  ")
+        lines.append(_Line(content, below + own, below + further, begin))
+        begin += content.total
+    return lines
+
+
+def forest_fields(forest: Forest, pruned: PrunedForest, measure: Measure) -> dict[str, Any]:
+    """Return what programs get: the nodes that are shown, each followed by what is below it."""
+    return {
+        "by": measure.value,
+        "num_representations": len(forest.nodes),
+        "total": pruned.total,
+        "nodes": [_node_fields(forest, branch) for branch in pruned.branches()],
+        "hidden": pruned.hidden,
+    }
+
+
+def _node_fields(forest: Forest, branch: Branch) -> dict[str, Any]:
+    node = forest.nodes[branch.node]
+    return {
+        "address": node.address,
+        "segment_id": node.segment_id,
+        "weights_id": node.weights_id,
+        "model_name": node.model_name,
+        "namespace": node.namespace,
+        "text": node.text,
+        "parents": [forest.nodes[parent].address for parent in node.parents],
+        "num_absent_parents": node.num_absent_parents,
+        "depth": branch.depth,
+        "total": branch.total,
+        "own": branch.weight,
+        "num_tokens": node.num_tokens,
+        "nbytes": node.nbytes,
+        "num_hits": node.num_hits,
+        "saved_seconds": node.saved_seconds,
+        "used_at": node.used_at,
+        "is_pinned": node.is_pinned,
+        "label": node.label,
+        "hidden": branch.hidden,
+    }
+
+
+def forest_picture(forest: Forest, pruned: PrunedForest, measure: Measure) -> Picture:
+    """Return a picture of the nodes that are shown. In tokens for recency, which does not add up along a prompt."""
+    shown = _parents_first(forest, [branch.node for branch in pruned.branches()])
+    measure = Measure.TOKENS if measure is Measure.RECENCY else measure
+    weights, numbers = forest.weights(measure), {node: number for number, node in enumerate(shown)}
+    num_hidden = len(forest.nodes) - len(shown)
+    return Picture(
+        segments=tuple(_pictured(forest.nodes[each], weights[each], numbers) for each in shown),
+        unit=_UNITS[measure],
+        remarks=(f"{num_hidden:,} of {plural(len(forest.nodes), _NOUN)} are not shown",) if num_hidden else (),
+    )
+
+
+def _parents_first(forest: Forest, nodes: Sequence[int]) -> list[int]:
+    """Return nodes in their order, but none before one of its parents."""
+    wanted, done = frozenset(nodes), dict[int, None]()
+    for each in nodes:
+        stack = [each]
+        while stack:
+            waiting = [parent for parent in forest.nodes[stack[-1]].parents if parent in wanted and parent not in done]
+            if waiting:
+                stack += waiting
+            else:
+                done[stack.pop()] = None
+    return list(done)
+
+
+def _pictured(node: Node, weight: float, numbers: Mapping[int, int]) -> PicturedSegment:
+    return PicturedSegment(
+        text=node.text,
+        parents=tuple(numbers[parent] for parent in node.parents if parent in numbers),
+        state=State.STORED,
+        size=weight,
+        num_tokens=node.num_tokens,
+        nbytes=sum(node.nbytes.values()),
+        seconds=node.compute_seconds,
+    )

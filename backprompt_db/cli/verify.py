@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal, plain, plural, size
-from backprompt_db.cli.progress import bar
+from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, literal, plain, plural, size
 
 if TYPE_CHECKING:
-    from backprompt_db.database import Database
-    from backprompt_db.maintenance.inspection import Problem
-    from backprompt_db.maintenance.recomputation import Recomputation
-    from backprompt_db.maintenance.verify import Checks, Verification
+    from backprompt_db.database.database import Database
+    from backprompt_db.database.reconcile import Reindexing
+    from backprompt_db.operations.inspection import Problem
+    from backprompt_db.operations.recompute import Recomputation
+    from backprompt_db.operations.verify import Checks, Verification
+
 
 _Each = TypeVar("_Each")
 
@@ -92,7 +93,7 @@ def verify(
     Exit codes: 0 if nothing is wrong, else the sum of 1 (data), 4 (structure), 8 (the catalog disagrees) and 16 (the
     model gives something else). 2 is an error, as for every command.
     """
-    from backprompt_db.maintenance.verify import Checks, Found
+    from backprompt_db.operations.verify import Checks, Found
 
     _refuse_what_does_not_fit(is_double=data and sample is not None, lacks_model=(recompute is None) != (model is None))
     is_default = not (structure or data or sample or recompute)
@@ -121,7 +122,7 @@ def _refuse_what_does_not_fit(*, is_double: bool, lacks_model: bool) -> None:
 
 
 def _check(database: Database, checks: Checks) -> Verification:
-    from backprompt_db.maintenance.verify import verify as check
+    from backprompt_db.operations.verify import verify as check
 
     total = sum(1 for _ in database.store.keys()) if sys.stderr.isatty() else 0
     return check(database, checks=checks, progress=lambda found: bar(found, "Verifying", total=total * checks.share))
@@ -130,8 +131,8 @@ def _check(database: Database, checks: Checks) -> Verification:
 def _recompute(
     database: Database, name: str, *, dtype: str | None, share: float, seed: int, max_error: float | None
 ) -> Recomputation:
-    from backprompt_db.compute.recomputer import pretrained
-    from backprompt_db.maintenance.recomputation import recompute
+    from backprompt_db.compute.recompute import pretrained
+    from backprompt_db.operations.recompute import recompute
 
     model = pretrained(name, dtype=dtype)
     return recompute(database, model, share=share, seed=seed, max_error=max_error, progress=_recomputing)
@@ -187,3 +188,28 @@ def _line(problem: Problem) -> str:
     if problem.address is None or problem.part is None:
         return f"{problem.kind.value}: {problem.detail}"
     return f"{problem.kind.value}: {problem.part.name.lower()} of {problem.address.hex()}: {problem.detail}"
+
+
+def reindex(*, db: DbOption = None, as_json: JsonOption = False) -> None:
+    """Make the catalog agree with the store: add what it lacks, forget what is gone.
+
+    Hits, pins and labels of what stays are kept. A damaged catalog is moved aside and built anew.
+    """
+    from backprompt_db.operations.reindex import reindex as rebuild
+
+    with open_quietly(db) as database:
+        done = rebuild(database)
+    if as_json:
+        emit_json(done)
+    else:
+        _print_reindexing(done)
+
+
+def _print_reindexing(done: Reindexing) -> None:
+    if done.moved_aside is not None:
+        emit(literal(f"The damaged catalog is now {done.moved_aside}."), wrap=False)
+    emit(f"{plural(done.num_added, 'part')} added, {done.num_forgotten:,} forgotten.")
+    if done.num_unreadable:
+        emit(
+            f"{plural(done.num_unreadable, 'part')} cannot be used; `backprompt-db verify` tells why and removes them."
+        )

@@ -15,16 +15,15 @@ import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
 from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, plain, plural, visible
-from backprompt_db.cli.prompts import Prompts, template_of, unescaped
-from backprompt_db.cli.rows import Form, num_lines, rows
+from backprompt_db.cli.prompts import Form, Prompts, num_lines, rows, template_of, unescaped
 from backprompt_db.errors import ModelMismatch, PromptError
 
 if TYPE_CHECKING:
-    from backprompt_db.cli.rows import Place
-    from backprompt_db.database import Database
+    from backprompt_db.cli.prompts import Place
+    from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
+    from backprompt_db.database.database import Database
     from backprompt_db.model import LanguageModel
-    from backprompt_db.run_plan import RunPlan, Warmed
-    from backprompt_db.text import Text
+    from backprompt_db.prompt.text import Text
 
 _LEFT_OUT, _INTERRUPTED = 1, 130
 _NUM_SHOWN = 20
@@ -125,7 +124,7 @@ def warm(
 
 
 def _opened(db: Path | None, namespace: str) -> Database:
-    from backprompt_db.opening import open_database
+    from backprompt_db.database.opening import open_database
 
     return open_database(directory_of(db), namespace=namespace)
 
@@ -146,7 +145,7 @@ def _loaded(model: str, database: Database, *, dtype: str | None) -> LanguageMod
 
 
 def _completions(given: list[str], path: Path | None) -> list[Text] | None:
-    from backprompt_db.text import Text
+    from backprompt_db.prompt.text import Text
 
     if not given and path is None:
         return None
@@ -204,7 +203,7 @@ def _left_out(prompts: Prompts, done: RunPlan | Warmed) -> list[LeftOut]:
 
 
 def _report(done: RunPlan | Warmed, left_out: list[LeftOut], *, num_left_out: int, as_json: bool) -> None:
-    from backprompt_db.run_plan import RunPlan
+    from backprompt_db.compute.batch.run_plan import RunPlan
 
     if as_json:
         emit_json(plain(done) | {"num_left_out": num_left_out, "left_out": plain(left_out)})

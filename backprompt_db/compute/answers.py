@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from backprompt_db.compute.job import Need, Wanted
+from backprompt_db.compute.prefill import Need, Wanted
 from backprompt_db.errors import PromptError
-from backprompt_db.keys import TokenizerId, WeightsId
-from backprompt_db.representation import Arrays, ModelRepr, Part
-from backprompt_db.text import Segment, Text, ancestry
+from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.text import ModelRepr, Text
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine

@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from backprompt_db.catalog import TokenizerRecord
+from backprompt_db.codec.fidelity import Fidelity, restore
 from backprompt_db.compute import plan
-from backprompt_db.compute.job import Job, Need, Wanted
-from backprompt_db.compute.names import Names
-from backprompt_db.compute.turns import Turns
+from backprompt_db.compute.addresses import Addresses
+from backprompt_db.compute.claims import PackClaims
+from backprompt_db.compute.prefill import Need, Prefill, Wanted
+from backprompt_db.database.vocabulary import packed
+from backprompt_db.database.writer import NewPart
 from backprompt_db.errors import ModelMismatch
-from backprompt_db.fidelity import Fidelity, restore
-from backprompt_db.keys import TokenizerId, WeightsId
-from backprompt_db.maintenance.vocabulary import packed
-from backprompt_db.representation import Arrays, Part
+from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.segments import Seam, Segment, ancestry
 from backprompt_db.store.contract import Key
-from backprompt_db.text import Seam, Segment, ancestry
-from backprompt_db.writer import NewPart
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.forward import Computed
-    from backprompt_db.compute.kvcache import KVBuffer
-    from backprompt_db.compute.runtime import Runtime
-    from backprompt_db.compute.source import ModelSource
-    from backprompt_db.database import Database
+    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.kv_cache import KVBuffer
+    from backprompt_db.compute.inference.loading import ModelSource
+    from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.database.database import Database
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +47,13 @@ class Engine:
         self._progress = progress
         self._logged_seams: set[Seam] = set()
 
-    def names(self) -> Names:
+    def names(self) -> Addresses:
         """Return what everything is called under the model and the tokenizer as they are now."""
         is_loaded = self._source.is_loaded
-        return Names(*self._source.ids, is_certain=is_loaded)
+        return Addresses(*self._source.ids, is_certain=is_loaded)
 
     def represent(
-        self, wanted: Wanted, *, keep: Wanted, names: Names | None = None
+        self, wanted: Wanted, *, keep: Wanted, names: Addresses | None = None
     ) -> tuple[dict[Need, Arrays], set[Segment]]:
         """Return the wanted parts and which segments were computed for them: the core loop.
 
@@ -68,11 +68,11 @@ class Engine:
             was_fetched = part in wanted.get(segment, ()) or (segment, part) in lost
             return (segment, part) in found or (not was_fetched and self._db.has(names.key(segment, part)))
 
-        with Turns(self._db, names) as turns:
+        with PackClaims(self._db, names) as claims:
             while missing := plan.missing_parts(wanted, is_stored=is_stored):
-                job = self._prepare(names, missing, turns.available(missing), wanted=wanted, keep=keep)
+                job = self._prepare(names, missing, claims.available(missing), wanted=wanted, keep=keep)
                 for pack in self._with_progress(job):
-                    if not self._take(turns, names, job, pack, lost):  # others compute it, or have: plan again after
+                    if not self._take(claims, names, job, pack, lost):  # others compute it, or have: plan again after
                         continue
                     context, unusable = self._bring(names, job, pack, found)
                     if unusable:  # evicted or damaged since it was looked up: plan again without it
@@ -81,17 +81,17 @@ class Engine:
                     result = job.compute(pack, context, found)
                     self._leave(names, job, pack, context, num_whole=result.num_whole)
                     self._persist(names, job, pack, result)
-                    turns.hand_over()
+                    claims.hand_over()
                     job.retain(pack, result, found)
                     computed.update(pack.segments)
                     self.num_computed_tokens += job.num_tokens(pack)
-                self._catch_up(names, turns.left, wanted, found, lost)
+                self._catch_up(names, claims.left, wanted, found, lost)
         self._count(found, wanted, computed)
         return found, computed
 
-    def prove(self) -> Runtime:
+    def prove(self) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
-        return self._proven_runtime(self.names())
+        return self._proven_runner(self.names())
 
     @property
     def keeps(self) -> bool:
@@ -112,13 +112,13 @@ class Engine:
         self, segment: Segment, *, ids: tuple[WeightsId, TokenizerId], parts: Iterable[Part] = tuple(Part)
     ) -> bool:
         """Whether parts of a segment, all unless said, are stored or queued, under the model that has these ids."""
-        names = Names(*ids)
+        names = Addresses(*ids)
         return all(self._db.has(names.key(segment, part)) for part in parts)
 
     def discard(self, needs: Iterable[Need], *, ids: tuple[WeightsId, TokenizerId]) -> None:
         """Remove stored parts that turned out not to be of this model's shape."""
         for segment, part in needs:
-            self._db.discard(Names(*ids).key(segment, part))
+            self._db.discard(Addresses(*ids).key(segment, part))
 
     def store(
         self,
@@ -130,11 +130,11 @@ class Engine:
         seconds: float,
     ) -> None:
         """Queue parts of a segment that something else than a pack computed, in `seconds`."""
-        names = Names(*ids)
-        origin = names.origin(segment, num_tokens, seconds, versions=self._source.runtime.versions)
+        names = Addresses(*ids)
+        origin = names.origin(segment, num_tokens, seconds, versions=self._source.runner.versions)
         self._db.put([NewPart(names.key(segment, part), arrays, origin) for part, arrays in parts.items()])
 
-    def _fetch(self, names: Names, needs: Iterable[Need]) -> dict[Need, Arrays]:
+    def _fetch(self, names: Addresses, needs: Iterable[Need]) -> dict[Need, Arrays]:
         """Return those of the needed parts that the database has."""
         parts: dict[Segment, list[Part]] = {}
         for segment, part in needs:
@@ -146,13 +146,13 @@ class Engine:
         for need, key in keys.items():
             if key.part is Part.KV and need in found:
                 found[need] = self._restored(found[need])
-                if self._source.is_loaded and not self._source.runtime.fits(found[need]):
+                if self._source.is_loaded and not self._source.runner.fits(found[need]):
                     self._db.discard(key)
                     del found[need]
         return found
 
     def _catch_up(
-        self, names: Names, left: Iterable[Segment], wanted: Wanted, found: dict[Need, Arrays], lost: set[Need]
+        self, names: Addresses, left: Iterable[Segment], wanted: Wanted, found: dict[Need, Arrays], lost: set[Need]
     ) -> None:
         """Fetch what others have stored of the segments that were left to them."""
         needs = [(segment, part) for segment in left for part in wanted.get(segment, ())]
@@ -163,26 +163,28 @@ class Engine:
 
     def _restored(self, kv: Arrays) -> Arrays:
         """Give keys and values of a lossy database the model's dtype."""
-        return kv if self._db.fidelity is Fidelity.EXACT else restore(kv, self._source.runtime.kv_dtype)
+        return kv if self._db.fidelity is Fidelity.EXACT else restore(kv, self._source.runner.kv_dtype)
 
-    def _take(self, turns: Turns, names: Names, job: Job, pack: plan.Pack, lost: set[Need]) -> bool:
+    def _take(self, claims: PackClaims, names: Addresses, job: Prefill, pack: plan.Pack, lost: set[Need]) -> bool:
         """Whether to compute a pack now: no other call is at it, nor has any of it been stored since it was planned."""
-        if not turns.take(pack):
+        if not claims.take(pack):
             return False
         # Looked up only now: who had claimed a segment before may have stored it meanwhile.
         are_stored = [self._is_stored_by_now(names, job, segment, lost) for segment in pack.segments]
         if any(are_stored):
-            turns.leave(pack)
+            claims.leave(pack)
         return not any(are_stored)
 
-    def _is_stored_by_now(self, names: Names, job: Job, segment: Segment, lost: set[Need]) -> bool:
+    def _is_stored_by_now(self, names: Addresses, job: Prefill, segment: Segment, lost: set[Need]) -> bool:
         """Whether all is stored that was missing of a segment; what is stored will not be kept once more."""
         parts = job.missing[segment] | job.keep[segment]
         stored = frozenset(part for part in parts if self._db.has(names.key(segment, part)))
         job.keep[segment] -= stored
         return job.missing[segment] <= {part for part in stored if (segment, part) not in lost}
 
-    def _bring(self, names: Names, job: Job, pack: plan.Pack, found: dict[Need, Arrays]) -> tuple[KVBuffer, list[Need]]:
+    def _bring(
+        self, names: Addresses, job: Prefill, pack: plan.Pack, found: dict[Need, Arrays]
+    ) -> tuple[KVBuffer, list[Need]]:
         """Bring a pack's context into one buffer, its predictors' logits into `found`; also return what is not there.
 
         What the buffer does not begin with already is copied once: from an earlier pass, or out of the store's file.
@@ -191,21 +193,23 @@ class Engine:
         found.update(self._fetch(names, [need for need in logits if need not in found]))
         contents = [names.content(segment, len(job.input_ids[segment])) for segment in pack.context]
         self._db.touch(address for address, _ in contents)
-        context = job.runtime.prefix(self._db.memory, contents, room=job.num_tokens(pack))
+        context = job.runner.prefix(self._db.memory, contents, room=job.num_tokens(pack))
         for segment, content in list(zip(pack.context, contents, strict=True))[len(context.contents) :]:
             if not self._load(names, job, segment, context, found):
-                job.runtime.leave(self._db.memory, context)
+                job.runner.leave(self._db.memory, context)
                 return context, [(segment, Part.KV)]
             context.contents.append(content)
         return context, [need for need in logits if need not in found]
 
-    def _load(self, names: Names, job: Job, segment: Segment, context: KVBuffer, found: dict[Need, Arrays]) -> bool:
+    def _load(
+        self, names: Addresses, job: Prefill, segment: Segment, context: KVBuffer, found: dict[Need, Arrays]
+    ) -> bool:
         """Append a segment's keys and values to a context; False where there are none that fit."""
         kv = found.get((segment, Part.KV))
         key = names.key(segment, Part.KV)
         if kv is None:
             span = context.span(len(job.input_ids[segment]))
-            is_there = self._db.load(key, span, job.runtime.kv_dtype)
+            is_there = self._db.load(key, span, job.runner.kv_dtype)
             if is_there:
                 context.extend(span)
             return is_there
@@ -216,15 +220,15 @@ class Engine:
         context.append(kv)
         return True
 
-    def _leave(self, names: Names, job: Job, pack: plan.Pack, context: KVBuffer, *, num_whole: int) -> None:
+    def _leave(self, names: Addresses, job: Prefill, pack: plan.Pack, context: KVBuffer, *, num_whole: int) -> None:
         """Leave a pass's buffer in memory, for passes that go on after it; its first segments are whole."""
         chain = pack.segments[: plan.num_chained(pack, num_whole)]
         context.contents += [names.content(segment, len(job.input_ids[segment])) for segment in chain]
-        job.runtime.leave(self._db.memory, context)
+        job.runner.leave(self._db.memory, context)
 
     def _prepare(
-        self, names: Names, missing: Wanted, available: Sequence[Segment], *, wanted: Wanted, keep: Wanted
-    ) -> Job:
+        self, names: Addresses, missing: Wanted, available: Sequence[Segment], *, wanted: Wanted, keep: Wanted
+    ) -> Prefill:
         """Tokenise what is missing, check that it can be run, and divide what is available of it into packs.
 
         Loads the model if need be.
@@ -233,36 +237,36 @@ class Engine:
         input_ids = self._source.tokenizer.encode(segments)
         num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
         starts = plan.positions(segments, num_tokens)
-        runtime = self._proven_runtime(names)
+        runner = self._proven_runner(names)
         kept = {segment: frozenset(keep.get(segment, Part)) for segment in missing}
         produced = {segment: missing[segment] | kept[segment] | wanted.get(segment, frozenset()) for segment in missing}
         num_read = num_tokens if self._deterministic else plan.num_read(num_tokens, produced=produced)
-        plan.check_context_length(starts, num_read, runtime.max_positions)
-        plan.check_vocabulary(input_ids.values(), runtime.vocab_size)
+        plan.check_context_length(starts, num_read, runner.max_positions)
+        plan.check_vocabulary(input_ids.values(), runner.vocab_size)
         self._log_seams(missing)
-        max_segments = 1 if self._deterministic or not runtime.takes_packs else None
+        max_segments = 1 if self._deterministic or not runner.takes_packs else None
         packs = plan.packs(
-            available, num_tokens, costs=runtime.costs, max_segments=max_segments, max_columns=runtime.max_columns
+            available, num_tokens, costs=runner.costs, max_segments=max_segments, max_columns=runner.max_columns
         )
-        runtime.require_runnable(packs, num_read, starts)
-        return Job(packs, input_ids, starts, wanted, missing, kept, self._deterministic, runtime)
+        runner.require_runnable(packs, num_read, starts)
+        return Prefill(packs, input_ids, starts, wanted, missing, kept, self._deterministic, runner)
 
-    def _proven_runtime(self, names: Names) -> Runtime:
+    def _proven_runner(self, names: Addresses) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
-        runtime = self._source.runtime
+        runner = self._source.runner
         if not names.is_certain and self._source.ids != names.ids:
             raise ModelMismatch(
                 f"{self._source.name} is not the model that was recorded for its files",
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
-        if not runtime.is_proven(names.weights_id):
-            known = self._db.notes.recall(lambda catalog: catalog.model(names.weights_id))
-            record = runtime.prove(names.weights_id, known)
+        if not runner.is_proven(names.weights_id):
+            known = self._db.model_metadata.recall(lambda catalog: catalog.model(names.weights_id))
+            record = runner.prove(names.weights_id, known)
             if record is not None:
-                self._db.notes.save(record)
-            self._db.notes.describe(names.tokenizer_id, self._describe_tokenizer)
-        runtime.require_supported()
-        return runtime
+                self._db.model_metadata.save(record)
+            self._db.model_metadata.describe(names.tokenizer_id, self._describe_tokenizer)
+        runner.require_supported()
+        return runner
 
     def _describe_tokenizer(self) -> TokenizerRecord:
         tokenizer = self._source.tokenizer
@@ -270,19 +274,19 @@ class Engine:
         definition = packed(tokenizer.definition()) if tokenizer.is_fast else b""
         return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
-    def _persist(self, names: Names, job: Job, pack: plan.Pack, result: Computed) -> None:
+    def _persist(self, names: Addresses, job: Prefill, pack: plan.Pack, result: Computed) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
         seconds_per_token = result.seconds / job.num_tokens(pack)
         new = []
         for segment in pack.segments:
             num_tokens = len(job.input_ids[segment])
-            origin = names.origin(segment, num_tokens, num_tokens * seconds_per_token, versions=job.runtime.versions)
+            origin = names.origin(segment, num_tokens, num_tokens * seconds_per_token, versions=job.runner.versions)
             new += [
                 NewPart(names.key(segment, part), result.parts[segment, part], origin) for part in job.keep[segment]
             ]
         self._db.put(new)
 
-    def _with_progress(self, job: Job) -> Iterator[plan.Pack]:
+    def _with_progress(self, job: Prefill) -> Iterator[plan.Pack]:
         """Yield the packs behind a progress bar, which appears after a second, in a terminal."""
         hidden = None if self._progress else True
         with tqdm(

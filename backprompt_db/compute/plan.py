@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 
 from backprompt_db.errors import ContextLengthExceeded, ModelMismatch
-from backprompt_db.representation import Part
-from backprompt_db.text import Segment, ancestry
+from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.segments import Segment, ancestry
 
 MAX_PACK_TOKENS = 2048
 """New tokens of a pass, unless one segment alone has more: bounds what its activations take up."""
@@ -242,3 +242,12 @@ def token_offsets(pack: Pack, num_tokens: Mapping[Segment, int]) -> Iterator[tup
     for segment in pack.segments:
         yield begin, segment
         begin += num_tokens[segment]
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How long a text may be; None where there is no limit."""
+
+    max_positions: int | None
+    max_columns: int | None
+    """Tokens that it may have in one pass, those of parallel branches included."""

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from backprompt_db.errors import InvalidText, UnsupportedModel
-from backprompt_db.keys import SegmentId, TokenizerId, tokenizer_id
-from backprompt_db.text import Seam, Segment
+from backprompt_db.prompt.ids import SegmentId, TokenizerId, tokenizer_id
+from backprompt_db.prompt.segments import Seam, Segment
 
 _SEAM_CONTEXT_CHARS = 128
 """Seams are compared within this many characters on either side: merges do not reach further."""

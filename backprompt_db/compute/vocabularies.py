@@ -6,14 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from backprompt_db.database.vocabulary import open_vocabulary, vocabulary_of
 from backprompt_db.errors import CatalogError, ModelMismatch
-from backprompt_db.maintenance.vocabulary import open_vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.source import ModelSource
-    from backprompt_db.database import Database
-    from backprompt_db.keys import TokenizerId
-    from backprompt_db.pictures.surprise import Vocabulary
+    from backprompt_db.compute.inference.loading import ModelSource
+    from backprompt_db.database.database import Database
+    from backprompt_db.prompt.ids import TokenizerId
+    from backprompt_db.views.scene import Vocabulary
 
 logger = logging.getLogger(__name__)
 

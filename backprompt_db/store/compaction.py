@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from backprompt_db.errors import StoreFull
-from backprompt_db.failpoints import reach
-from backprompt_db.replacement import sync_directory
 from backprompt_db.store.environment import Environment
-from backprompt_db.store.faults import store_errors
-from backprompt_db.store.meta import check_length, number_transactions
+from backprompt_db.store.files import sync_directory
+from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.lmdb_pages import check_length, number_transactions
+from backprompt_db.system.failpoints import reach
 
 _PREFIX = ".compact-"
 

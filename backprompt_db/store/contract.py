@@ -1,4 +1,4 @@
-"""What every store promises. `tests/store_contract.py` holds each of them to it."""
+"""What every store promises. `tests/support/store_contract.py` holds each of them to it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from backprompt_db.errors import StoreFull
-from backprompt_db.keys import Address
-from backprompt_db.representation import Origin, Part
+from backprompt_db.prompt.ids import Address
+from backprompt_db.prompt.representation import Origin, Part
 
 
 class Key(NamedTuple):

@@ -12,15 +12,22 @@ import lmdb
 import numpy as np
 
 from backprompt_db.errors import StoreClosed, StoreError, StoreReadOnly
-from backprompt_db.failpoints import reach
 from backprompt_db.store.compaction import compact
 from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit
-from backprompt_db.store.creation import create_files
-from backprompt_db.store.digests import Digest, xxh3_128
 from backprompt_db.store.environment import Environment, live_nbytes
-from backprompt_db.store.records import CHUNK_NBYTES, blob_key, blob_nbytes, read_head, record_key, records
+from backprompt_db.store.files import PRIVATE, Modes, create_files
+from backprompt_db.store.records import (
+    CHUNK_NBYTES,
+    Digest,
+    blob_key,
+    blob_nbytes,
+    read_head,
+    record_key,
+    records,
+    xxh3_128,
+)
 from backprompt_db.store.registry import release, shared_environment
-from backprompt_db.store.sharing import PRIVATE, Modes
+from backprompt_db.system.failpoints import reach
 
 logger = logging.getLogger(__name__)
 

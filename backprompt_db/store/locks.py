@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backprompt_db.errors import StoreLocked
-from backprompt_db.store.faults import store_errors
+from backprompt_db.store.lmdb_errors import store_errors
 
 _FIRST_WAIT_SECONDS = 0.001
 _LONGEST_WAIT_SECONDS = 0.005

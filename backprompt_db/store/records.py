@@ -13,13 +13,14 @@ fragment the file under eviction, which reuses only runs of free pages long enou
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
-from backprompt_db.keys import ID_NBYTES, Address
-from backprompt_db.representation import Part
+import xxhash
+
+from backprompt_db.prompt.ids import ID_NBYTES, Address
+from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
-from backprompt_db.store.digests import DIGEST_NBYTES, Digest
 
 CHUNK_NBYTES = (1 << 20) - 16
 """A chunk and its 16-byte LMDB page header fill 256 pages of 4 KiB."""
@@ -108,3 +109,37 @@ def blob_nbytes(value: memoryview) -> int | None:
 def _head(record: bytes, nbytes: int, chunk_digests: list[bytes], inline: bytes, digest: Digest) -> bytes:
     body = _FIELDS.pack(len(chunk_digests), nbytes) + (b"".join(chunk_digests) or inline)
     return body + digest(record, body)
+
+
+DIGEST_NBYTES = 16
+
+Digest: TypeAlias = Callable[..., bytes]
+"""Gives the 16 bytes that stand for the concatenation of its arguments, `bytes` or views of them."""
+
+_CONTEXT = "backprompt-db 2026 secret of a database, format 1"
+"""BLAKE3 derives the key from the secret for this use alone."""
+
+
+def xxh3_128(*pieces: bytes | memoryview) -> bytes:
+    """Return the XXH3-128 of the concatenated pieces, big-endian."""
+    if len(pieces) == 1:
+        return xxhash.xxh3_128_digest(pieces[0])
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
+
+
+def keyed_blake3(secret: bytes) -> Digest:
+    """Return the digest that only those who know the secret can make: BLAKE3 with a derived key, its first 16 bytes."""
+    import blake3
+
+    key = blake3.blake3(secret, derive_key_context=_CONTEXT).digest()
+
+    def digest(*pieces: bytes | memoryview) -> bytes:
+        state = blake3.blake3(key=key)
+        for piece in pieces:
+            state.update(piece)
+        return state.digest(DIGEST_NBYTES)
+
+    return digest

@@ -12,8 +12,8 @@ import threading
 from pathlib import Path
 
 from backprompt_db.store.environment import Environment, identity_of, missing
-from backprompt_db.store.faults import store_errors
-from backprompt_db.store.meta import check_length, check_pages
+from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.lmdb_pages import check_length, check_pages
 
 _environments: list[Environment] = []
 _lock = threading.RLock()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import backprompt_db as bp
-from backprompt_db.fidelity import Fidelity
+from backprompt_db.codec.fidelity import Fidelity
 from benchmarks import plain
 from benchmarks.plots.curves import Curve, Figure
 from benchmarks.workload import TOKEN_NBYTES, digits, gpt2, in_fresh_process, language_model

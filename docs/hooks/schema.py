@@ -15,7 +15,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def _tables() -> Iterator[str]:
-    from backprompt_db.catalog.tables import Base
+    from backprompt_db.catalog.schema import Base
 
     for mapper in sorted(Base.registry.mappers, key=lambda mapper: str(mapper.local_table)):
         about = " ".join((mapper.class_.__doc__ or "").split())

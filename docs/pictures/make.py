@@ -11,11 +11,10 @@ from pathlib import Path
 
 import backprompt_db as bp
 from backprompt_db.catalog import Selection
-from backprompt_db.cli.forest_views import forest_picture
-from backprompt_db.demo.smollm2 import smollm2_directory
-from backprompt_db.maintenance.forest import Measure, forest
-from backprompt_db.maintenance.pruning import prune
-from backprompt_db.pictures.picture import Picture
+from backprompt_db.cli.demo.smollm2 import smollm2_directory
+from backprompt_db.cli.tree import forest_picture
+from backprompt_db.operations.forest import Measure, forest, prune
+from backprompt_db.views.picture import Picture
 
 HERE = Path(__file__).parent
 CONTEXT = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from backprompt_db.failpoints import reach
+from backprompt_db.system.failpoints import reach
 
 revision = "0002"
 down_revision = "0001"

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backprompt_db.failpoints import VARIABLE
-from tests.fault_parts import ROOT
+from backprompt_db.system.failpoints import VARIABLE
+from tests.support.faults import ROOT
 
 HANG_SECONDS = 60.0
 """A worker that is not stopped makes progress within this time, and ends within it when it is told to."""

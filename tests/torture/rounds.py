@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 import backprompt_db as bp
-from backprompt_db.config import Config, write_config
-from backprompt_db.maintenance.verify import Found
-from tests.fault_parts import ROOT
+from backprompt_db.database.config import Config, write_config
+from backprompt_db.operations.verify import Found
+from tests.support.faults import ROOT
 from tests.torture.conductor import HANG_SECONDS, Conductor
 from tests.torture.damage import damaged_copy
 from tests.torture.journal import counts, problems

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import backprompt_db as bp
-from backprompt_db.database import Database
+from backprompt_db.database.database import Database
 from backprompt_db.errors import BackpromptError, StoreError
-from backprompt_db.maintenance.reindex import reindex
-from backprompt_db.maintenance.verify import Found, verify
-from tests.fault_parts import dangling, keys_of, new_parts, prompt, wanted_of, wrong
+from backprompt_db.operations.reindex import reindex
+from backprompt_db.operations.verify import Found, verify
+from tests.support.faults import dangling, keys_of, new_parts, prompt, wanted_of, wrong
 from tests.torture.journal import Acknowledged, acknowledged
 
 _NUM_MENDED = 50

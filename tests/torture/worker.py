@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 
 import backprompt_db as bp
-from backprompt_db.database import Database
+from backprompt_db.codec.kv_reader import KVSpan
+from backprompt_db.database.database import Database
 from backprompt_db.errors import BackpromptError, StoreFull, StoreLocked
-from backprompt_db.filling import KVSpan
-from backprompt_db.maintenance.reindex import reindex
-from backprompt_db.maintenance.stats import gather
-from backprompt_db.maintenance.verify import Checks, Found, verify
-from backprompt_db.representation import Part
+from backprompt_db.operations.reindex import reindex
+from backprompt_db.operations.stats import gather
+from backprompt_db.operations.verify import Checks, Found, verify
+from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key
-from backprompt_db.text import Segment
-from tests.fault_parts import address_of, contents, keys_of, new_parts, num_tokens_at, prompt, wanted_of, wrong
+from tests.support.faults import address_of, contents, keys_of, new_parts, num_tokens_at, prompt, wanted_of, wrong
 from tests.torture.journal import Journal, acknowledged
 
 NUMBERS_PER_INCARNATION = 1_000_000
@@ -187,7 +187,7 @@ def _compact(worker: Worker) -> None:
 
 def _collect(worker: Worker) -> None:
     live_nbytes = worker.db.store.usage().live_nbytes
-    worker.db.collector.collect(to_nbytes=int(live_nbytes * worker.dice.uniform(0.5, 1.0)))
+    worker.db.evictor.collect(to_nbytes=int(live_nbytes * worker.dice.uniform(0.5, 1.0)))
 
 
 CHORES: dict[str, Callable[[Worker], object]] = {

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from backprompt_db.compute.arguments import GenerateArguments
-from backprompt_db.text import Text
+from backprompt_db.compute.inference.decoding import GenerateArguments
+from backprompt_db.prompt.text import Text
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
-    from backprompt_db.compute.source import ModelSource
-    from backprompt_db.integrations.lm_eval.paths import GreedyPaths
+    from backprompt_db.compute.inference.loading import ModelSource
+    from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
     from backprompt_db.integrations.lm_eval.spelling import Speller
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -110,7 +110,7 @@ class Generator:
         ]
 
     def _call(self, texts: Sequence[Text], told: Told, stops: Mapping[str, Any]) -> list[Sequence[int]]:
-        from backprompt_db.compute.generation import generate
+        from backprompt_db.compute.generate import generate
 
         arguments = GenerateArguments(
             max_new_tokens=told.max_new_tokens,
@@ -126,19 +126,19 @@ class Generator:
         """Continue token ids that no string has."""
         import torch
 
-        from backprompt_db.compute.forward import evaluation
+        from backprompt_db.compute.inference.forward import evaluation
 
-        runtime = self._engine.prove()
-        with evaluation(runtime.model):
-            written = runtime.model.generate(
-                torch.tensor([ids], device=runtime.device),
+        runner = self._engine.prove()
+        with evaluation(runner.model):
+            written = runner.model.generate(
+                torch.tensor([ids], device=runner.device),
                 max_new_tokens=told.max_new_tokens,
                 stopping_criteria=[self._stop_after(len(ids), told)],
                 eos_token_id=self._eos_ids,
                 pad_token_id=self._pad_id,
                 **told.others,
             )
-        runtime.num_calls += 1
+        runner.num_calls += 1
         continuation: list[int] = written[0, len(ids) :].tolist()
         return continuation
 

@@ -16,16 +16,16 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from tqdm import tqdm
 
 from backprompt_db.compute.engine import Engine
-from backprompt_db.compute.source import GivenModel, ModelSource, pretrained_model
-from backprompt_db.counting import ModelCounters
-from backprompt_db.database import Database
+from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
+from backprompt_db.database.counters import ModelCounters
+from backprompt_db.database.database import Database
+from backprompt_db.database.opening import open_database
 from backprompt_db.errors import PromptError
 from backprompt_db.integrations.lm_eval import arguments
 from backprompt_db.integrations.lm_eval.generating import Generator, Told
-from backprompt_db.integrations.lm_eval.paths import GreedyPaths
+from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
 from backprompt_db.integrations.lm_eval.scoring import Answer, Question, Scorer, batches
 from backprompt_db.integrations.lm_eval.spelling import Speller
-from backprompt_db.opening import open_database
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -80,7 +80,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
             return GivenModel(pretrained, tokenizer)
         if tokenizer is not None:
             arguments.check({"tokenizer": tokenizer})
-        return pretrained_model(pretrained, self._loading, notes=self._db.notes)
+        return pretrained_model(pretrained, self._loading, model_metadata=self._db.model_metadata)
 
     @property
     def db(self) -> Database:
@@ -90,7 +90,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     @property
     def counters(self) -> ModelCounters:
         """What this model did since it was made."""
-        num_calls = self._source.runtime.num_calls if self.is_loaded else 0
+        num_calls = self._source.runner.num_calls if self.is_loaded else 0
         return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
 
     @property
@@ -310,7 +310,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         from transformers import AutoConfig
 
         if self.is_loaded:
-            return self._source.runtime.model.config
+            return self._source.runner.model.config
         return AutoConfig.from_pretrained(self._source.name, **arguments.of_files(self._loading))
 
     @property
@@ -318,7 +318,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         from transformers import GenerationConfig
 
         if self.is_loaded:
-            return self._source.runtime.model.generation_config
+            return self._source.runner.model.generation_config
         try:
             return GenerationConfig.from_pretrained(self._source.name, **arguments.of_files(self._loading))
         except OSError:  # there is no such file

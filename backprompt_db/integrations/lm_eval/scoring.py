@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from backprompt_db.compute.following import Followed, follow
-from backprompt_db.text import Text
+from backprompt_db.integrations.lm_eval.greedy import Followed, follow
+from backprompt_db.prompt.text import Text
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
-    from backprompt_db.integrations.lm_eval.paths import GreedyPaths
+    from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
     from backprompt_db.integrations.lm_eval.spelling import Speller
 
 logger = logging.getLogger(__name__)
@@ -106,16 +106,16 @@ class Scorer:
         """Run the model on token ids that no string has; nothing of it is stored."""
         import torch
 
-        from backprompt_db.compute.forward import evaluation, logits_of
+        from backprompt_db.compute.inference.forward import evaluation, logits_of
 
         if not self._has_warned:
             self._has_warned = True
             logger.warning("some requests begin or are cut inside a character or a word: those are computed each time")
-        runtime = self._engine.prove()
-        with evaluation(runtime.model):
-            ids = torch.tensor([question.ids], device=runtime.device)
-            logprobs = logits_of(runtime.model(ids[:, :-1]))[-question.num_asked :].float().log_softmax(-1)
-        runtime.num_calls += 1
+        runner = self._engine.prove()
+        with evaluation(runner.model):
+            ids = torch.tensor([question.ids], device=runner.device)
+            logprobs = logits_of(runner.model(ids[:, :-1]))[-question.num_asked :].float().log_softmax(-1)
+        runner.num_calls += 1
         targets = ids[0, -question.num_asked :]
         chosen = logprobs.gather(1, targets[:, None])
         return Answer(float(chosen.sum()), bool((logprobs.argmax(-1) == targets).all()))

@@ -1,0 +1,49 @@
+"""`demo`: the whole idea, run on this machine: one job run twice on one database, and once without it.
+
+The job is API endpoint classification: which of 28 endpoints serves a request? The documentation of all endpoints is
+the context of every request, and a model's log-probability of each endpoint after each request is the answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help="A causal language model's name or path.")]
+RequestsOption = Annotated[
+    int | None, typer.Option("--requests", metavar="N", min=1, help="How many requests; all without it.")
+]
+
+
+def demo(
+    *,
+    model: ModelOption = "gpt2",
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir", metavar="PATH", help="A new directory to keep the demo's database in; a temporary one without it."
+        ),
+    ] = None,
+    requests: RequestsOption = None,
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="N", min=0, help="How many requests to compare with plain passes.")
+    ] = 8,
+) -> None:
+    """Classify requests with a small model, twice: the second time, every representation is a hit."""
+    from backprompt_db.cli.demo.run import run_demo
+
+    raise typer.Exit(run_demo(model=model, directory=directory, num_requests=requests, sample=sample))
+
+
+def demo_run(
+    *,
+    model: ModelOption = "gpt2",
+    directory: Annotated[Path, typer.Option("--dir", metavar="PATH", help="The demo's database.")],
+    requests: RequestsOption = None,
+) -> None:
+    """Run the demo's requests once, in this process, and print what it took."""
+    from backprompt_db.cli.demo.job import run_once
+
+    raise typer.Exit(run_once(model=model, directory=directory, num_requests=requests))

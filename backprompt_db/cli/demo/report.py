@@ -1,0 +1,140 @@
+"""What the demo says: one line per step, the table, and what went wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from backprompt_db.cli.demo.job import CONTENT_FREE, JobResult, Task, accuracy
+from backprompt_db.cli.demo.plain import PlainResult
+
+_TOLERANCE = 1e-3
+"""Largest difference of a log-probability from that of plain transformers, in nats, summed over a completion."""
+
+_MEASURES = (
+    "wall time", "of it scoring", "tokens asked for", "tokens computed", "representations found", "model calls",
+    "on disk", "accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One process on the database, from outside."""
+
+    name: str
+    seconds: float
+    result: JobResult
+    nbytes_on_disk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The process without a database, from outside."""
+
+    seconds: float
+    results: list[PlainResult]
+
+    @property
+    def start_seconds(self) -> float:
+        """What the process needs before it scores: imports, and the model."""
+        return self.seconds - sum(result.sampled_seconds for result in self.results)
+
+
+def say(line: str) -> None:
+    """Write one line to stderr: what is being done now."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(line)
+
+
+def failures(runs: list[Run], plain: Plain | None) -> list[str]:
+    """Return what the demo promised and did not keep; empty when all is well."""
+    first, second = (run.result for run in runs)
+    promises = {
+        "the second process loaded the model": not second.is_model_loaded,
+        "the second process imported torch": not second.has_torch,
+        "the second process called the model": not second.num_model_calls and not second.num_computed_tokens,
+        "the two processes' scores differ": first.scores == second.scores,
+    }
+    if plain is not None:
+        promises["the scores of plain transformers differ"] = _difference(first, plain) <= _TOLERANCE
+    return [broken for broken, is_kept in promises.items() if not is_kept]
+
+
+def _difference(ours: JobResult, plain: Plain) -> float:
+    """Return the largest difference between our scores and those of both plain ways; NaN counts as infinite."""
+    scores = np.asarray(ours.scores)[len(CONTENT_FREE) :]
+    pairs = [(scores[: result.num_sampled], np.asarray(result.scores)) for result in plain.results]
+    return max(float(np.nan_to_num(np.abs(own - other), nan=np.inf).max()) for own, other in pairs)
+
+
+def show(task: Task, runs: list[Run], plain: Plain | None, failed: list[str]) -> None:
+    """Print the table and what follows from it to stdout, `failed` to stderr."""
+    console = Console(highlight=False, markup=False)
+    console.print(_table(task, runs, plain), "")
+    for line in (_speed(runs, plain), _accuracy(task, runs[0].result), _agreement(runs[0].result, plain)):
+        console.print(line)
+    for line in failed:
+        say(f"FAILED: {line}")
+
+
+def _table(task: Task, runs: list[Run], plain: Plain | None) -> Table:
+    """A column for each way of doing the job: that fits into 80 characters, a row for each would not."""
+    num_asked = f"{runs[0].result.num_asked_tokens:,}"
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column(f"{len(task.gold)} requests,\n{len(task.completions)} endpoints", vertical="bottom", no_wrap=True)
+    columns = [_run_cells(run, num_asked, task) for run in runs]
+    columns += [_plain_cells(result, plain.start_seconds, num_asked) for result in plain.results] if plain else []
+    for heading, *_ in columns:
+        table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+    for row in zip(_MEASURES, *(cells for _, *cells in columns), strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _run_cells(run: Run, num_asked: str, task: Task) -> list[str]:
+    result = run.result
+    return [
+        run.name.replace(" ", "\n"), _seconds(run.seconds), _seconds(result.scoring_seconds), num_asked,
+        f"{result.num_computed_tokens:,}", f"{result.num_hits:,}", f"{result.num_model_calls:,}",
+        f"{run.nbytes_on_disk / 1e6:,.0f} MB", f"{accuracy(result.scores, task.gold, is_calibrated=True):.1%}",
+    ]  # fmt: skip
+
+
+def _plain_cells(result: PlainResult, start_seconds: float, num_asked: str) -> list[str]:
+    requests = f"{result.num_sampled} request{'s' if result.num_sampled > 1 else ''}"
+    return [
+        f"transformers,\n{result.name},\nextrapolated\nfrom {requests}",
+        _seconds(start_seconds + result.scoring_seconds), _seconds(result.scoring_seconds), num_asked,
+        f"{result.num_computed_tokens:,}", "-", f"{result.num_model_calls:,}", "-", "same",
+    ]  # fmt: skip
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.1f} s" if seconds < 1000 else f"{seconds:,.0f} s"
+
+
+def _speed(runs: list[Run], plain: Plain | None) -> str:
+    first, second = runs
+    ratios = [f"{first.seconds / second.seconds:,.0f} times less than the first"]
+    for result in plain.results if plain else ():
+        seconds = (plain.start_seconds if plain else 0.0) + result.scoring_seconds
+        ratios.append(f"{seconds / second.seconds:,.0f} times less than transformers with {result.name}")
+    return f"The second process took {second.seconds:.1f} s and loaded no model: {', '.join(ratios)}."
+
+
+def _accuracy(task: Task, result: JobResult) -> str:
+    calibrated, raw = (accuracy(result.scores, task.gold, is_calibrated=each) for each in (True, False))
+    chance = 1 / len(task.completions)
+    return (
+        f"Accuracy: {calibrated:.1%} calibrated with {len(CONTENT_FREE)} more requests that say nothing, {raw:.1%} by "
+        f"the largest log-probability, {chance:.1%} by chance."
+    )
+
+
+def _agreement(result: JobResult, plain: Plain | None) -> str:
+    same = "Both processes' scores are identical bit for bit"
+    if plain is None:
+        return f"{same}."
+    return f"{same}; those of transformers differ by at most {_difference(result, plain):.0e}."

@@ -1,0 +1,1 @@
+"""Taking over keys and values that somebody else computed."""

@@ -1,0 +1,251 @@
+"""Taking over keys and values that the user computed: checked, then stored as if a pass had computed them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from backprompt_db.compute import plan
+from backprompt_db.compute.adopt.crosscheck import Computed, Deviation, Tokens, can_sample, computed_in_part, deviations
+from backprompt_db.compute.adopt.given_cache import CachedTokens, cached_tokens
+from backprompt_db.compute.recompute import Recomputer
+from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
+from backprompt_db.prompt.representation import Array, Arrays, Part
+from backprompt_db.prompt.segments import Segment
+from backprompt_db.prompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.engine import Engine
+    from backprompt_db.compute.inference.loading import ModelSource
+    from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.compute.prefill import Need
+
+Check = Literal["sample", "full"]
+"""How much is computed again: the first layer and one token in 16 (`sample`), or everything (`full`)."""
+
+_OTHERS = (Part.SCORES, Part.LOGITS)
+
+_ROWS_AT_ONCE = 64
+"""Rows of logits that are turned into log-probabilities at a time."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Adopted:
+    """What `lm.adopt` took over.
+
+    Attributes:
+        text: the text whose keys and values these are.
+        num_tokens: its tokens.
+        num_stored_tokens: those whose keys and values were not stored yet; what is stored stays as it is.
+        num_checked_tokens: those that were computed again in all layers. The first layer was, for all of them.
+        max_error: the largest error that was found, in root mean squares of the layer that it was found in.
+        fidelity: `exact`, or that of the lossy database that keeps them.
+    """
+
+    text: Text
+    num_tokens: int
+    num_stored_tokens: int
+    num_checked_tokens: int
+    max_error: float
+    fidelity: str
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Offer:
+    """What a user gives, and how much of it shall be checked."""
+
+    cache: Any
+    logits: torch.Tensor | None
+    """After every token, [T, vocab_size] for each row of the cache; or None."""
+    row: int | None
+    check: Check
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Finding:
+    """What the check found: how far off the worst number is, and the parts of segments that it made on the way."""
+
+    max_error: float
+    num_checked_tokens: int
+    parts: Mapping[Segment, dict[Part, Arrays]]
+
+
+def adopt(engine: Engine, source: ModelSource, text: Text, offer: Offer, *, namespace: str) -> Adopted:
+    """Store the keys and values that a cache holds of a text, with the logits after it; see `LanguageModel.adopt`.
+
+    Raises `StoreReadOnly` where nothing may be stored, `PromptError` for a cache that does not fit the text, and
+    `ModelMismatch` for numbers that are not what this model makes of it.
+    """
+    _require_possible(engine, offer)
+    ids, runner = source.ids, engine.prove()
+    tokens = _tokens_of(source, runner, text, namespace=namespace)
+    given = cached_tokens(offer.cache, runner.shape, num_tokens=len(tokens), row=offer.row)
+    logits = None if offer.logits is None else _logits_of(offer.logits, tokens, row=offer.row)
+    began = time.perf_counter()
+    finding = _check(source, runner, tokens, given, logits, check=offer.check)
+    seconds = (time.perf_counter() - began) / finding.num_checked_tokens
+    if source.ids != ids:
+        raise ModelMismatch("the model changed while the cache was checked", hint="Adopt it again; nothing was stored.")
+    told = {} if logits is None else _parts_of(tokens, logits)
+    num_stored = 0
+    for segment, kv in _divided(tokens, given):
+        parts = {Part.KV: kv, **told.get(segment, {}), **finding.parts.get(segment, {})}
+        new = {part: arrays for part, arrays in parts.items() if not engine.is_stored(segment, ids=ids, parts=[part])}
+        num_tokens = tokens.num_tokens[segment]
+        engine.store(segment, new, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
+        num_stored += num_tokens if Part.KV in new else 0
+    return Adopted(
+        text=text,
+        num_tokens=len(tokens),
+        num_stored_tokens=num_stored,
+        num_checked_tokens=finding.num_checked_tokens,
+        max_error=finding.max_error,
+        fidelity=engine.fidelity,
+    )
+
+
+def _require_possible(engine: Engine, offer: Offer) -> None:
+    if offer.check not in ("sample", "full"):
+        raise PromptError(f"check={offer.check!r} is no check", hint='Give "sample" or "full".')
+    if not engine.keeps:
+        raise StoreReadOnly("this database may only be read", hint="Adopt into one that you may write to.")
+    if engine.is_deterministic:
+        raise PromptError(
+            "with deterministic=True every stored value is one that this model computed in a pass of its own",
+            hint="Run the text, or adopt with a LanguageModel that is not deterministic.",
+        )
+
+
+def _tokens_of(source: ModelSource, runner: ModelRunner, text: Text, *, namespace: str) -> Tokens:
+    """Tokenise a text. Raises `ContextLengthExceeded` and `ModelMismatch` where the model cannot read it."""
+    segments = text.segments(namespace)
+    input_ids = source.tokenizer.encode(segments)
+    num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
+    starts = plan.positions(segments, num_tokens)
+    plan.check_context_length(starts, num_tokens, runner.max_positions)
+    plan.check_vocabulary(input_ids.values(), runner.vocab_size)
+    places = [starts[segment] + np.arange(num_tokens[segment]) for segment in segments]
+    joined = np.concatenate([np.asarray(input_ids[segment], dtype=np.int64) for segment in segments])
+    return Tokens(segments, num_tokens, joined, np.concatenate(places))
+
+
+def _logits_of(logits: Any, tokens: Tokens, *, row: int | None) -> torch.Tensor:
+    """Return the logits after each token of the text, without what comes before them in a padded row."""
+    rows: torch.Tensor = logits.detach() if isinstance(logits, torch.Tensor) else torch.empty(0)
+    if rows.dim() == 3 and (row or 0) < len(rows):
+        rows = rows[row or 0]
+    if rows.dim() == 2 and row is not None:
+        rows = rows[-len(tokens) :]
+    if rows.dim() != 2 or len(rows) != len(tokens):
+        raise PromptError(
+            f"the logits have shape {list(getattr(logits, 'shape', ()))}, the text has {len(tokens):,} tokens",
+            hint="Give the logits after every token, [T, vocab_size], as a model returns them; or none.",
+        )
+    if rows.isnan().any():
+        raise ModelMismatch("some of the logits are not numbers", hint="Compute them again; nothing was stored.")
+    return rows
+
+
+def _check(
+    source: ModelSource,
+    runner: ModelRunner,
+    tokens: Tokens,
+    given: CachedTokens,
+    logits: torch.Tensor | None,
+    *,
+    check: Check,
+) -> _Finding:
+    """Compare what was given with what the model makes of the text. Raises `ModelMismatch` where they differ."""
+    found: Mapping[Need, Arrays] = {}
+    if check == "sample" and can_sample(runner, tokens):
+        steps, num_checked = computed_in_part(runner, tokens, given), len(tokens.sample)
+    else:
+        found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(Part)))
+        steps, num_checked = _recomputed(tokens, found), len(tokens)
+    parts = {segment: {part: found[segment, part] for part in _OTHERS} for segment in tokens.segments if found}
+    max_error = 0.0
+    for computed in steps:
+        for off in deviations(computed, given, logits, dtype=runner.kv_dtype):
+            if not off.is_rounding:
+                raise _mismatch(source, tokens, off)
+            max_error = max(max_error, off.size)
+        parts = {**_last_logits(tokens, computed), **parts}
+    return _Finding(max_error, num_checked, parts)
+
+
+def _recomputed(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Computed]:
+    """Yield all tokens of each segment in all layers, and the logits after its last one."""
+    for segment, end in tokens.ends.items():
+        kv = CachedTokens(*(found[segment, Part.KV][name].torch() for name in ("keys", "values")))
+        yield Computed(np.arange(end + 1 - tokens.num_tokens[segment], end + 1), slice(None), kv)
+        last = CachedTokens(kv.keys[:, :, -1:], kv.values[:, :, -1:])
+        yield Computed(np.array([end]), slice(None), last, found[segment, Part.LOGITS]["logits"].torch()[None])
+
+
+def _last_logits(tokens: Tokens, computed: Computed) -> dict[Segment, dict[Part, Arrays]]:
+    """Return the logits after the segments that the text ends with, those of them that were computed."""
+    if computed.logits is None:
+        return {}
+    rows = dict(zip(computed.places.tolist(), computed.logits, strict=True))
+    ends = {tip: tokens.ends[tip] for tip in tokens.tips}
+    return {tip: {Part.LOGITS: _logits_part(rows[end])} for tip, end in ends.items() if end in rows}
+
+
+def _parts_of(tokens: Tokens, logits: torch.Tensor) -> dict[Segment, dict[Part, Arrays]]:
+    """Return the scores and logits of each segment, from the logits after every token."""
+    logprobs = _token_logprobs(tokens, logits)
+    parts = {}
+    for segment, end in tokens.ends.items():
+        own = slice(end + 1 - tokens.num_tokens[segment], end + 1)
+        scores = {
+            "input_ids": Array.from_numpy(tokens.input_ids[own].astype(np.int32)),
+            "token_logprobs": Array.from_numpy(logprobs[own].copy()),
+        }
+        parts[segment] = {Part.SCORES: scores, Part.LOGITS: _logits_part(logits[end])}
+    return parts
+
+
+def _token_logprobs(tokens: Tokens, logits: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Return the log-probability of each token [T], NaN where nothing predicts it."""
+    predictors = np.arange(-1, len(tokens) - 1)
+    for segment, end in tokens.ends.items():
+        first = end + 1 - tokens.num_tokens[segment]
+        predictors[first] = tokens.ends[segment.parents[0]] if len(segment.parents) == 1 else -1
+    logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
+    for places in np.array_split(np.flatnonzero(predictors >= 0), len(tokens) // _ROWS_AT_ONCE + 1):
+        rows = logits[torch.from_numpy(predictors[places])].float().log_softmax(-1)
+        targets = torch.from_numpy(tokens.input_ids[places])[:, None].to(rows.device)
+        logprobs[places] = rows.gather(1, targets)[:, 0].cpu().numpy()
+    return logprobs
+
+
+def _logits_part(logits: torch.Tensor) -> Arrays:
+    return {"logits": Array.from_torch(logits.clone())}
+
+
+def _divided(tokens: Tokens, given: CachedTokens) -> Iterator[tuple[Segment, Arrays]]:
+    """Yield each segment with its own keys and values."""
+    for segment, end in tokens.ends.items():
+        own = slice(end + 1 - tokens.num_tokens[segment], end + 1)
+        yield (
+            segment,
+            {
+                "keys": Array.from_torch(given.keys[:, :, own]),
+                "values": Array.from_torch(given.values[:, :, own]),
+            },
+        )
+
+
+def _mismatch(source: ModelSource, tokens: Tokens, off: Deviation) -> ModelMismatch:
+    token = source.tokenizer.tokenizer.decode([int(tokens.input_ids[off.token])])
+    return ModelMismatch(
+        f"this is not what {source.name} makes of the text: at token {off.token}, {token!r}, {off.what} is off by "
+        f"{off.size:.2g}, where rounding stays below {off.limit:g}",
+        hint="Another text, other tokens, positions or mask, or another dtype give such a cache. Nothing was stored.",
+    )

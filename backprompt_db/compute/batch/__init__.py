@@ -1,0 +1,1 @@
+"""Many texts at once: what a run will take, and running it."""

@@ -1,0 +1,238 @@
+"""What a large run would take, before it, and what came of it: what `lm.plan` and `lm.warm` return."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backprompt_db.views.formatting import duration, plural, shortened, size, visible
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from backprompt_db.prompt.ids import TokenizerId, WeightsId
+    from backprompt_db.prompt.representation import Part
+
+
+MAX_LISTED = 1_000
+"""Texts that are too long are listed up to this number, and counted beyond it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A text that the model cannot run."""
+
+    number: int
+    """Its place among the texts, from 0."""
+    num_positions: int
+    """Positions that it needs, with the longest of the completions; or tokens that it needs in one pass."""
+    max_positions: int
+    """As many as the model has."""
+    beginning: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryForecast:
+    """Bytes of memory at the peak of a run, beside what Python and its libraries take. All of it is estimated."""
+
+    weights_nbytes: int
+    """Of all parameters; this alone is exact."""
+    prefixes_nbytes: int
+    """Keys and values of the longest pass, and those that are kept in memory for passes to come."""
+    activations_nbytes: int
+    """Of the largest pass: hidden states, its mask, and a block of logits."""
+    queue_nbytes: int
+    """What waits to be written, at most."""
+    total_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoomForecast:
+    """Whether a database would hold what a run writes. Sizes are bytes of pages in use, about."""
+
+    live_nbytes: int
+    """In use now."""
+    written_nbytes: int
+    """More that the run takes."""
+    max_live_nbytes: int | None
+    """What may be in use before something must go; None without a limit."""
+    holds: bool
+    """Whether everything that is written would be there at the end; if not, some of it is evicted by the rest."""
+    num_evicted_parts: int
+    """Parts that are there now and would go, what is worth least first."""
+    evicted_nbytes: int
+    evicted_seconds: float
+    """What computing them took."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """What running texts would find and compute. Printed, it is a table.
+
+    Texts that are too long are counted in `num_texts` and otherwise left out, as `lm.warm` does.
+    """
+
+    model_name: str
+    dtype: str
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+    namespace: str
+    num_texts: int
+    num_stored_texts: int
+    """Texts of which nothing must be computed."""
+    num_completions: int | None
+    """After each text; None where texts are run and nothing is scored."""
+    num_segments: int
+    """Distinct ones."""
+    num_missing_segments: int
+    """Those that would be computed."""
+    num_cached_tokens: int
+    """Of distinct segments of which nothing must be computed."""
+    num_missing_tokens: int
+    """To compute."""
+    num_passes: int
+    """Calls of the model. One that never ran is taken for one whose passes hold several segments; a few cannot."""
+    seconds: float | None
+    """In these passes, about; None where nothing is recorded of the model to judge by."""
+    nbytes: Mapping[Part, int]
+    """Bytes of the arrays to be written, by part."""
+    overhead_nbytes: int
+    """What is written beside them, about: texts, names and digests."""
+    memory: MemoryForecast
+    room: RoomForecast | None
+    """None for a database that is only read, or that is in memory."""
+    num_too_long: int
+    too_long: tuple[TooLong, ...]
+    """The first thousand of them."""
+
+    def __rich__(self) -> Group:
+        """What rich prints: the table, and what is to be said of it."""
+        from backprompt_db.compute.batch.run_plan import terminal_view
+
+        return terminal_view(self)
+
+    def __str__(self) -> str:
+        from backprompt_db.compute.batch.run_plan import plain_view
+
+        return plain_view(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from backprompt_db.compute.batch.run_plan import html_view
+
+        return html_view(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warmed:
+    """What `lm.warm` did. All that it computed is stored."""
+
+    num_texts: int
+    num_stored_texts: int
+    """Texts that were stored before."""
+    num_computed_tokens: int
+    num_passes: int
+    """Calls of the model."""
+    seconds: float
+    num_too_long: int
+    too_long: tuple[TooLong, ...]
+    """The first thousand of them."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that were computed in a second, over all."""
+        return self.num_computed_tokens / self.seconds if self.seconds else 0.0
+
+
+_NUM_ID_DIGITS = 8
+_NUM_TEXT_CHARACTERS = 60
+_NUM_TOO_LONG = 5
+
+
+def terminal_view(plan: RunPlan) -> Group:
+    """Return what rich prints."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(plan):
+        table.add_row(name, Text(value))
+    return Group(table, *(Text(line, style="yellow") for line in _warnings(plan)))
+
+
+def plain_view(plan: RunPlan) -> str:
+    """Return the table as text without colours, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        console.print(terminal_view(plan))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def html_view(plan: RunPlan) -> str:
+    """Return an HTML table. Whatever texts and names hold is shown and means nothing."""
+    rows = "".join(
+        f'<tr><th style="text-align: left">{name}</th><td style="text-align: left">{html.escape(value)}</td></tr>'
+        for name, value in _rows(plan)
+    )
+    warnings = html.escape("\n".join(_warnings(plan)))
+    return f"<table><tbody>{rows}</tbody></table>" + (f"<pre>{warnings}</pre>" if warnings else "")
+
+
+def _rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    namespace = f", namespace {plan.namespace}" if plan.namespace else ""
+    digits = plan.weights_id.hex()[:_NUM_ID_DIGITS]
+    yield "model", visible(f"{plan.model_name} ({plan.dtype}, {digits}){namespace}")
+    completions = "" if plan.num_completions is None else f" x {plan.num_completions:,} completions"
+    yield "texts", f"{plan.num_texts:,}{completions}, {plan.num_stored_texts:,} stored already"
+    yield "segments", f"{plan.num_segments:,} distinct, {plan.num_missing_segments:,} to compute"
+    yield "tokens", f"{plan.num_missing_tokens:,} to compute, {plan.num_cached_tokens:,} cached"
+    yield "passes", f"{plan.num_passes:,}"
+    yield "time", "unknown: nothing is recorded of this model" if plan.seconds is None else _about(plan.seconds)
+    parts = ", ".join(f"{part.name.lower()} {size(nbytes)}" for part, nbytes in plan.nbytes.items())
+    yield "to be written", f"{size(sum(plan.nbytes.values()))} ({parts}), and about {size(plan.overhead_nbytes)} beside"
+    yield "database", "nothing is kept on disk" if plan.room is None else _room(plan.room)
+    yield "memory", _memory(plan.memory)
+
+
+def _about(seconds: float) -> str:
+    return f"about {duration(seconds)} in the model"
+
+
+def _room(room: RoomForecast) -> str:
+    limit = "no limit" if room.max_live_nbytes is None else f"{size(room.max_live_nbytes)} at most"
+    return f"{size(room.live_nbytes)} in use, about {size(room.written_nbytes)} more needed, {limit}"
+
+
+def _memory(memory: MemoryForecast) -> str:
+    return (
+        f"about {size(memory.total_nbytes)} beside Python and its libraries: weights {size(memory.weights_nbytes)},"
+        f" keys and values {size(memory.prefixes_nbytes)}, a pass {size(memory.activations_nbytes)},"
+        f" writing {size(memory.queue_nbytes)}"
+    )
+
+
+def _warnings(plan: RunPlan) -> Iterator[str]:
+    """Yield what will not go as one may think, a line each."""
+    room = plan.room
+    if room is not None and not room.holds:
+        yield "The limit does not hold all that would be written: what was computed first would go before the end."
+        yield "Raise it with `backprompt-db config --max-size SIZE`, or run less at a time."
+    elif room is not None and room.num_evicted_parts:
+        yield (
+            f"To make room, {plural(room.num_evicted_parts, 'part')} would be evicted: {size(room.evicted_nbytes)},"
+            f" which took {duration(room.evicted_seconds)} to compute."
+        )
+    if plan.num_too_long:
+        yield f"{plan.num_too_long:,} texts are too long for the model, and are left out:"
+    for each in plan.too_long[:_NUM_TOO_LONG]:
+        beginning = visible(shortened(each.beginning, num_characters=_NUM_TEXT_CHARACTERS))
+        yield f"  number {each.number:,} needs {each.num_positions:,} of {each.max_positions:,} positions: {beginning}"
+    if plan.num_too_long > _NUM_TOO_LONG:
+        yield f"  ... and {plan.num_too_long - _NUM_TOO_LONG:,} more"

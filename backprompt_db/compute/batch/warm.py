@@ -1,0 +1,161 @@
+"""Running many texts, in batches that memory has room for, so that everything of them is stored afterwards."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from backprompt_db.compute.batch.requests import Order, Orders, batches, lacking, too_long, work_of
+from backprompt_db.compute.batch.run_plan import MAX_LISTED, TooLong, Warmed
+from backprompt_db.compute.plan import Bounds
+from backprompt_db.database.database import writable_catalog
+from backprompt_db.errors import StoreError, StoreReadOnly
+from backprompt_db.prompt.representation import Part
+from backprompt_db.store.contract import Key
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.engine import Engine
+    from backprompt_db.compute.inference.loading import ModelSource
+    from backprompt_db.database.database import Database
+    from backprompt_db.prompt.segments import Segment
+
+
+_SECONDS_BETWEEN_FLUSHES = 10.0
+"""A failure to write ends the run after this time at most; waiting for each batch would cost more."""
+
+_NOTE = "What was computed is stored: run the same again to go on."
+
+
+class Warmer:
+    """Computes what orders lack, batch by batch, and counts."""
+
+    def __init__(self, engine: Engine, source: ModelSource, db: Database) -> None:
+        if db.readonly:
+            raise StoreReadOnly("nothing can be kept in a database that is only read", hint="Open it for writing.")
+        self._engine = engine
+        self._source = source
+        self._db = db
+        self._began = self._flushed = time.monotonic()
+        self._num_tokens_before = engine.num_computed_tokens
+        self._num_passes = self._num_texts = self._num_stored_texts = self._num_too_long = 0
+        self._too_long: list[TooLong] = []
+
+    def run(self, orders: Orders, *, batch_size: int, progress: bool) -> Warmed:
+        """Compute all; what was computed is stored, also when this is interrupted or fails.
+
+        Raises what `Database.flush` raises where it cannot be stored.
+        """
+        with _stored_afterwards(self._db), _bar(orders, is_shown=progress) as bar:
+            for batch in batches(orders, batch_size):
+                self._run_batch(batch)
+                self._flush_at_times()
+                bar.set_postfix_str(f"{self.result().tokens_per_second:,.0f} tok/s", refresh=False)
+                bar.update(len(batch))
+        return self.result()
+
+    def result(self) -> Warmed:
+        """Return what was done so far."""
+        return Warmed(
+            num_texts=self._num_texts,
+            num_stored_texts=self._num_stored_texts,
+            num_computed_tokens=self._engine.num_computed_tokens - self._num_tokens_before,
+            num_passes=self._num_passes,
+            seconds=time.monotonic() - self._began,
+            num_too_long=self._num_too_long,
+            too_long=tuple(self._too_long),
+        )
+
+    def _run_batch(self, batch: Sequence[Order]) -> None:
+        names = self._engine.names()
+
+        @cache
+        def is_stored(segment: Segment, part: Part) -> bool:
+            return self._db.has(names.key(segment, part))
+
+        lack = lacking(batch, is_stored)
+        fitting = self._fitting(lack) if lack else []
+        work = work_of(fitting, is_stored)
+        if work.wanted:
+            num_calls = self._num_calls()
+            self._engine.represent(work.wanted, keep=work.keep, names=names)
+            self._num_passes += self._num_calls() - num_calls
+        self._num_texts += len(batch)
+        self._num_stored_texts += len(batch) - len(lack)
+
+    def _fitting(self, batch: Sequence[Order]) -> list[Order]:
+        """Return those of the orders that the model can run, and list the others. Loads the model."""
+        runner = self._engine.prove()
+        bounds = Bounds(runner.max_positions, runner.max_columns)
+        segments = dict.fromkeys(segment for order in batch for segment in order.segments)
+        num_tokens = {segment: len(ids) for segment, ids in self._source.tokenizer.encode(segments).items()}
+        problems = {
+            order: too_long(order, num_tokens, bounds, is_deterministic=self._engine.is_deterministic)
+            for order in batch
+        }
+        found = [problem for problem in problems.values() if problem is not None]
+        self._num_too_long += len(found)
+        self._too_long += found[: MAX_LISTED - len(self._too_long)]
+        return [order for order in batch if problems[order] is None]
+
+    def _num_calls(self) -> int:
+        return self._source.runner.num_calls if self._source.is_loaded else 0
+
+    def _flush_at_times(self) -> None:
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._db.flush()
+            self._flushed = time.monotonic()
+
+
+def _bar(orders: Orders, *, is_shown: bool) -> tqdm[Any]:
+    """Return a progress bar, which appears after a second, in a terminal."""
+    total = operator.length_hint(orders) or None
+    return tqdm(total=total, unit="text", desc="warming", delay=1, disable=None if is_shown else True, leave=False)
+
+
+@contextmanager
+def _stored_afterwards(db: Database) -> Iterator[None]:
+    """Wait in the end until everything is stored, also where the block was interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(_NOTE)
+        raise
+    finally:
+        db.flush()
+
+
+_NUM_TRIES = 3
+"""How often what was evicted, before it could be pinned, is computed again."""
+
+
+def pin(engine: Engine, db: Database, segments: Sequence[Segment], *, label: str | None) -> None:
+    """Compute what is missing of segments, pin them, and label them if there is a label.
+
+    Raises `StoreReadOnly` and `CatalogError` where nothing can be pinned, what `Database.flush` raises, and
+    `StoreError` where others remove it faster than it can be pinned.
+    """
+    catalog = writable_catalog(db)
+    names = engine.names()
+    addresses = [names.address(segment) for segment in segments]
+    for _ in range(_NUM_TRIES):
+        engine.represent(dict.fromkeys(segments, frozenset(Part)), keep={}, names=names)
+        db.flush()
+        catalog.pin(addresses)
+        if all(db.has(Key(address, part)) for address in addresses for part in Part):
+            break
+    else:
+        raise StoreError("not all that was to be pinned could be kept", hint="Look at `backprompt-db stats`.")
+    if label is not None:
+        catalog.label(addresses, label)
+
+
+def unpin(engine: Engine, db: Database, segments: Sequence[Segment]) -> None:
+    """Let segments be evicted again. Raises `StoreReadOnly` and `CatalogError` where nothing can be set."""
+    names = engine.names()
+    writable_catalog(db).pin([names.address(segment) for segment in segments], is_pinned=False)

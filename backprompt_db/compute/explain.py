@@ -1,0 +1,279 @@
+"""Explaining what a run would find and compute. Nothing is computed, written or counted; torch is not needed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from backprompt_db.catalog import Selection
+from backprompt_db.compute import plan
+from backprompt_db.compute.addresses import Addresses
+from backprompt_db.compute.inference.loading import locate, source_key
+from backprompt_db.compute.misses import Absence, Records
+from backprompt_db.compute.tokens import SegmentTokenizer
+from backprompt_db.database.vocabulary import open_tokenizer
+from backprompt_db.errors import PromptError
+from backprompt_db.prompt.explanation import Explanation, Place, SegmentExplanation
+from backprompt_db.prompt.ids import namespace_id
+from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.text import Text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from backprompt_db.catalog import Catalog, ModelRecord
+    from backprompt_db.compute.inference.loading import ModelSource
+    from backprompt_db.database.database import Database
+    from backprompt_db.prompt.explanation import Miss
+
+
+_PATIENCE_SECONDS = 10.0
+
+_Number = TypeVar("_Number", int, float)
+
+_Found = dict["Segment", dict[Part, tuple[Place, int]]]
+"""Where the parts of each segment are, and their sizes."""
+
+
+def explain_run(db: Database, source: ModelSource, tips: Sequence[Segment]) -> Explanation:
+    """Explain what running a text on a model would do, as `explain` does. Loads the tokenizer, not the model.
+
+    Waits for what is queued for writing: the catalog does not know of it before.
+    """
+    names = Addresses(*source.ids)
+    wait_until_written(db)
+    explanation = explain(db, names, tips, tokenizer=source.tokenizer)
+    if explanation.dtype is not None or not source.is_loaded:
+        return replace(explanation, model_name=explanation.model_name or source.name)
+    dtype = str(source.runner.model.dtype).removeprefix("torch.")
+    return replace(explanation, model_name=source.name, dtype=dtype)
+
+
+def wait_until_written(db: Database) -> None:
+    """Wait for what is queued for writing, but not for long."""
+    is_written = threading.Event()
+    db.when_written(is_written.set)
+    is_written.wait(_PATIENCE_SECONDS)
+
+
+def explain(
+    db: Database, names: Addresses, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None
+) -> Explanation:
+    """Explain what running the text that ends with the segments `tips` would find, and what it would compute and why.
+
+    Without a tokenizer, tokens of what was never computed and seams stay unknown. Raises `InvalidText` for a segment
+    that has no tokens.
+    """
+    segments = ancestry(tips)
+    records = Records(db, names.ids, segments)
+    found = _look(db, names, segments)
+    misses = _misses(names, tips, found, records)
+    num_tokens = _num_tokens(segments, records, tokenizer)
+    seconds = _seconds(segments, records, num_tokens)
+    numbers = {segment: number for number, segment in enumerate(segments)}
+    model = records.model(names.weights_id)
+    cached, missing = [each for each in segments if each not in misses], list(misses)
+    return Explanation(
+        model_name=(model.name or None) if model else None,
+        dtype=(model.dtype or None) if model else None,
+        weights_id=names.weights_id,
+        tokenizer_id=names.tokenizer_id,
+        namespace=segments[0].namespace,
+        segments=tuple(
+            SegmentExplanation(
+                text=segment.string,
+                parents=tuple(numbers[parent] for parent in segment.parents),
+                start=segment.start,
+                segment_id=segment.id,
+                address=names.address(segment),
+                places={part: place for part, (place, _) in found[segment].items()},
+                nbytes={part: nbytes for part, (_, nbytes) in found[segment].items()},
+                num_tokens=num_tokens[segment],
+                seconds=seconds[segment],
+                miss=misses.get(segment),
+            )
+            for segment in segments
+        ),
+        seams=None if tokenizer is None else tuple(tokenizer.seams(segments)),
+        num_cached_tokens=_sum(num_tokens[segment] for segment in cached),
+        num_missing_tokens=_sum(num_tokens[segment] for segment in missing),
+        nbytes=sum(nbytes for parts in found.values() for _, nbytes in parts.values()),
+        saved_seconds=_sum(seconds[segment] for segment in cached),
+        needed_seconds=_sum(seconds[segment] for segment in missing),
+    )
+
+
+def _look(db: Database, names: Addresses, segments: Iterable[Segment]) -> _Found:
+    """Look for all parts. Keys and values are in memory where a pass has left them in a buffer."""
+    buffered = {address for buffer in db.memory.grouped() for address, _ in buffer.contents}
+    found: _Found = {}
+    for segment in segments:
+        looked = {part: db.look(names.key(segment, part)) for part in Part}
+        found[segment] = {part: where for part, where in looked.items() if where is not None}
+        if Part.KV in found[segment] and names.address(segment) in buffered:
+            found[segment][Part.KV] = Place.MEMORY, found[segment][Part.KV][1]
+    return found
+
+
+def _misses(names: Addresses, tips: Sequence[Segment], found: _Found, records: Records) -> Mapping[Segment, Miss]:
+    """Plan what a run would plan, and find out why it is needed."""
+    wanted = dict.fromkeys(found, frozenset({Part.SCORES}))
+    if len(tips) == 1:
+        wanted[tips[0]] |= {Part.LOGITS}
+
+    def is_stored(segment: Segment, part: Part) -> bool:
+        return part in found[segment]
+
+    missing = plan.missing_parts(wanted, is_stored=is_stored)
+    return records.misses(
+        [
+            Absence(
+                segment, names.address(segment), tuple(sorted(parts, key=list(Part).index)), frozenset(found[segment])
+            )
+            for segment, parts in missing.items()
+        ]
+    )
+
+
+def _num_tokens(
+    segments: Sequence[Segment], records: Records, tokenizer: SegmentTokenizer | None
+) -> dict[Segment, int | None]:
+    rows = {segment: row for segment in segments if (row := records.row(segment)) is not None}
+    unknown = [segment for segment in segments if segment not in rows]
+    encoded = {} if tokenizer is None else tokenizer.encode(unknown)
+    counted = {segment: len(ids) for segment, ids in encoded.items()} | {
+        segment: row.num_tokens for segment, row in rows.items()
+    }
+    return {segment: counted.get(segment) for segment in segments}
+
+
+def _seconds(
+    segments: Sequence[Segment], records: Records, num_tokens: Mapping[Segment, int | None]
+) -> dict[Segment, float | None]:
+    """Return what computing each segment took, or at the recorded rate would take."""
+    rate = records.seconds_per_token()
+    seconds: dict[Segment, float | None] = {}
+    for segment in segments:
+        row, count = records.row(segment), num_tokens[segment]
+        estimated = None if rate is None or count is None else rate * count
+        seconds[segment] = estimated if row is None else row.compute_seconds
+    return seconds
+
+
+def _sum(numbers: Iterable[_Number | None]) -> _Number | None:
+    """Return the sum of numbers, None if one of them is unknown."""
+    total: _Number = 0
+    for number in numbers:
+        if number is None:
+            return None
+        total += number
+    return total
+
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_FILE = "tokenizer.json"
+_MIN_DIGITS = 8
+_NUM_DIGITS = 12
+_NUM_SAMPLES = 20
+
+
+def recorded_names(db: Database, catalog: Catalog, model: str | None) -> Addresses:
+    """Return the ids of the model that is meant: a name, a directory, or 8 digits or more of a weights id.
+
+    Without one it is the only model that has representations. The tokenizer is the one that it was used with last.
+    Raises `PromptError` where that is no model, or several.
+    """
+    key = None if model is None else source_key(model, {})
+    source = None if key is None else db.model_metadata.recall(lambda catalog: catalog.source(key))
+    if source is not None:
+        return Addresses(source.weights_id, source.tokenizer_id)
+    used = catalog.totals_by_model()
+    records = [record for record in catalog.models() if record.weights_id in used and _is_meant(record, model)]
+    if len(records) != 1:
+        raise _not_one(records, model)
+    (newest,) = catalog.rows(limit=1, selection=Selection(model=records[0].weights_id.hex()))
+    return Addresses(newest.weights_id, newest.tokenizer_id)
+
+
+def _is_meant(record: ModelRecord, model: str | None) -> bool:
+    by_digits = model is not None and len(model) >= _MIN_DIGITS and record.weights_id.hex().startswith(model.lower())
+    return model in (None, record.name) or by_digits
+
+
+def _not_one(records: Sequence[ModelRecord], model: str | None) -> PromptError:
+    if not records:
+        what = "any model" if model is None else f"the model {model!r}"
+        return PromptError(
+            f"nothing is stored of {what}", hint="`backprompt-db ls --models` lists names and weights ids."
+        )
+    listed = ", ".join(
+        f"{record.weights_id.hex()[:_NUM_DIGITS]} ({record.name or '?'}, {record.dtype or '?'})" for record in records
+    )
+    return PromptError(f"there are several models: {listed}", hint="Give the digits of one of them as --model.")
+
+
+def recorded_tokenizer(catalog: Catalog, names: Addresses, model: str | None) -> SegmentTokenizer | None:
+    """Return the tokenizer of a model out of the catalog, else out of the file beside its weights; None without both.
+
+    That in the file must give what was stored of the model last as many tokens as that has.
+    """
+    try:
+        kept = open_tokenizer(catalog, names.tokenizer_id)
+        if kept is not None:
+            return SegmentTokenizer(RecordedTokenizer(kept))
+        return None if model is None else _in_file(catalog, names, model)
+    except Exception as error:  # noqa: BLE001 - the library for tokenizers raises no other
+        logger.info("the tokenizer of %s cannot be used: %s", model, error)
+        return None
+
+
+def _in_file(catalog: Catalog, names: Addresses, model: str) -> SegmentTokenizer | None:
+    from tokenizers import Tokenizer
+
+    directory = locate(model, {})
+    if directory is None or not (directory / _TOKENIZER_FILE).is_file():
+        return None
+    tokenizer = SegmentTokenizer(RecordedTokenizer(Tokenizer.from_file(str(directory / _TOKENIZER_FILE))))
+    return tokenizer if _agrees(tokenizer, catalog, names) else None
+
+
+def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, names: Addresses) -> bool:
+    rows = catalog.rows(limit=_NUM_SAMPLES, selection=Selection(model=names.weights_id.hex()))
+    for row in rows:
+        is_first = set(catalog.parents(row.segment_id)) <= {namespace_id(row.namespace)}
+        before = () if is_first else tuple(Text("something").segments())
+        segment = Segment(row.segment_id, row.text, before, row.start, row.namespace)
+        if row.tokenizer_id == names.tokenizer_id and len(tokenizer.encode([segment])[segment]) != row.num_tokens:
+            return False
+    return bool(rows)
+
+
+class RecordedTokenizer:
+    """What `SegmentTokenizer` needs of a tokenizer, out of one of `tokenizers`: transformers would import torch."""
+
+    is_fast = True
+    special_tokens_map: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.backend_tokenizer = tokenizer
+        self.backend_tokenizer.no_padding()
+        self.backend_tokenizer.no_truncation()
+
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size())
+
+    def __call__(self, texts: str | list[str], *, add_special_tokens: bool, **_: Any) -> dict[str, Any]:
+        """Return the token ids of a string, or of each of several."""
+        strings = [texts] if isinstance(texts, str) else texts
+        encoded = self.backend_tokenizer.encode_batch(strings, add_special_tokens=add_special_tokens)
+        ids = [list(each.ids) for each in encoded]
+        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
+        """Return the tokens that ids stand for."""
+        return [self.backend_tokenizer.id_to_token(each) for each in ids]

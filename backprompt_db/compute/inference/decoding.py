@@ -1,0 +1,396 @@
+"""One call of transformers' `generate` over stored keys and values, and what it leaves behind.
+
+It is given the whole prompt's token ids and a cache of all but the last of them, so that it computes one token where a
+plain call computes the prompt. Prompts of different lengths are padded on the left, in the cache too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers.cache_utils import Cache
+from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+
+from backprompt_db.compute import plan
+from backprompt_db.compute.inference.forward import evaluation
+from backprompt_db.compute.inference.kv_cache import cache_of_rows
+from backprompt_db.compute.prefill import Need
+from backprompt_db.errors import ContextLengthExceeded, PromptError, UnsupportedModel
+from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.segments import Segment
+from backprompt_db.prompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.compute.tokens import SegmentTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt's tokens in the order written, in which their keys and values lie in a cache."""
+
+    text: Text
+    segments: list[Segment]
+    num_tokens: list[int]
+    """Tokens of each segment."""
+    input_ids: list[int]
+    position_ids: list[int]
+
+    @classmethod
+    def of(cls, text: Text, tokenizer: SegmentTokenizer, *, namespace: str) -> Prompt:
+        """Tokenise a text. Raises `PromptError` for one that ends in parallel branches."""
+        if len(text.tips(namespace)) != 1:
+            raise PromptError(
+                "the prompt ends in parallel branches, where nothing predicts what follows",
+                hint="Put the text that asks for the continuation after the branches.",
+            )
+        segments = text.segments(namespace)
+        ids = tokenizer.encode(segments)
+        num_tokens = {segment: len(ids[segment]) for segment in segments}
+        starts = plan.positions(segments, num_tokens)
+        places = [starts[segment] + index for segment in segments for index in range(num_tokens[segment])]
+        joined = [token for segment in segments for token in ids[segment]]
+        return cls(text, segments, list(num_tokens.values()), joined, places)
+
+    @property
+    def tip(self) -> Segment:
+        """The segment that the continuation follows; it sees all others."""
+        return self.segments[-1]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the position ids are those of an ordinary prompt."""
+        return self.position_ids == list(range(len(self.input_ids)))
+
+    def require_possible(self, runner: ModelRunner, num_tokens: int) -> None:
+        """Raise an error where the model cannot continue the prompt by `num_tokens`.
+
+        `ContextLengthExceeded` where that would pass its last position, `UnsupportedModel` for branches and gaps in a
+        model of plain chains, and where a window counts them: `generate` masks windows by places in the cache.
+        """
+        places = len(self.input_ids) + num_tokens
+        positions = self.position_ids[-1] + 1 + num_tokens
+        _require_room("positions", positions, runner.max_positions, num_tokens)
+        _require_room("places in its mask", places, runner.max_columns, num_tokens)
+        window = runner.window
+        if not self.is_plain and (not runner.takes_packs or (window is not None and max(places, positions) > window)):
+            raise UnsupportedModel(
+                "this model generates after plain chains only"
+                + (f", once a prompt is longer than its window of {window:,}" if window else ""),
+                hint="Use no parallel branches and no explicit start with it.",
+            )
+
+
+def _require_room(what: str, num_needed: int, limit: int | None, num_tokens: int) -> None:
+    if limit is not None and num_needed > limit:
+        raise ContextLengthExceeded(
+            f"the prompt and {num_tokens:,} new tokens need {num_needed:,} {what}, this model takes {limit:,}",
+            hint=f"Shorten the prompt, or max_new_tokens, by {num_needed - limit:,}.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One generated sequence."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    """What was generated, up to and with an end-of-sequence token."""
+    token_logprobs: npt.NDArray[np.float32]
+    """float32 [T]: natural log-probability of each token under the model itself."""
+    num_kept: int
+    """Tokens of the continuation: all but the end-of-sequence token."""
+
+
+@dataclass(frozen=True, eq=False)
+class Decoding:
+    """Prompts that one call of `generate` goes on from."""
+
+    runner: ModelRunner
+    prompts: Sequence[Prompt]
+    arguments: GenerateArguments
+
+    def run(self, found: Mapping[Need, Arrays], tokenizer: Any) -> Outcome:
+        """Generate after the prompts' keys and values. Raises `UnsupportedModel` for a model that cannot generate."""
+        model = self.runner.model
+        if not hasattr(model, "generate"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has no generate", hint="Use a model class of transformers that has."
+            )
+        began = time.perf_counter()
+        stops = _Stops(self._stop_criteria(tokenizer), self.padding)
+        cache = self._cache(found)
+        with evaluation(model):
+            output = model.generate(**self.inputs, past_key_values=cache, **self._told(stops))
+        return Outcome(self, output, stops.lengths, cache, time.perf_counter() - began)
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that are generated at a time for each prompt."""
+        return self.arguments.num_rows(self.runner.model)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.input_ids) for prompt in self.prompts)
+
+    @cached_property
+    def padding(self) -> list[int]:
+        """Tokens that stand before each prompt."""
+        return [self.longest - len(prompt.input_ids) for prompt in self.prompts]
+
+    @cached_property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What the model is given of the prompts: int64 [num_prompts, longest] each.
+
+        Padding repeats the prompt's first token: a penalty for repetition then meets no token that is not there.
+        """
+        padded = list(zip(self.padding, self.prompts, strict=True))
+        rows = {
+            "input_ids": [prompt.input_ids[:1] * padding + prompt.input_ids for padding, prompt in padded],
+            "attention_mask": [[0] * padding + [1] * len(prompt.input_ids) for padding, prompt in padded],
+        }
+        if self.runner.takes_packs:  # else the model counts for itself, and the prompt is plain
+            rows["position_ids"] = [[0] * padding + prompt.position_ids for padding, prompt in padded]
+        return {name: torch.tensor(values, device=self.runner.device) for name, values in rows.items()}
+
+    def _cache(self, found: Mapping[Need, Arrays]) -> Cache:
+        """Return the keys and values of all tokens but the last, with room for everything to come."""
+        parts = [[found[segment, Part.KV] for segment in prompt.segments] for prompt in self.prompts]
+        cache = cache_of_rows(
+            self.runner.shape,
+            parts,
+            padding=self.padding,
+            copies=self.num_rows,
+            capacity=self.longest + self.arguments.max_new_tokens,
+            device=self.runner.device,
+        )
+        cache.crop(-1)
+        return cache
+
+    def _stop_criteria(self, tokenizer: Any) -> list[Any]:
+        strings = self.arguments.value("stop_strings", self.runner.model)
+        criteria = list(self.arguments.others.get("stopping_criteria") or ())
+        return [StopStringCriteria(tokenizer, strings), *criteria] if strings else criteria
+
+    def _told(self, stops: _Stops) -> dict[str, Any]:
+        """Return the arguments of `generate`: those given, and those that the result and the cache depend on."""
+        config = self.runner.model.generation_config
+        given = {**self.arguments.others, "stop_strings": None, "stopping_criteria": StoppingCriteriaList([stops])}
+        return {
+            **given,
+            **{name: value for name, value in NEUTRAL.items() if hasattr(config, name)},
+            "max_new_tokens": self.arguments.max_new_tokens,
+            "num_return_sequences": self.arguments.num_sequences,
+            "streamer": self.arguments.streamer,
+        }
+
+
+class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+    """Stopping criteria as each prompt alone would meet them, and how long each row was when it first did.
+
+    A row that is done is filled up until all are; afterwards it cannot be told where it ended.
+    """
+
+    def __init__(self, criteria: Sequence[Any], padding: Sequence[int]) -> None:
+        self.lengths: dict[int, int] = {}
+        self._criteria = criteria
+        self._padding = padding
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Return which rows are done: bool [num_rows]."""
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if self._criteria:
+            rows = zip(done.chunk(len(self._padding)), input_ids.chunk(len(self._padding)), self._padding, strict=True)
+            for own, ids, padding in rows:
+                for criterion in self._criteria:
+                    own.logical_or_(criterion(ids[:, padding:], scores, **kwargs))
+            for row in done.nonzero()[:, 0].tolist():
+                self.lengths.setdefault(row, input_ids.shape[1])
+        return done
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one call of `generate` returned, and the cache that it filled."""
+
+    decoding: Decoding
+    output: Any
+    stopped: Mapping[int, int]
+    """Lengths at which rows met a stop string or the caller's own criteria."""
+    cache: Cache
+    seconds: float
+
+    @property
+    def num_steps(self) -> int:
+        """Tokens generated for the longest row."""
+        return int(self.output.sequences.shape[1]) - self.decoding.longest
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether beams were searched: their rows in the cache were moved and overwritten."""
+        return getattr(self.output, "beam_indices", None) is not None
+
+    @cached_property
+    def is_in_cache(self) -> bool:
+        """Whether the cache holds each row's tokens one after the other, all but the last."""
+        return not self.is_searched and self.cache.get_seq_length() == self.decoding.longest + self.num_steps - 1
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The sequences, those of one prompt one after the other."""
+        arguments = self.decoding.arguments
+        eos_ids, num_sequences = arguments.eos_ids(self.decoding.runner.model), arguments.num_sequences
+        generated = self.output.sequences[:, self.decoding.longest :].cpu()
+        logprobs = self._logprobs()
+        rows = []
+        for index, ids in enumerate(generated.tolist()):
+            end = self._end(index, ids, eos_ids)
+            num_kept = end - (end > 0 and ids[end - 1] in eos_ids)
+            rows.append(
+                Row(self.decoding.prompts[index // num_sequences], ids[:end], logprobs[index, :end].copy(), num_kept)
+            )
+        return rows
+
+    def _end(self, row: int, ids: Sequence[int], eos_ids: frozenset[int]) -> int:
+        if self.is_searched:
+            return int((self.output.beam_indices[row] >= 0).sum())
+        stop = self.stopped.get(row, len(ids) + self.decoding.longest) - self.decoding.longest
+        return min(stop, next((index + 1 for index, token in enumerate(ids) if token in eos_ids), len(ids)))
+
+    def _logprobs(self) -> npt.NDArray[np.float32]:
+        """Return the log-probability of each generated token: float32 [num_rows, num_steps]; of padding, anything."""
+        tokens = self.output.sequences[:, self.decoding.longest :]
+        sources = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
+        if self.is_searched:  # at each step, the beam that the token was appended to
+            sources = self.output.beam_indices.clamp_min(0).long()
+        steps = []
+        for step, logits in enumerate(self.output.logits[: tokens.shape[1]]):
+            rows = logits[sources[:, step]]
+            steps.append(rows.gather(1, tokens[:, step, None])[:, 0] - rows.logsumexp(1))
+        result: npt.NDArray[np.float32] = torch.stack(steps, 1).float().cpu().numpy()
+        return result
+
+    @cached_property
+    def last_logits(self) -> torch.Tensor:
+        """float32 [num_rows, vocab_size]: the logits after the last step, which takes one more pass over one token."""
+        decoding = self.decoding
+        inputs = {name: values.repeat_interleave(decoding.num_rows, 0) for name, values in decoding.inputs.items()}
+        added = torch.ones_like(self.output.sequences[:, decoding.longest :])
+        step = {
+            "input_ids": self.output.sequences[:, -1:],
+            "attention_mask": torch.cat([inputs["attention_mask"], added], 1),
+        }
+        if "position_ids" in inputs:
+            step["position_ids"] = inputs["position_ids"][:, -1:] + self.num_steps
+        with evaluation(decoding.runner.model):
+            output = decoding.runner.model(**step, past_key_values=self.cache, use_cache=True, return_dict=True)
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def logits_after(self, row: int, num_tokens: int) -> torch.Tensor:
+        """Return the logits [vocab_size] after a row's first generated tokens, in memory of their own."""
+        logits = self.output.logits[num_tokens] if num_tokens < len(self.output.logits) else self.last_logits
+        own: torch.Tensor = logits[row].clone()
+        return own
+
+
+_READ_PADDING = frozenset({
+    "bad_words_ids", "encoder_no_repeat_ngram_size", "guidance_scale", "logits_processor", "min_length",
+    "no_repeat_ngram_size", "prefix_allowed_tokens_fn", "sequence_bias", "stopping_criteria", "watermarking_config",
+})  # fmt: skip
+"""Arguments that look at the order or the number of a prompt's tokens, to which padding would add."""
+
+_ALLOWED = _READ_PADDING | {
+    "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_repetition_penalty", "eos_token_id",
+    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_eos_token_id", "length_penalty",
+    "max_time", "min_new_tokens", "min_p", "num_beams", "pad_token_id", "remove_invalid_values", "renormalize_logits",
+    "repetition_penalty", "stop_strings", "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+"""Everything else changes what a token sees or what is returned, belongs to other kinds of models, or is misspelt."""
+
+_PROMPT = "The prompt is all that the model is given."
+_CACHE = "The stored keys and values are the cache."
+_RESULT = "A result has token_ids and token_logprobs; for more, call model.generate with lm.past_key_values(text)."
+_SPECULATION = "Speculative decoding is not supported."
+_HINTS = {
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
+    **dict.fromkeys(
+        ("past_key_values", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+        _CACHE,
+    ),
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_logits", "output_scores", "output_attentions", "output_hidden_states"),
+        _RESULT,
+    ),
+    **dict.fromkeys(("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp"), _SPECULATION),
+    "generation_config": "Give its values by name, or set lm.model.generation_config.",
+    "max_length": "Give max_new_tokens, which does not count the prompt.",
+    "tokenizer": "Stop strings are read with the tokenizer of the language model.",
+    "token_healing": "It changes the tokens of the prompt, which are those of its pieces.",
+}  # fmt: skip
+
+NEUTRAL: Mapping[str, Any] = {
+    "use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, "token_healing": False,
+    "prompt_lookup_num_tokens": None, "use_mtp": None, "return_dict_in_generate": True, "output_logits": True,
+    "output_scores": False, "output_attentions": False, "output_hidden_states": False,
+}  # fmt: skip
+"""What is passed instead of what cannot be told: a model's own generation configuration may say otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateArguments:
+    """What `generate` was told. Raises `PromptError` for what it cannot do."""
+
+    max_new_tokens: int
+    num_return_sequences: int | None
+    """Continuations of each prompt; None for one, without a list around it."""
+    streamer: Any
+    store: bool
+    others: Mapping[str, Any]
+    """By the names that transformers gives them."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("num_return_sequences", self.num_sequences)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PromptError(f"{name}={value!r} is not a number of that kind", hint="Give an int of 1 or more.")
+        for name in self.others:
+            if name not in _ALLOWED:
+                hint = _HINTS.get(name, "It is no argument that changes which tokens are chosen, or it is misspelt.")
+                raise PromptError(f"generate takes no {name}=", hint=hint)
+
+    @property
+    def num_sequences(self) -> int:
+        """Continuations of each prompt."""
+        return 1 if self.num_return_sequences is None else self.num_return_sequences
+
+    def value(self, name: str, model: Any) -> Any:
+        """Return an argument, or what the model's own generation configuration says where it was not given."""
+        return self.others[name] if name in self.others else getattr(model.generation_config, name, None)
+
+    def num_rows(self, model: Any) -> int:
+        """Return how many sequences are generated at a time for each prompt: beams, or those to return."""
+        return max(self.num_beams(model), self.num_sequences)
+
+    def num_beams(self, model: Any) -> int:
+        """Return the number of beams; 1 without beam search."""
+        return int(self.value("num_beams", model) or 1)
+
+    def admits_padding(self, model: Any) -> bool:
+        """Return whether prompts of different lengths may be generated together, the shorter ones padded."""
+        return not any(self.value(name, model) for name in _READ_PADDING)
+
+    def eos_ids(self, model: Any) -> frozenset[int]:
+        """Return the token ids that end a sequence."""
+        given = self.value("eos_token_id", model)
+        given = getattr(given, "tolist", lambda: given)()  # a tensor, in newer checkpoints
+        if given is None:
+            return frozenset()
+        return frozenset(given if isinstance(given, list | tuple) else [given])

@@ -1,0 +1,246 @@
+"""How a miss is computed: one pack, one call of the model, sliced into the parts of its segments."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from backprompt_db.compute.inference.head import (
+    HiddenStates,
+    Predictions,
+    Question,
+    WholeLogits,
+    first_logprobs,
+    kept_from_running,
+    undone_afterwards,
+)
+from backprompt_db.compute.inference.kv_cache import KVBuffer
+from backprompt_db.compute.inference.masks import Mask, MaskForm, MaskKind, attention_mask, mask_argument
+from backprompt_db.compute.plan import Pack, token_offsets
+from backprompt_db.errors import UnsupportedModel
+from backprompt_db.prompt.representation import Array, Arrays, Part
+from backprompt_db.prompt.segments import Segment, ancestry
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a pass gave."""
+
+    parts: dict[tuple[Segment, Part], Arrays]
+    seconds: float
+    num_tokens: int
+    """Tokens that went through the model; 0 where all scores followed from what was there."""
+    num_whole: int
+    """How many of the first segments have all their keys and values in the buffer."""
+
+
+def compute_pack(
+    model: Any,
+    pack: Pack,
+    *,
+    form: MaskForm,
+    head: nn.Module | None,
+    input_ids: Mapping[Segment, Sequence[int]],
+    starts: Mapping[Segment, int],
+    context: KVBuffer,
+    predictions: Mapping[Segment, Array],
+    produce: Mapping[Segment, frozenset[Part]],
+) -> Computed:
+    """Run the model once, at most, and return the parts of the pack's segments that `produce` names.
+
+    `context` holds the keys and values of `pack.context`, in that order, and is extended by those of the new tokens;
+    `head` is the module that alone makes the logits, if there is one. `predictions` are the logits of the segments of
+    the context that predict a first token.
+    """
+    began = time.perf_counter()
+    lengths = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
+    fed = {**lengths, **fed_lengths(pack, lengths, produce)}
+    ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
+    first = context.length
+    answers = _Answers(pack, input_ids, fed, produce)
+    if len(ids):
+        places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
+        cache = context.cache()
+        with evaluation(model):
+            predicted = forward(model, ids, places, attention_mask(pack, fed), cache=cache, form=form, head=head)
+            if len(predicted) != len(ids) or not context.is_extended_by(cache, len(ids)):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
+                    hint="Run it with transformers directly; nothing of this pass was stored.",
+                )
+            context.length += len(ids)
+            answers.read(predicted)
+    answers.read_outside(predictions)
+    parts: dict[tuple[Segment, Part], Arrays] = {}
+    for begin, segment in token_offsets(pack, fed):
+        for part in produce[segment]:
+            is_kv = part is Part.KV
+            parts[segment, part] = (
+                context.slice(first + begin, first + begin + fed[segment]) if is_kv else answers.part(segment, part)
+            )
+    num_whole = next(
+        (n for n, segment in enumerate(pack.segments) if fed[segment] < lengths[segment]), len(pack.segments)
+    )
+    return Computed(parts, time.perf_counter() - began, len(ids), num_whole)
+
+
+def fed_lengths(
+    pack: Pack, lengths: Mapping[Segment, int], produce: Mapping[Segment, frozenset[Part]]
+) -> dict[Segment, int]:
+    """Return how many tokens of each segment go through the model.
+
+    The last token of a segment predicts what comes after it; where nothing does and only scores are asked for, it need
+    not be computed: a label of one token costs nothing but a look at the logits before it.
+    """
+    followed = {parent for segment in ancestry(pack.segments) for parent in segment.parents}
+    return {
+        segment: lengths[segment] - (segment not in followed and produce[segment] <= {Part.SCORES})
+        for segment in pack.segments
+    }
+
+
+class _Answers:
+    """The scores and last logits of a pack's segments: which predictions they need, and what these were."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        input_ids: Mapping[Segment, Sequence[int]],
+        fed: Mapping[Segment, int],
+        produce: Mapping[Segment, frozenset[Part]],
+    ) -> None:
+        self._input_ids = input_ids
+        self._logprobs: dict[Segment, npt.NDArray[np.float32]] = {}
+        self._outside: dict[Segment, list[Segment]] = {}
+        self._ends: dict[Segment, int] = {}
+        self._logits: dict[Segment, torch.Tensor] = {}
+        self._rows: list[tuple[Segment, int, npt.NDArray[np.int64]]] = []
+        """Segments with the number of the first token that the pass predicts, and the rows that predict from it on."""
+        offsets = {segment: begin for begin, segment in token_offsets(pack, fed)}
+        for segment, begin in offsets.items():
+            if Part.LOGITS in produce[segment]:
+                self._ends[segment] = begin + fed[segment] - 1
+            if Part.SCORES in produce[segment]:
+                self._ask(segment, begin, offsets, fed)
+
+    def _ask(self, segment: Segment, begin: int, offsets: Mapping[Segment, int], fed: Mapping[Segment, int]) -> None:
+        num_tokens = len(self._input_ids[segment])
+        self._logprobs[segment] = np.full(num_tokens, np.nan, dtype=np.float32)
+        rows = np.arange(begin, begin + num_tokens - 1)
+        parent = segment.parents[0] if len(segment.parents) == 1 else None
+        if parent is not None and parent in offsets:
+            rows = np.concatenate([[offsets[parent] + fed[parent] - 1], rows])
+        elif parent is not None:
+            self._outside.setdefault(parent, []).append(segment)
+        self._rows.append((segment, num_tokens - len(rows), rows))
+
+    def read(self, predicted: Predictions) -> None:
+        """Take from a pass what it predicts of this."""
+        rows = [each for _, _, each in self._rows]
+        targets = [np.asarray(self._input_ids[segment])[first:] for segment, first, _ in self._rows]
+        none = np.empty(0, dtype=np.int64)
+        question = Question(
+            np.concatenate([none, *rows]), np.concatenate([none, *targets]), np.array([*self._ends.values()], np.int64)
+        )
+        logprobs, logits = predicted.read(question)
+        self._logits = dict(zip(self._ends, logits, strict=True))
+        parts = np.split(logprobs, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
+        for (segment, first, _), part in zip(self._rows, parts, strict=True):
+            self._logprobs[segment][first:] = part
+
+    def read_outside(self, predictions: Mapping[Segment, Array]) -> None:
+        """Take the first tokens' log-probabilities from the logits of segments that were there before."""
+        for parent, segments in self._outside.items():
+            if parent in predictions:
+                firsts = np.array([self._input_ids[segment][0] for segment in segments])
+                for segment, logprob in zip(segments, first_logprobs(predictions[parent].torch(), firsts), strict=True):
+                    self._logprobs[segment][0] = logprob
+
+    def part(self, segment: Segment, part: Part) -> Arrays:
+        """Return the scores or the logits of a segment as they are stored."""
+        if part is Part.LOGITS:
+            return {"logits": Array.from_torch(self._logits[segment].clone())}
+        ids = np.asarray(self._input_ids[segment], dtype=np.int32)
+        return {
+            "input_ids": Array.from_numpy(ids),
+            "token_logprobs": Array.from_numpy(self._logprobs[segment]),
+        }
+
+
+def forward(
+    model: Any,
+    input_ids: npt.NDArray[Any],
+    position_ids: npt.NDArray[Any],
+    mask: Mask,
+    *,
+    cache: Cache,
+    form: MaskForm,
+    head: nn.Module | None = None,
+) -> Predictions:
+    """Call the model on new tokens [N] that see `mask` [N, cached + N]; return what it predicts after each.
+
+    `position_ids` [cached + N] are those of all that is seen. The cache is extended by the new tokens. Training mode,
+    autocast and gradient settings are left as found.
+    """
+    tensors: dict[str, Any] = {"input_ids": _batch_of_one(input_ids, model)}
+    if form.kind is MaskKind.CAUSAL:
+        tensors["attention_mask"] = torch.ones((1, mask.shape[1]), dtype=torch.int64, device=model.device)
+    else:
+        tensors["position_ids"] = _batch_of_one(position_ids[-len(input_ids) :], model)
+        tensors["attention_mask"] = mask_argument(mask, position_ids, form, dtype=model.dtype, device=model.device)
+    with evaluation(model):
+        if head is None:
+            return WholeLogits(logits_of(model(**tensors, past_key_values=cache, use_cache=True)))
+        with kept_from_running(head) as hidden:
+            model(**tensors, past_key_values=cache, use_cache=True)
+        return HiddenStates(hidden[0][0], head)
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits [N, vocab_size] of a model's output, which a configuration may turn into a plain tuple."""
+    logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
+    return logits[0]
+
+
+_modes = threading.RLock()
+"""Held for a pass: another thread's pass over the same model must not end with the restoring of its training mode."""
+
+
+def _after_fork_in_child() -> None:
+    global _modes  # noqa: PLW0603 - a thread that does not exist here may have held it
+    _modes = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@contextmanager
+def evaluation(model: Any) -> Iterator[None]:
+    """Run a model in evaluation mode, without gradients and autocast, and restore its modules' modes afterwards."""
+    with _modes:
+        training = [module for module in model.modules() if module.training]
+        with undone_afterwards(lambda: _set_training(training, mode=True)):
+            _set_training(training, mode=False)
+            # Not inference_mode: users may backpropagate through what follows the cache that this fills.
+            with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+                yield
+
+
+def _set_training(modules: Iterable[nn.Module], *, mode: bool) -> None:
+    for module in modules:
+        module.training = mode
+
+
+def _batch_of_one(numbers: npt.NDArray[Any], model: Any) -> torch.Tensor:
+    return torch.from_numpy(numbers.astype(np.int64))[None].to(model.device)

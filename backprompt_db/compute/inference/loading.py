@@ -1,0 +1,212 @@
+"""Where a language model comes from: objects that the user has, or files that are loaded at the first miss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from huggingface_hub import try_to_load_from_cache
+
+from backprompt_db.catalog import Source
+from backprompt_db.compute.tokens import SegmentTokenizer
+from backprompt_db.prompt.ids import TokenizerId, WeightsId
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import ModelRecord
+    from backprompt_db.compute.inference.outline import Outline
+    from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.database.metadata import ModelMetadata
+
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZER_ARGUMENTS = (
+    "revision",
+    "cache_dir",
+    "local_files_only",
+    "token",
+    "trust_remote_code",
+    "subfolder",
+    "gguf_file",
+)
+
+
+class ModelSource(Protocol):
+    """A model and its tokenizer, loaded or not."""
+
+    @property
+    def name(self) -> str:
+        """What people call the model."""
+
+    @property
+    def ids(self) -> tuple[WeightsId, TokenizerId]:
+        """The ids of the model and the tokenizer as they are now."""
+
+    @property
+    def tokenizer(self) -> SegmentTokenizer:
+        """The tokenizer; loads it if need be."""
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model; loads it if need be."""
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+
+    def outline(self, record: ModelRecord | None) -> Outline:
+        """Return what follows from the model's shape; `record` is what a self-check has shown of it."""
+
+
+class GivenModel:
+    """A model and a tokenizer that the user holds."""
+
+    is_loaded = True
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        from backprompt_db.compute.inference.runner import ModelRunner
+
+        self.name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        self.tokenizer = SegmentTokenizer(tokenizer)
+        self.runner = ModelRunner(model, name=self.name)
+
+    @property
+    def ids(self) -> tuple[WeightsId, TokenizerId]:
+        """The ids of the two objects as they are now."""
+        return self.runner.weights_id, self.tokenizer.id
+
+    def outline(self, record: ModelRecord | None) -> Outline:
+        """Return what follows from the model's shape."""
+        from backprompt_db.compute.inference.outline import outline_of
+
+        return outline_of(self.runner, record)
+
+
+class PretrainedModel:
+    """A model in files. Where the ids of these very files are known, nothing is loaded until it is needed."""
+
+    def __init__(
+        self, name: str, arguments: dict[str, Any], *, known_ids: tuple[WeightsId, TokenizerId] | None
+    ) -> None:
+        self.name = name
+        self._arguments = arguments
+        self._known_ids = known_ids
+
+    @property
+    def ids(self) -> tuple[WeightsId, TokenizerId]:
+        """The ids: recorded ones while the model is not loaded, and those of the loaded objects after that."""
+        if self._known_ids is not None and not self.is_loaded:
+            weights_id, tokenizer_id = self._known_ids
+            return weights_id, self.tokenizer.id if "tokenizer" in vars(self) else tokenizer_id
+        return self.runner.weights_id, self.tokenizer.id
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return "runner" in vars(self)
+
+    @cached_property
+    def tokenizer(self) -> SegmentTokenizer:
+        """The tokenizer, loaded at the first access."""
+        from transformers import AutoTokenizer
+
+        arguments = {name: value for name, value in self._arguments.items() if name in _TOKENIZER_ARGUMENTS}
+        return SegmentTokenizer(AutoTokenizer.from_pretrained(self.name, **arguments))
+
+    @cached_property
+    def runner(self) -> ModelRunner:
+        """The model, loaded at the first access."""
+        from backprompt_db.compute.inference.runner import ModelRunner
+
+        return ModelRunner.load(self.name, self._arguments)
+
+    def outline(self, record: ModelRecord | None) -> Outline:
+        """Return what follows from the model's shape, without loading it where its configuration is enough."""
+        from backprompt_db.compute.inference.outline import outline_of, outline_of_files
+
+        if not self.is_loaded:
+            try:
+                return outline_of_files(self.name, self._arguments, record)
+            except Exception as error:  # noqa: BLE001 - whatever transformers says of a configuration alone
+                logger.info("%s must be loaded to be known: %s", self.name, error)
+        return outline_of(self.runner, record)
+
+
+def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: ModelMetadata) -> PretrainedModel:
+    """Return the model of that name or directory. It is loaded unless the ids of these very files are known."""
+    key = source_key(name, arguments)
+    known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
+    model = PretrainedModel(name, arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None)
+    if known is None:
+        ids = model.ids  # loads the model, and downloads it if need be
+        after = source_key(name, arguments)
+        if after and key in (None, after):  # else the files changed meanwhile
+            model_metadata.save(Source(after, name, *ids))
+    return model
+
+
+_SOURCE = b"backprompt-db/source/1\0"
+_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py", ".tiktoken"})
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+_ELSEWHERE = ("adapter_config.json",)
+"""Files that point to weights in another place, whose changes would not be seen here."""
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+def source_key(name_or_path: str, arguments: dict[str, Any]) -> bytes | None:
+    """Return a digest that stays the same as long as loading `name_or_path` gives the same model and tokenizer.
+
+    It covers every file of the model (a hub cache's blobs by their SHA-256 names, others by device, inode, size, change
+    and modification time), the loading arguments and the versions of the libraries that load. None where that does not
+    suffice, or nothing is on this machine yet: then the model must be loaded to be known.
+    """
+    directory = locate(name_or_path, arguments)
+    if directory is None or arguments.get("trust_remote_code") or arguments.get("subfolder"):
+        return None
+    try:
+        described = json.dumps({name: _described(value) for name, value in arguments.items()}, sort_keys=True)
+        files = [_file_identity(path) for path in sorted(directory.iterdir()) if path.suffix in _SUFFIXES]
+    except (TypeError, OSError):
+        return None
+    if not files or any((directory / name).exists() for name in _ELSEWHERE):
+        return None
+    facts = [described, *files, *(f"{library} {version(library)}" for library in _LIBRARIES)]
+    return hashlib.sha256(_SOURCE + json.dumps(facts).encode()).digest()
+
+
+def locate(name_or_path: str, arguments: dict[str, Any]) -> Path | None:
+    """Return the directory that holds a model's files: a local one, or a snapshot in the hub's cache."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        config = try_to_load_from_cache(
+            name_or_path, "config.json", cache_dir=arguments.get("cache_dir"), revision=arguments.get("revision")
+        )
+    except ValueError:  # not a repository name
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _file_identity(path: Path) -> str:
+    blob = path.resolve()
+    if _HUB_BLOB.fullmatch(blob.name) and blob.parent.name == "blobs":
+        return f"{path.name} {blob.name}"
+    status = path.stat()
+    times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+    return f"{path.name} {status.st_dev} {status.st_ino} {status.st_size} {times}"
+
+
+def _described(value: Any) -> Any:
+    """A loading argument as JSON; dtypes by their names. Raises `TypeError` for what has no fixed description."""
+    if str(type(value)) == "<class 'torch.dtype'>":
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value)} has no fixed description")

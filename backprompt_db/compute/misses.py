@@ -1,0 +1,251 @@
+"""Why representations are not there, as far as the catalogs of a database know. Nothing is changed or counted."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from backprompt_db.database.lineage import Ids
+from backprompt_db.errors import CatalogError
+from backprompt_db.prompt.explanation import Difference, Miss, Reason, SeenUnder
+from backprompt_db.prompt.ids import Address
+from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.segments import Segment, ancestry
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog, ModelRecord, Row
+    from backprompt_db.database.database import Database
+    from backprompt_db.prompt.ids import SegmentId, WeightsId
+
+
+logger = logging.getLogger(__name__)
+
+_NUM_EVENTS = 1_000
+_QUARANTINE = "quarantine"
+
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """A segment of which parts are needed that are not there."""
+
+    segment: Segment
+    address: Address
+    needed: tuple[Part, ...]
+    present: frozenset[Part]
+
+
+class _Removal(NamedTuple):
+    """That something of a representation was removed."""
+
+    at: float
+    reason: Reason
+    detail: str | None
+
+
+class Records:
+    """What the catalogs of a database, and of the one below it, say of the segments of one text.
+
+    What they say of other namespaces than the text's is not looked at.
+    """
+
+    def __init__(self, db: Database, ids: Ids, segments: Sequence[Segment]) -> None:
+        self._db = db
+        self._ids = ids
+        self._segments = segments
+        self._by_segment = _by_segment(self._rows([segment.id for segment in segments]))
+
+    def row(self, segment: Segment) -> Row | None:
+        """Return the row of a segment under the model and tokenizer of the text, the database's own first."""
+        rows = self._by_segment.get(segment.id, [])
+        return next((row for row in rows if (row.weights_id, row.tokenizer_id) == self._ids), None)
+
+    def model(self, weights_id: WeightsId) -> ModelRecord | None:
+        """Return what is known of a model; its name is `""` where that is only that it was used."""
+        records = [record for record in self._ask(lambda catalog: catalog.model(weights_id)) if record is not None]
+        return next((record for record in records if record.name), records[0] if records else None)
+
+    def seconds_per_token(self) -> float | None:
+        """Return what computing a token took lately."""
+        rates = self._ask(lambda catalog: catalog.seconds_per_token(self._ids[0]))
+        return next((rate for rate in rates if rate is not None), None)
+
+    def misses(self, absences: Sequence[Absence]) -> dict[Segment, Miss]:
+        """Return why each is absent. Only where nothing else explains it are all texts looked at, once."""
+        removals = self._removals([absence.address for absence in absences])
+        found = {
+            absence.segment: self._own_miss(absence, removals.get(absence.address, ())) or self._miss_elsewhere(absence)
+            for absence in absences
+        }
+        rest = [absence for absence in absences if found[absence.segment] is None]
+        moved = self._moved(rest)
+        return {segment: miss or moved[segment] for segment, miss in found.items()}
+
+    def _own_miss(self, absence: Absence, removals: Iterable[_Removal]) -> Miss | None:
+        """Say what became of what was stored under this very address."""
+        row = self.row(absence.segment)
+        recent = [removal for removal in removals if row is None or removal.at >= row.created_at]
+        if recent:
+            last = max(recent, key=lambda removal: removal.at)
+            return Miss(needed=absence.needed, reason=last.reason, at=last.at, detail=last.detail)
+        if row is not None and any(part in row.nbytes for part in absence.needed):
+            return Miss(needed=absence.needed, reason=Reason.LOST)
+        return Miss(needed=absence.needed, reason=Reason.NOT_KEPT) if absence.present else None
+
+    def _removals(self, addresses: Sequence[Address]) -> dict[Address, list[_Removal]]:
+        """Return when something of representations was evicted or quarantined, of some of many others, too."""
+        found: dict[Address, list[_Removal]] = {}
+        for evictions in self._ask(lambda catalog: catalog.evictions(addresses)):
+            for evicted, at in evictions.items():
+                found.setdefault(evicted, []).append(_Removal(at, Reason.EVICTED, None))
+        told = self._ask(lambda catalog: catalog.events(limit=_NUM_EVENTS))
+        for at, kind, address, detail in itertools.chain(*told, self._db.tally.untold):
+            if kind == _QUARANTINE and address is not None:
+                found.setdefault(address, []).append(_Removal(at, Reason.QUARANTINED, detail))
+        return found
+
+    def _miss_elsewhere(self, absence: Absence) -> Miss | None:
+        """Say under which other models or tokenizers the segment was computed."""
+        seen = self._seen_under(self._by_segment.get(absence.segment.id, []))
+        retokenised = tuple(under for under in seen if under.weights_id == self._ids[0])
+        if retokenised:
+            return Miss(needed=absence.needed, reason=Reason.OTHER_TOKENIZER, seen_under=retokenised)
+        return Miss(needed=absence.needed, reason=Reason.OTHER_MODEL, seen_under=seen) if seen else None
+
+    def _seen_under(self, rows: Iterable[Row]) -> tuple[SeenUnder, ...]:
+        ids = dict.fromkeys((row.weights_id, row.tokenizer_id) for row in rows)
+        models = {weights_id: self.model(weights_id) for weights_id, _ in ids}
+        return tuple(
+            SeenUnder(
+                model_name=(record.name or None) if (record := models[weights_id]) else None,
+                dtype=(record.dtype or None) if record else None,
+                weights_id=weights_id,
+                tokenizer_id=tokenizer_id,
+            )
+            for weights_id, tokenizer_id in ids
+        )
+
+    def _moved(self, absences: Sequence[Absence]) -> dict[Segment, Miss]:
+        """Say which of the strings were computed in other places, in the same namespace only."""
+        if not absences:
+            return {}
+        strings = {absence.segment.string for absence in absences}
+        answers = self._ask(lambda catalog: catalog.namesakes(strings, self._ids, self._segments))
+        stored = StoredPrompts(dict(itertools.chain(*(answer.items() for answer in reversed(answers)))))
+        nearest = {absence.segment: stored.nearest(absence.segment) for absence in absences}  # parents before children
+        rows = _by_segment(self._rows([near.segment.id for near in nearest.values() if near is not None]))
+        return {each.segment: self._moved_miss(each, nearest[each.segment], rows) for each in absences}
+
+    def _moved_miss(self, absence: Absence, near: Near | None, rows: Mapping[SegmentId, Sequence[Row]]) -> Miss:
+        if near is None:
+            is_known = self._db.catalog is not None
+            return Miss(needed=absence.needed, reason=Reason.NEVER_SEEN if is_known else Reason.UNKNOWN)
+        found = rows.get(near.segment.id, ())
+        is_own = any((row.weights_id, row.tokenizer_id) == self._ids for row in found)
+        return Miss(
+            needed=absence.needed,
+            reason=Reason.OTHER_PARENTS,
+            seen_under=() if is_own else self._seen_under(found),
+            difference=near.difference,
+        )
+
+    def _rows(self, ids: Sequence[SegmentId]) -> list[Row]:
+        return [row for rows in self._ask(lambda catalog: list(catalog.of_segments(ids))) for row in rows]
+
+    def _ask(self, read: Callable[[Catalog], _Answer]) -> list[_Answer]:
+        """Return what each catalog says; one that cannot be read says nothing."""
+        answers = []
+        for catalog in self._db.catalogs:
+            try:
+                answers.append(read(catalog))
+            except CatalogError as error:
+                logger.warning("the catalog cannot be read: %s", error)
+        return answers
+
+
+def _by_segment(rows: Iterable[Row]) -> dict[SegmentId, list[Row]]:
+    """Group rows by their segments."""
+    groups: dict[SegmentId, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.segment_id, []).append(row)
+    return groups
+
+
+_NUM_CONTEXT_CHARACTERS = 24
+
+
+class Near(NamedTuple):
+    """The nearest stored segment with the same string."""
+
+    segment: Segment
+    difference: Difference | None
+    """None where all characters up to its end are the same."""
+
+
+class StoredPrompts:
+    """Stored segments, and whether they are of the model and tokenizer in question, which then come first."""
+
+    def __init__(self, stored: Mapping[Segment, bool]) -> None:
+        self._by_string: dict[str, list[Segment]] = {}
+        for segment in sorted(stored, key=lambda segment: not stored[segment]):
+            self._by_string.setdefault(segment.string, []).append(segment)
+        self._is_own = stored
+        self._found: dict[Segment, Near] = {}
+
+    def nearest(self, segment: Segment) -> Near | None:
+        """Return what is nearest to a segment, None where nothing has its string. Parents are asked for first.
+
+        What goes on from the prompt that was nearest to the parents is nearest.
+        """
+        namesakes = self._by_string.get(segment.string, [])
+        if not namesakes:
+            return None
+        before = [self._found[parent] for parent in segment.parents if parent in self._found]
+        following = [each for each in namesakes if any(near.segment in each.parents for near in before)]
+        if following and len(segment.parents) == 1 and _is_whole(before[0].difference):
+            # What is shown does not change any more. Joining all pieces for each of many would take long.
+            near = Near(following[0], before[0].difference)
+        else:
+            near = _compare(segment, following or self._own(namesakes) or namesakes)
+        self._found[segment] = near
+        return near
+
+    def _own(self, segments: Iterable[Segment]) -> list[Segment]:
+        return [segment for segment in segments if self._is_own[segment]]
+
+
+def _compare(segment: Segment, stored: Iterable[Segment]) -> Near:
+    given = _joined(segment)
+    joined = {each: _joined(each) for each in stored}
+    nearest = max(joined, key=lambda each: _num_common(joined[each], given))
+    return Near(nearest, _difference(joined[nearest], given))
+
+
+def _joined(segment: Segment) -> str:
+    return "".join(each.string for each in ancestry([segment]))
+
+
+def _num_common(one: str, other: str) -> int:
+    """Return how many characters two strings have in common at their beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # slices are compared many characters at a time
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def _difference(stored: str, given: str) -> Difference | None:
+    if stored == given:
+        return None
+    at = _num_common(stored, given)
+    end = at + _NUM_CONTEXT_CHARACTERS
+    return Difference(at, stored[max(0, at - _NUM_CONTEXT_CHARACTERS) : at], stored[at:end], given[at:end])
+
+
+def _is_whole(difference: Difference | None) -> bool:
+    """Whether as much is shown of both prompts as ever is."""
+    return difference is not None and min(len(difference.stored), len(difference.given)) == _NUM_CONTEXT_CHARACTERS

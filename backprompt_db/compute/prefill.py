@@ -1,0 +1,93 @@
+"""One call's worth of computation: its packs, with everything that a pass needs to know of their segments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from backprompt_db.compute.plan import Pack
+from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.segments import Segment
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.kv_cache import KVBuffer
+    from backprompt_db.compute.inference.runner import ModelRunner
+
+Need = tuple[Segment, Part]
+"""One part of one segment."""
+
+Wanted = Mapping[Segment, frozenset[Part]]
+"""Parts that a caller asked for, by segment."""
+
+
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Packs to compute, in order, and the parts that pass between them and out of them."""
+
+    packs: list[Pack]
+    input_ids: Mapping[Segment, Sequence[int]]
+    starts: Mapping[Segment, int]
+    wanted: Wanted
+    missing: Wanted
+    """Parts that something needs and that nobody had stored when the packs were planned."""
+    keep: MutableMapping[Segment, frozenset[Part]]
+    """Parts to store of each segment that is computed; without those that were, when its pack's turn has come."""
+    is_deterministic: bool
+    """Whether all parts are computed each time, so that a part has the same bits whatever else is wanted."""
+
+    def num_tokens(self, pack: Pack) -> int:
+        """Tokens that a pack computes."""
+        return sum(len(self.input_ids[segment]) for segment in pack.segments)
+
+    def produced(self, segment: Segment) -> frozenset[Part]:
+        """Return the parts that are made of a segment when it is computed."""
+        if self.is_deterministic:
+            return frozenset(Part)
+        return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
+
+    def is_used(self, need: Need) -> bool:
+        """Whether a part was asked for, or another pack needs it."""
+        return need in self._last_use or need[1] in self.wanted.get(need[0], ())
+
+    def is_handed_on(self, need: Need, pack: Pack) -> bool:
+        """Whether a part that `pack` has brought in is needed again."""
+        return self._last_use[need] is not pack or need[1] in self.wanted.get(need[0], ())
+
+    @cached_property
+    def _last_use(self) -> dict[Need, Pack]:
+        return {need: pack for pack in self.packs for need in pack.needs}
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill(Passes):
+    """Passes to compute with one model."""
+
+    runner: ModelRunner
+
+    def fits(self, segment: Segment, kv: Arrays) -> bool:
+        """Whether keys and values have the shape that this model gives a segment's."""
+        return kv["keys"].shape[2] == len(self.input_ids[segment]) and self.runner.fits(kv)
+
+    def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> Computed:
+        """Run the model on a pack after its context; `found` has the logits of its predictors."""
+        return self.runner.compute(
+            pack,
+            input_ids=self.input_ids,
+            starts=self.starts,
+            context=context,
+            predictions={segment: found[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
+            produce={segment: self.produced(segment) for segment in pack.segments},
+        )
+
+    def retain(self, pack: Pack, computed: Computed, found: MutableMapping[Need, Arrays]) -> None:
+        """Add to `found` what a pack has computed, but for what nobody asked for and no other pack needs.
+
+        What no later pack needs is dropped: memory holds no more than it must.
+        """
+        found.update({need: part for need, part in computed.parts.items() if self.is_used(need) and need not in found})
+        for need in pack.needs:
+            if not self.is_handed_on(need, pack):
+                found.pop(need, None)

@@ -1,0 +1,1 @@
+"""A database: get and put over a store and a catalog, within limits, for many processes."""

@@ -1,0 +1,148 @@
+"""What may be changed about a database while it exists: `config.json`, replaced whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backprompt_db.errors import FormatError
+from backprompt_db.store.files import Modes, Sharing, replace_file
+
+logger = logging.getLogger(__name__)
+
+NAME = "config.json"
+
+_MAX_NBYTES = 50 * 10**9
+_MIN_NBYTES = 64 * 10**6
+_SHARE_OF_FREE_SPACE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Who may use a database, how large it may grow, and what goes first when it is full."""
+
+    sharing: Sharing = Sharing.PRIVATE
+    """Which permissions its files have."""
+
+    max_nbytes: int | None = None
+    """The limit, in bytes of pages in use, over all processes; None for no limit."""
+    high_water: float = 0.95
+    """A collection begins when more than this share of the limit would be in use."""
+    low_water: float = 0.85
+    """A collection ends when no more than this share is in use."""
+    ttl_seconds: float | None = None
+    """What was not used for longer goes at the next collection, whether or not there is room; None to keep it."""
+    grace_seconds: float = 10.0
+    """What was made or used more recently goes only when nothing else is left."""
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem is not None:
+            raise FormatError(f"this is no configuration of a database: {problem}", hint="Give another value.")
+
+
+def default_config(directory: Path, *, sharing: Sharing = Sharing.PRIVATE) -> Config:
+    """Return what a new database gets: a limit of 50 GB, or of a quarter of the free space if that is less.
+
+    On a disk that is nearly full it is 64 MB: there may be more room when they are needed.
+    """
+    max_nbytes = min(_MAX_NBYTES, shutil.disk_usage(directory).free // _SHARE_OF_FREE_SPACE)
+    return Config(sharing=sharing, max_nbytes=max(_MIN_NBYTES, max_nbytes))
+
+
+def read_config(directory: Path) -> Config:
+    """Return the configuration; one without limits for a database that has none. Raises `FormatError`."""
+    path = directory / NAME
+    try:
+        return _from_json(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return Config()
+    except (OSError, ValueError, TypeError, RecursionError, FormatError) as error:
+        reason = error.message if isinstance(error, FormatError) else error
+        raise FormatError(
+            f"{path} cannot be read ({reason})", hint="Write it anew with `backprompt-db config --max-size SIZE`."
+        ) from error
+
+
+def sharing_of(directory: Path) -> Sharing:
+    """Return who may use the database in `directory`: its owner alone, where its configuration cannot be read."""
+    with contextlib.suppress(FormatError):
+        return read_config(directory).sharing
+    return Sharing.PRIVATE
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Replace the configuration, whole or not at all, with the permissions that it asks for itself."""
+    replace_file(directory / NAME, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
+
+
+class Limits:
+    """The configuration of the database in `directory`, read again when its file has changed. None has no limits."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._state: tuple[int, int, int] | None = None
+        self._config = Config()
+
+    @property
+    def modes(self) -> Modes:
+        """The permissions that files get which are made now."""
+        return self.config.sharing.modes
+
+    @property
+    def config(self) -> Config:
+        """The configuration; the default one, which is logged, while the file cannot be read."""
+        if self._directory is not None:
+            state = _state(self._directory / NAME)
+            if state != self._state:
+                self._state, self._config = state, _read_or_default(self._directory)
+        return self._config
+
+
+def _read_or_default(directory: Path) -> Config:
+    try:
+        return read_config(directory)
+    except FormatError as error:
+        logger.warning("the default limit holds: %s", error)
+    try:
+        return default_config(directory)
+    except OSError:  # the directory is gone
+        return Config()
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _from_json(fields: Any) -> Config:
+    if not isinstance(fields, dict):
+        raise TypeError("it is not a JSON object")
+    known = {name: value for name, value in fields.items() if name in Config.__dataclass_fields__}
+    return Config(**known | {"sharing": Sharing(known.get("sharing", Sharing.PRIVATE))})
+
+
+def _problem(config: Config) -> str | None:
+    if config.max_nbytes is not None and not (type(config.max_nbytes) is int and config.max_nbytes > 0):
+        return f"max_nbytes={config.max_nbytes!r} is not a positive number of bytes"
+    if not (_is_number(config.low_water) and _is_number(config.high_water)):
+        return "high_water and low_water are not numbers"
+    if not 0 < config.low_water < config.high_water <= 1:
+        return f"not 0 < low_water={config.low_water} < high_water={config.high_water} <= 1"
+    for name, seconds in (("ttl_seconds", config.ttl_seconds), ("grace_seconds", config.grace_seconds)):
+        if seconds is not None and not (_is_number(seconds) and seconds >= 0):
+            return f"{name}={seconds!r} is not a length of time"
+    return "grace_seconds is missing" if config.grace_seconds is None else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,349 @@
+"""The database: parts of representations by address, over a store, a catalog, a writer and a memory tier."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from backprompt_db.codec.blob import decode
+from backprompt_db.codec.fidelity import Fidelity, restore_into
+from backprompt_db.codec.kv_reader import KVReader, KVSpan
+from backprompt_db.database.counters import Counters
+from backprompt_db.database.eviction import Evictor
+from backprompt_db.database.memory_cache import MemoryCache, default_budget_nbytes
+from backprompt_db.database.metadata import ModelMetadata
+from backprompt_db.database.resources import Resources
+from backprompt_db.database.single_flight import SingleFlight
+from backprompt_db.database.writer import NewPart, Storage, at_end_of_forked_process
+from backprompt_db.errors import (
+    BlobFormat,
+    CatalogError,
+    FormatError,
+    FormatTooNew,
+    StoreClosed,
+    StoreError,
+    StoreReadOnly,
+)
+from backprompt_db.prompt.explanation import Place
+from backprompt_db.prompt.ids import Address
+from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.layered import own_store
+from backprompt_db.store.records import Digest
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog
+
+
+logger = logging.getLogger(__name__)
+
+MEMORY = ":memory:"
+"""The location of a database that is kept in memory and leaves nothing behind."""
+
+_OVERHEAD_NBYTES = 2048
+"""What a part costs in memory beside its bytes, roughly."""
+
+
+class Database:
+    """Representations by address. Use `open_database` to get one; it is a context manager.
+
+    A failing store never fails a computation: failures count as misses, are logged once and shown in `counters`. With
+    `strict`, they raise.
+
+    One that nobody holds any more is closed soon, without having to be told to: what was put is written first.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        directory: Path | None,
+        readonly: bool = False,
+        namespace: str = "",
+        strict: bool = False,
+        fidelity: Fidelity = Fidelity.EXACT,
+        memory_nbytes: int | None = None,
+        single_flight: SingleFlight | None = None,
+        seal: Digest | None = None,
+        base: Path | None = None,
+    ) -> None:
+        self.directory = directory
+        self.single_flight = single_flight or SingleFlight(None)
+        self.fidelity = fidelity
+        self.memory = MemoryCache(default_budget_nbytes() if memory_nbytes is None else memory_nbytes)
+        self.readonly = readonly
+        self.namespace = namespace
+        self.strict = strict
+        self._layers = store
+        self.store = own_store(store)
+        """What is kept here; what is found may also lie in the database below."""
+        self._files = Resources(store, directory, readonly=readonly, fidelity=fidelity, base=base)
+        self.model_metadata = ModelMetadata(self._files, seal=seal)
+        self._writer = self._files.writer
+        self.tally = self._files.tally
+        self._is_closed = False
+        self._finalizer = weakref.finalize(self, self._files.close_soon)
+        self._finalizer.atexit = False  # then `_close_all` closes
+        self._has_failed_to_read = False
+        self._num_damaged = store.num_quarantined
+        _open_databases.add(self)
+
+    @property
+    def catalog(self) -> Catalog | None:
+        """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
+        return self._files.catalog
+
+    @property
+    def catalogs(self) -> list[Catalog]:
+        """The catalogs that can be read: its own, then that of the database below."""
+        return [catalog for catalog in (self._files.catalog, self._files.base_catalog) if catalog is not None]
+
+    @property
+    def storage(self) -> Storage:
+        """Where blobs that come from elsewhere go, at once: the store, within the limit, and the catalog."""
+        return self._files.storage
+
+    @property
+    def evictor(self) -> Evictor:
+        """What keeps the database below its limit."""
+        return self._files.evictor
+
+    @property
+    def counters(self) -> Counters:
+        """What this handle did since it was opened."""
+        return self.tally.counters
+
+    def fetch(self, wanted: Mapping[Address, Iterable[Part]]) -> dict[Key, Arrays]:
+        """Return the wanted parts that are there. Arrays are not to be written to; a miss is absent."""
+        found = {}
+        for address, parts in wanted.items():
+            arrays = {Key(address, part): self._get(Key(address, part)) for part in parts}
+            found.update({key: value for key, value in arrays.items() if value is not None})
+            is_hit = None not in arrays.values()
+            self.tally.add("num_hits" if is_hit else "num_misses")
+            self._files.uses[address] += is_hit
+        return found
+
+    def load(self, key: Key, span: KVSpan, dtype: str) -> bool:
+        """Copy stored keys and values into place, in one pass; False for a miss, which leaves anything there.
+
+        `dtype` is the safetensors name of the span's.
+        """
+        self._check_open()
+        queued = self._writer.get(key)
+        is_found = self._copy(key, queued, span, dtype)
+        tier = "num_disk_hits" if queued is None else "num_memory_hits"
+        self.tally.add(tier if is_found else "num_part_misses")
+        return is_found
+
+    def touch(self, addresses: Iterable[Address]) -> None:
+        """Count uses of representations that are in memory already, as `fetch` does."""
+        self._files.uses.update(addresses)
+
+    def has(self, key: Key) -> bool:
+        """Whether a part is stored or queued."""
+        self._check_open()
+        try:
+            return self._writer.get(key) is not None or self._layers.has(key)
+        except StoreError as error:
+            self._read_failed(error)
+            return False
+
+    def look(self, key: Key) -> tuple[Place, int] | None:
+        """Return where a part would be found and its size, without reading or counting it; None for a miss."""
+        self._check_open()
+        queued = self._writer.get(key)
+        if queued is not None:
+            return Place.MEMORY, sum(array.nbytes for array in queued.values())
+        held_nbytes = self.memory.size(key)
+        if held_nbytes is not None:
+            return Place.MEMORY, held_nbytes - _OVERHEAD_NBYTES
+        try:
+            own_nbytes, nbytes = self.store.size(key), self._layers.size(key)
+        except StoreError as error:
+            self._read_failed(error)
+            return None
+        here = Place.MEMORY if self.directory is None else Place.DISK
+        return None if nbytes is None else (Place.BASE if own_nbytes is None else here, nbytes)
+
+    def put(self, parts: Sequence[NewPart]) -> None:
+        """Queue parts for writing; a database opened read-only drops them. Raises `StoreClosed` after `close`."""
+        self._check_open()
+        origins = {part.key.address: part.origin for part in parts}
+        self.tally.add("num_computed_tokens", sum(origin.num_tokens for origin in origins.values()))
+        self.tally.add("computed_seconds", sum(origin.compute_seconds for origin in origins.values()))
+        if not self.readonly:
+            self._writer.put(parts)
+
+    def when_written(self, then: Callable[[], None]) -> None:
+        """Call `then`, which must not raise, as soon as all that was put by now is stored, or given up."""
+        self._writer.when_done(then)
+
+    def discard(self, key: Key) -> None:
+        """Remove a stored part that turned out to be unusable, and count it as quarantined."""
+        self.tally.add("num_quarantined")
+        self.memory.discard(key)
+        logger.warning("quarantined the %s part of %s", key.part.name.lower(), key.address.hex())
+        self._report_quarantine(key, "cannot be used")
+        if self.readonly:
+            return
+        try:
+            self._layers.delete([key])
+        except StoreError as error:
+            self._read_failed(error)
+
+    def report_if_damaged(self, key: Key) -> None:
+        """Put a part on the list of what went wrong, if the store has just found it damaged, and counted it."""
+        if self._layers.num_quarantined > self._num_damaged:
+            self._num_damaged = self._layers.num_quarantined
+            self._report_quarantine(key, "does not match its digest")
+
+    def flush(self) -> None:
+        """Wait until everything that was put is on disk. Raises the first `StoreError` since the last flush."""
+        self._check_open()
+        try:
+            self._writer.flush()
+        finally:
+            self._files.record_uses()
+
+    def close(self) -> None:
+        """Write what is queued and release the files. Closing twice is allowed.
+
+        With `strict`, raises the first failure to write since the last flush, after everything was released.
+        """
+        if self._finalizer.detach() is None:  # which succeeds once: of several callers one closes
+            return
+        self._is_closed = True
+        try:
+            self._files.close()
+        finally:
+            self.memory.close()
+        if self.strict:
+            self._writer.flush()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Database {self.directory or MEMORY}{' (read-only)' if self.readonly else ''}>"
+
+    def _get(self, key: Key) -> Arrays | None:
+        self._check_open()
+        known: Arrays | None = self._writer.get(key) or self.memory.get(key)
+        if known is not None:
+            self.tally.add("num_memory_hits")
+            return known
+        read = self._read(key)
+        self.tally.add("num_part_misses" if read is None else "num_disk_hits")
+        return read
+
+    def _read(self, key: Key) -> Arrays | None:
+        try:
+            return self._decode(key)
+        except FormatTooNew:
+            return None
+        except BlobFormat:
+            self.discard(key)
+        except StoreError as error:
+            self._read_failed(error)
+        return None
+
+    def _decode(self, key: Key) -> Arrays | None:
+        blob = self._layers.get(key)
+        if blob is None:
+            self.report_if_damaged(key)
+            return None
+        arrays = decode(key.part, blob)
+        if key.part is not Part.KV:  # of which the memory tier holds whole prefixes, ready for use
+            self.memory.put(key, arrays, nbytes=blob.nbytes + _OVERHEAD_NBYTES)
+        return arrays
+
+    def _copy(self, key: Key, queued: Arrays | None, span: KVSpan, dtype: str) -> bool:
+        try:
+            return self._fill(key, span, dtype) if queued is None else _restore(queued, span)
+        except BlobFormat:
+            self.discard(key)
+        except FormatError:  # newer than this version
+            return False
+        except StoreError as error:
+            self._read_failed(error)
+        return False
+
+    def _fill(self, key: Key, span: KVSpan, dtype: str) -> bool:
+        if self.fidelity is Fidelity.EXACT:
+            reader = KVReader(span, dtype)
+            if self._layers.scan(key, reader.take):
+                reader.finish()
+                return True
+        elif (blob := self._layers.get(key)) is not None:
+            return _restore(decode(key.part, blob), span)
+        self.report_if_damaged(key)
+        return False
+
+    def _read_failed(self, error: StoreError) -> None:
+        if self.strict or isinstance(error, StoreClosed):
+            raise error
+        if not self._has_failed_to_read:
+            logger.warning("the store cannot be read, computing instead: %s", error)
+        self._has_failed_to_read = True
+        self.tally.add("num_read_failures")
+        self.tally.report("read-failure", str(error))
+
+    def _report_quarantine(self, key: Key, why: str) -> None:
+        self.tally.report("quarantine", f"the {key.part.name.lower()} part {why}", address=key.address)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreClosed(f"{self!r} was closed", hint="Open it again with backprompt_db.open(...).")
+
+
+def _restore(arrays: Arrays, span: KVSpan) -> bool:
+    restore_into(arrays, span.keys, span.values)
+    return True
+
+
+def writable_catalog(db: Database) -> Catalog:
+    """Return the catalog to set something in. Raises `StoreReadOnly` or `CatalogError` where there is none."""
+    if db.readonly:
+        raise StoreReadOnly(f"{db.directory} may only be read", hint="Do it as a user who may write to it.")
+    if db.directory is None:
+        raise CatalogError("a database in memory has no catalog", hint="Open one in a directory.")
+    if db.catalog is None:
+        raise CatalogError("this needs the catalog, which cannot be used", hint="Run `backprompt-db reindex`.")
+    return db.catalog
+
+
+_open_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """At interpreter exit, wait for every queue: what was computed is not lost."""
+    for database in list(_open_databases):
+        try:
+            database.close()
+        except Exception:
+            logger.exception("%r could not be closed", database)
+
+
+def _after_fork_in_child() -> None:
+    # What the parent used is the parent's to record.
+    for database in list(_open_databases):
+        database._files.uses = Counter()
+        database.memory.after_fork_in_child()
+    at_end_of_forked_process(_close_all)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,243 @@
+"""The collector: keeps a database below its limit by removing what is worth least.
+
+A collection begins when a group of parts would not fit below the high water mark, and ends when the low one is reached.
+Of all processes one collects at a time. It asks the catalog what to remove, a batch at a time, and looks again with
+nobody writing: what was pinned or built upon meanwhile stays. Blobs go first, in transactions of their own, then the
+rows, so a collection that is killed can be repeated, and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backprompt_db.codec.origins import read_origin
+from backprompt_db.database.config import Limits
+from backprompt_db.database.counters import Tally
+from backprompt_db.database.journal import WriteJournal, keys_of_mark
+from backprompt_db.errors import CatalogError, StoreError
+from backprompt_db.store.contract import Key, Store, beyond_limit
+from backprompt_db.store.locks import exclusive_lock
+from backprompt_db.system.failpoints import reach
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog import Catalog, Selection, Victim
+
+logger = logging.getLogger(__name__)
+
+_LOCK = "collect.lock"
+_WAIT_SECONDS = 60.0
+_VICTIMS_PER_CHOICE = 100_000
+_BATCH_NUM_PARTS = 500
+_BATCH_NBYTES = 8 << 20
+"""What is removed in one transaction, while nobody else writes: up to these two, and at least one part.
+
+Pages that the latest transaction has freed are used again only by the one after the next, so batches are small.
+"""
+
+_LISTED_SHARE = 0.3
+"""What is listed is less than what is live, by all that storing it takes, but for tiny parts not by so much."""
+
+_MAX_FILE_SHARE = 1.15
+"""A file beyond this share of the limit is compacted: much of it is free, in pieces too small to be used again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """What a collection removed."""
+
+    num_parts: int = 0
+    nbytes: int = 0
+    """Of the parts: what is given back to be used again may be a little more or less."""
+
+    def __add__(self, other: Collection) -> Collection:
+        return Collection(self.num_parts + other.num_parts, self.nbytes + other.nbytes)
+
+
+class Evictor:
+    """Makes room in one database. For any number of threads and processes."""
+
+    def __init__(
+        self,
+        store: Store,
+        catalog: Callable[[], Catalog | None],
+        *,
+        directory: Path | None,
+        tally: Tally,
+    ) -> None:
+        self.limits = Limits(directory)
+        self.journal = WriteJournal(directory, self.limits)
+        self._store = store
+        self._catalog = catalog
+        self._lock_path = None if directory is None else directory / _LOCK
+        self._has_looked_for_more = False
+        self._tally = tally
+
+    @property
+    def max_live_nbytes(self) -> int | None:
+        """What may be live after a write, which makes room first if need be; None without a limit."""
+        return self._share(self.limits.config.high_water)
+
+    @property
+    def low_live_nbytes(self) -> int | None:
+        """What is live after room was made; None without a limit."""
+        return self._share(self.limits.config.low_water)
+
+    def begin(self) -> None:
+        """Do what a process does before it writes for the first time: enter what was left, remove what is expired."""
+        try:
+            self.catch_up()
+            if self.limits.config.ttl_seconds is not None:
+                self.collect()
+        except Exception as error:  # noqa: BLE001 - the thread that writes must not die of it
+            logger.info("nothing was collected: %s", error)
+
+    def make_room(self, nbytes: int, *, spare_nbytes: int = 0) -> None:
+        """Remove parts until `nbytes` more may be live, and if there is as much to remove `spare_nbytes` more.
+
+        For one who is `alone`. Raises `StoreFull` where there is no room, `StoreLocked` when others have been writing
+        for too long, and `CatalogError` where nobody knows what to remove.
+        """
+        high, low = self.max_live_nbytes, self.low_live_nbytes
+        if high is None or low is None:
+            return
+        if nbytes > high:  # all that is there would go in vain
+            raise beyond_limit(high)
+        if self._live_nbytes() + nbytes + spare_nbytes <= high:  # somebody has made room meanwhile
+            return
+        removed = self._collect(min(low, max(0, high - nbytes - spare_nbytes)), None)
+        self._shrink()
+        # Where others have taken the room that was made, there is more to be made.
+        if not removed.num_parts and self._live_nbytes() + nbytes > high:
+            raise beyond_limit(high)
+
+    def collect(self, *, to_nbytes: int | None = None, selection: Selection | None = None) -> Collection:
+        """Remove what is expired, then the least valuable of what is selected until no more than `to_nbytes` are live.
+
+        Raises the same errors as `make_room` and `alone`.
+        """
+        with self.alone():
+            return self._collect(self._live_nbytes() if to_nbytes is None else to_nbytes, selection)
+
+    def catch_up(self) -> None:
+        """Enter what killed processes have stored and not recorded: something of it may build on what would go."""
+        if not self.journal.leftovers():
+            return
+        catalog = self._required_catalog()
+        with self.journal.nobody_writing():
+            for mark in self.journal.leftovers():
+                keys = keys_of_mark(mark)
+                if keys is None:  # somebody else will
+                    continue
+                self._enter(catalog, keys)
+                with contextlib.suppress(OSError):
+                    mark.unlink()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let nobody else collect in the block. Raises `StoreLocked` when somebody has been at it for too long."""
+        if self._lock_path is None:
+            yield
+            return
+        with exclusive_lock(self._lock_path, mode=self.limits.modes.lock, timeout_seconds=_WAIT_SECONDS):
+            yield
+
+    def _share(self, share: float) -> int | None:
+        max_nbytes = self.limits.config.max_nbytes
+        return None if max_nbytes is None else int(share * max_nbytes)
+
+    def _collect(self, goal_nbytes: int, selection: Selection | None) -> Collection:
+        self.catch_up()
+        self._look_for_more()
+        total = Collection()
+        while victims := self._victims(max(0, self._live_nbytes() - goal_nbytes), selection):
+            removed = [self._remove(batch) for batch in _batches(victims)]
+            if not any(each.num_parts for each in removed):  # others have removed them, or built on them
+                break
+            total = sum(removed, total)
+        return total
+
+    def _look_for_more(self) -> None:
+        """Enter what is stored and not listed when that is most of it: the catalog was deleted, or is of a newer store.
+
+        Else what is listed would go again and again, to make room beside what nobody knows of. Once, as it takes time.
+        """
+        if self._has_looked_for_more:
+            return
+        self._has_looked_for_more = True
+        catalog = self._required_catalog()
+        listed_nbytes = sum(catalog.totals().nbytes.values())
+        if listed_nbytes < _LISTED_SHARE * self._live_nbytes():
+            from backprompt_db.database.reconcile import reconcile
+
+            reconcile(self._store, catalog)
+
+    def _shrink(self) -> None:
+        max_file_nbytes = self._share(_MAX_FILE_SHARE)
+        if max_file_nbytes is not None and self._store.usage().file_nbytes > max_file_nbytes:
+            try:
+                self._store.compact()
+            except StoreError as error:  # no room for a copy: the file stays as it is
+                logger.info("the store could not be compacted: %s", error)
+
+    def _victims(self, excess_nbytes: int, selection: Selection | None) -> Sequence[Victim]:
+        config = self.limits.config
+        return self._required_catalog().victims(
+            excess_nbytes,
+            at=time.time(),
+            grace_seconds=config.grace_seconds,
+            ttl_seconds=config.ttl_seconds,
+            selection=selection,
+            limit=_VICTIMS_PER_CHOICE,
+        )
+
+    def _remove(self, victims: Sequence[Victim]) -> Collection:
+        catalog = self._required_catalog()
+        with self.journal.nobody_writing():
+            removable = catalog.removable([(victim.address, victim.part) for victim in victims])
+            gone = [victim for victim in victims if (victim.address, victim.part) in removable]
+            self._store.delete(Key(victim.address, victim.part) for victim in gone)
+            reach("collect.deleted")
+            catalog.evict([(victim.address, victim.part) for victim in gone], at=time.time())
+        removed = Collection(len(gone), sum(victim.nbytes for victim in gone))
+        self._tally.add("num_evicted", removed.num_parts)
+        self._tally.add("num_evicted_nbytes", removed.nbytes)
+        return removed
+
+    def _enter(self, catalog: Catalog, keys: Sequence[Key]) -> None:
+        from backprompt_db.catalog import StoredPart
+
+        blobs = ((key, self._store.get(key)) for key in keys)
+        sizes = {key: blob.nbytes for key, blob in blobs if blob is not None}
+        origins = {key: read_origin(self._store, key) for key in sizes}
+        parts = [StoredPart(*key, sizes[key], origin) for key, origin in origins.items() if origin is not None]
+        catalog.record(parts, at=time.time())
+
+    def _required_catalog(self) -> Catalog:
+        catalog = self._catalog()
+        if catalog is None:
+            raise CatalogError(
+                "without the catalog nobody knows what to remove", hint="Mend it with `backprompt-db reindex`."
+            )
+        return catalog
+
+    def _live_nbytes(self) -> int:
+        return self._store.usage().live_nbytes
+
+
+def _batches(victims: Sequence[Victim]) -> Iterator[list[Victim]]:
+    batch: list[Victim] = []
+    nbytes = 0
+    for victim in victims:
+        if batch and (len(batch) == _BATCH_NUM_PARTS or nbytes + victim.nbytes > _BATCH_NBYTES):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(victim)
+        nbytes += victim.nbytes
+    if batch:
+        yield batch

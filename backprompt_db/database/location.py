@@ -1,0 +1,310 @@
+"""Who may use the files of a database: what each should be like, and what keeps this user from using one."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import os
+import pwd
+import re
+import shlex
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from backprompt_db.errors import StoreReadOnly, UnsafeLocation
+from backprompt_db.store.files import Modes, Sharing
+
+_STORE = "store"
+_FOLDERS = frozenset({_STORE, "pending"})
+_DATA, _LOCK = "data.mdb", "lock.mdb"
+_CATALOG = "catalog.sqlite"
+_NAMES = ("manifest.json", "config.json", "CACHEDIR.TAG", _CATALOG, _DATA, _LOCK)
+"""How the names of the files begin that the library makes; its other locks end with `.lock`."""
+
+_NEEDED_TO_READ = frozenset({"manifest.json", "config.json", _STORE, _DATA})
+_MOMENT_SECONDS = 0.01
+"""Longer than a file that another process is making is without its mode."""
+
+_PROMISES = {
+    Sharing.PRIVATE: "the database is private, and its owner reads and writes all of it",
+    Sharing.GROUP: "the members of the group {group} share the database, and read and write all of it",
+    Sharing.READERS: "the owner of the database writes it, and the members of the group {group} read it",
+}
+
+
+class Fault(NamedTuple):
+    """A file that is not as it should be."""
+
+    path: Path
+    status: os.stat_result
+    uid: int
+    gid: int
+    mode: int
+    """What should be."""
+
+    def __str__(self) -> str:
+        is_ = self.status
+        return (
+            f"{self.path} is {_owners(is_.st_uid, is_.st_gid)} {stat.S_IMODE(is_.st_mode):04o} "
+            f"instead of {_owners(self.uid, self.gid)} {self.mode:04o}"
+        )
+
+    @property
+    def remedy(self) -> str:
+        """The commands that mend it, and who may run them."""
+        is_, name = self.status, shlex.quote(str(self.path))
+        is_given, is_moved = is_.st_uid != self.uid, is_.st_gid != self.gid
+        commands = []
+        if is_given:
+            commands.append(f"chown {_owners(self.uid, self.gid)} {name}")
+        elif is_moved:
+            commands.append(f"chgrp {_group(self.gid)} {name}")
+        if is_given or stat.S_IMODE(is_.st_mode) != self.mode:  # a new owner costs the setgid bit
+            commands.append(f"chmod {self.mode:o} {name}")
+        who = "root" if is_given or not is_.st_uid else f"{_user(is_.st_uid)} or root"
+        return f"`{' && '.join(commands)}` as {who}"
+
+
+class _File(NamedTuple):
+    """A directory or a file with one of our names, or a symbolic link in its place."""
+
+    path: str
+    name: str
+    status: os.stat_result
+
+    @property
+    def is_folder(self) -> bool:
+        return stat.S_ISDIR(self.status.st_mode)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is what the library makes under this name. Of the first, the directory, the name says nothing."""
+        return self.is_folder if self.name in ("", *_FOLDERS) else stat.S_ISREG(self.status.st_mode)
+
+
+def faults(directory: Path, sharing: Sharing) -> Iterator[Fault]:
+    """Yield which directories and files have another owner, group or mode than the way of sharing asks for."""
+    return _faults(_files(directory), sharing)
+
+
+def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> StoreReadOnly | UnsafeLocation | None:
+    """Return what makes a database unsafe to open, or keeps this user from what its way of sharing promises; or None.
+
+    `UnsafeLocation` for a directory in which everybody may replace files, and for a symbolic link in the place of a
+    file. `StoreReadOnly` for a file that this user cannot use and should be able to, with what mends it; with
+    `readonly`, only what is needed to read counts. Nothing is promised to those who are neither owner nor member.
+    """
+    files = _visible_files(directory)
+    danger = next(filter(None, map(_danger, files)), None)
+    if danger is not None or not files:
+        return danger
+    if _obstacle(files, sharing, readonly=readonly) is None:
+        return None
+    time.sleep(_MOMENT_SECONDS)
+    return _obstacle(_visible_files(directory), sharing, readonly=readonly)
+
+
+def _danger(file: _File) -> UnsafeLocation | None:
+    """Return how strangers could have us write where they like."""
+    mode = stat.S_IMODE(file.status.st_mode)
+    if stat.S_ISLNK(file.status.st_mode):
+        return UnsafeLocation(
+            f"{file.path} is a symbolic link, and the library never makes one",
+            hint="Find out who made it and why, and delete it; the directory of a database itself may be a link.",
+        )
+    if file.is_folder and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+        return UnsafeLocation(
+            f"everybody may replace what is in {file.path} (mode {mode:04o})",
+            hint=f"Run `chmod o-w {shlex.quote(file.path)}` as {_user(file.status.st_uid)} or root.",
+        )
+    return None
+
+
+def _obstacle(files: list[_File], sharing: Sharing, *, readonly: bool) -> StoreReadOnly | None:
+    """Return the first file that is not as it should be and that this user cannot use for that reason."""
+    directory, _, root = files[0]
+    is_owner = os.geteuid() in (0, root.st_uid)
+    is_member = sharing is not Sharing.PRIVATE and root.st_gid in (os.getegid(), *os.getgroups())
+    if not is_owner and not is_member:
+        return None
+    is_writer = not readonly and (is_owner or sharing is Sharing.GROUP)
+    for fault in _faults(files, sharing):
+        name = fault.path.name
+        is_needed = not readonly or name in _NEEDED_TO_READ or fault.status is root
+        if is_needed and not _is_usable(fault, write=is_writer or (name == _LOCK and not readonly)):
+            return _unusable(fault, directory, _PROMISES[sharing].format(group=_group(root.st_gid)))
+    return None
+
+
+def _faults(files: Iterable[_File], sharing: Sharing) -> Iterator[Fault]:
+    root = None
+    for file in files:
+        status = file.status
+        root = root or status
+        uid = status.st_uid if sharing is Sharing.GROUP else root.st_uid
+        gid = status.st_gid if sharing is Sharing.PRIVATE else root.st_gid
+        mode = _mode(file, sharing.modes)
+        if file.is_ours and (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) != (uid, gid, mode):
+            yield Fault(Path(file.path), status, uid, gid, mode)
+
+
+def _is_usable(fault: Fault, *, write: bool) -> bool:
+    path = fault.path
+    needed = os.R_OK | (os.X_OK if stat.S_ISDIR(fault.status.st_mode) else 0)
+    if os.access(path, needed | (os.W_OK if write else 0)):
+        return True
+    # Nobody can write on a read-only filesystem, whatever the mode; and a journal may be gone.
+    is_readonly = write and bool(os.statvfs(path).f_flag & os.ST_RDONLY) and os.access(path, needed)
+    return is_readonly or not os.path.lexists(path)
+
+
+def _unusable(fault: Fault, directory: str, promise: str) -> StoreReadOnly:
+    is_, doctor = fault.status, f"`backprompt-db doctor --fix --db {shlex.quote(directory)}`"
+    return StoreReadOnly(
+        f"{fault.path} belongs to {_owners(is_.st_uid, is_.st_gid)} with mode {stat.S_IMODE(is_.st_mode):04o}, "
+        f"and you are {_user(os.geteuid())}: {promise}",
+        hint=f"Run {fault.remedy}; {doctor} mends all such files.",
+    )
+
+
+def _files(directory: Path) -> Iterator[_File]:
+    """Yield the directory, then what has one of our names in it and in its store. What is inside a link is not ours."""
+    yield _File(str(directory), "", directory.stat())
+    yield from _known(directory)
+    if not (directory / _STORE).is_symlink():
+        yield from _known(directory / _STORE)
+
+
+def _known(folder: Path) -> Iterator[_File]:
+    with os.scandir(folder) as entries:
+        known = [entry for entry in entries if _is_known(entry.name)]
+    for entry in sorted(known, key=lambda entry: entry.name):
+        with contextlib.suppress(FileNotFoundError):  # a journal that is gone by now
+            yield _File(entry.path, entry.name, entry.stat(follow_symlinks=False))
+
+
+def _is_known(name: str) -> bool:
+    return name in _FOLDERS or name.startswith(_NAMES) or name.endswith(".lock")
+
+
+def _visible_files(directory: Path) -> list[_File]:
+    """Return as many of them as this user may look at; none where nothing is."""
+    files: list[_File] = []
+    with contextlib.suppress(OSError):
+        files.extend(_files(directory))  # and keeps what came before an error
+    return files
+
+
+def _mode(file: _File, modes: Modes) -> int:
+    if file.is_folder:
+        return modes.directory
+    is_lock = file.name == _LOCK or file.name.endswith(".lock")
+    return modes.lock if is_lock and not file.name.startswith(_CATALOG) else modes.file  # readers take no lock there
+
+
+def _owners(uid: int, gid: int) -> str:
+    return f"{_user(uid)}:{_group(gid)}"
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _group(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+MOUNTS = Path("/proc/self/mountinfo")
+"""The kernel's table of what is mounted where."""
+
+UNKNOWN = "unknown"
+"""The type of a filesystem that the table does not tell, or where there is no table."""
+
+_NETWORKS = frozenset(
+    {
+        "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
+        "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "fuse.beegfs", "fuse.ceph-fuse", "fuse.cephfs",
+        "fuse.davfs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs", "fuse.mountpoint-s3", "fuse.rclone",
+        "fuse.s3fs", "fuse.seaweedfs", "fuse.smbnetfs", "fuse.sshfs",
+    }
+)  # fmt: skip
+_SPECIAL = re.compile(rb"[ \t\n\\]")
+_SLASH = ord("/")
+_PLACE = 4
+"""The number of the field that says where something is mounted."""
+
+
+class _Mount(NamedTuple):
+    """A line of the table."""
+
+    id: bytes
+    parent_id: bytes
+    place: bytes
+    kind: bytes
+
+
+def require_local(directory: Path) -> None:
+    """Raise `UnsafeLocation` for a directory on a network filesystem, whether or not it exists yet."""
+    kind = filesystem_of(directory)
+    if kind in _NETWORKS:
+        raise UnsafeLocation(
+            f"{directory} is on a network filesystem ({kind}): locks and memory maps do not work between machines",
+            hint="Keep the database on a local disk: `backprompt-db export`, `import` and `merge` carry it between "
+            "machines, and `bp.open(private, base=...)` puts a local one in front of a team's.",
+        )
+
+
+def filesystem_of(path: Path) -> str:
+    """Return the type of the filesystem that a path is on, or would be on, as the kernel calls it.
+
+    The table is read each time: what is mounted may change while a process runs.
+    """
+    place = os.fsencode(os.path.realpath(path))
+    # Walked as the kernel does, from mount to mount: a longer place may lie hidden below what was mounted later.
+    found, mounts = None, _mounts_on_the_way(place)
+    while (inner := _first_inside(found, mounts)) is not None:
+        mounts.remove(inner)
+        found = inner
+    return UNKNOWN if found is None else found.kind.decode(errors="backslashreplace")
+
+
+def _mounts_on_the_way(place: bytes) -> list[_Mount]:
+    """Return what is mounted on the directories that a path goes through."""
+    ways = {b"/", _escaped(place)}
+    ways.update(_escaped(place[:end]) for end in range(1, len(place)) if place[end] == _SLASH)
+    try:
+        lines = MOUNTS.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    fields = [line.split(b" ", _PLACE + 1) for line in lines]
+    return [_mount(found) for found in fields if len(found) > _PLACE + 1 and found[_PLACE] in ways]
+
+
+def _mount(fields: Sequence[bytes]) -> _Mount:
+    # Between the place and the type stand options, and any number of fields of which a lone dash is the end.
+    _, _, kind = fields[_PLACE + 1].partition(b" - ")
+    return _Mount(fields[0], fields[1], fields[_PLACE], kind.partition(b" ")[0])
+
+
+def _first_inside(outer: _Mount | None, mounts: Iterable[_Mount]) -> _Mount | None:
+    """Return which mount the path enters next: of those that are mounted on `outer`, the one that it meets first."""
+    if outer is not None:
+        inside = [mount for mount in mounts if mount.parent_id == outer.id]
+    else:  # the outermost one is mounted on what this process cannot see
+        ids = {mount.id for mount in mounts if mount.id != mount.parent_id}
+        inside = [mount for mount in mounts if mount.parent_id not in ids]
+    return min(inside, key=lambda mount: len(mount.place), default=None)
+
+
+def _escaped(name: bytes) -> bytes:
+    """Return a name as the table writes it."""
+    return _SPECIAL.sub(lambda found: b"\\%03o" % ord(found[0]), name)

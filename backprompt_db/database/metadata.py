@@ -1,0 +1,112 @@
+"""What catalogs remember of models, their files, strings and prompts. Best effort: it can all be found out again."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from backprompt_db.errors import CatalogError
+
+if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
+    from backprompt_db.catalog import Catalog, CutsRecord, GreedyPath, ModelRecord, Source, TokenizerRecord
+    from backprompt_db.catalog.records import Known
+    from backprompt_db.database.resources import Resources
+    from backprompt_db.prompt.ids import Address, TokenizerId
+    from backprompt_db.store.records import Digest
+
+    _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
+    _Read = TypeVar("_Read")
+
+    Signed = ModelRecord | Source | CutsRecord | GreedyPath
+    """What has a signature, because it decides what is computed and what is found.
+
+    Whoever could forge it could have one model answer with another one's values.
+    """
+
+logger = logging.getLogger(__name__)
+
+
+class ModelMetadata:
+    """What the catalog of a database remembers, read also from that of the database below it.
+
+    With a secret, records are signed; unsigned ones are ignored. `seal` is the keyed digest that signs them.
+    """
+
+    def __init__(self, resources: Resources, *, seal: Digest | None) -> None:
+        self._resources = resources
+        self._seal = seal
+
+    def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
+        """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or is forged."""
+        for catalog in (self._resources.catalog, self._resources.base_catalog):
+            found = None if catalog is None else _read(catalog, read)
+            if found is not None and not _is_empty(found) and self._is_genuine(found):
+                return found
+        return None
+
+    def greedy_paths(self, addresses: Collection[Address]) -> dict[Address, tuple[int, ...]]:
+        """Return the likeliest tokens after prompts that end with these representations, as far as they are known."""
+        paths: dict[Address, tuple[int, ...]] = {}
+        for catalog in (self._resources.base_catalog, self._resources.catalog):
+            found = None if catalog is None else _read(catalog, lambda catalog: catalog.greedy_paths(addresses))
+            paths |= {path.address: path.token_ids for path in (found or {}).values() if self._is_genuine(path)}
+        return paths
+
+    def save(self, *records: Known) -> None:
+        """Save records, all in one transaction."""
+        try:
+            if self._resources.catalog is not None and not self._resources.readonly:
+                self._resources.catalog.save(*map(self._signed, records))
+        except CatalogError as error:
+            logger.warning("the catalog missed a record: %s", error)
+
+    def describe(self, tokenizer_id: TokenizerId, description: Callable[[], TokenizerRecord]) -> None:
+        """Save what is to be said of a tokenizer, unless it was said before. Calling `description` takes a while."""
+        catalog = self._resources.catalog
+        if catalog is not None and not self._resources.readonly:
+            is_described = _read(catalog, lambda catalog: catalog.has_definition(tokenizer_id))
+            if is_described is False:
+                self.save(description())
+
+    def _is_genuine(self, found: Signed) -> bool:
+        """Whether the signature is that of just this record."""
+        if self._seal is None:
+            return True
+        return found.signature is not None and hmac.compare_digest(found.signature, _signature(found, self._seal))
+
+    def _signed(self, record: Known) -> Known:
+        """Return the record with a signature that only those can make who have the secret.
+
+        What is said of a tokenizer is for people to read, and has none.
+        """
+        from backprompt_db.catalog import TokenizerRecord
+
+        if self._seal is None or isinstance(record, TokenizerRecord):
+            return record
+        return replace(record, signature=_signature(record, self._seal))
+
+
+def _is_empty(found: ModelRecord | Source | CutsRecord) -> bool:
+    """Whether nothing is known of a model but that there are representations: the catalog below may know more."""
+    return getattr(found, "verdict", None) == "unchecked"
+
+
+def _read(catalog: Catalog, read: Callable[[Catalog], _Read]) -> _Read | None:
+    try:
+        return read(catalog)
+    except CatalogError as error:
+        logger.warning("the catalog cannot be read: %s", error)
+        return None
+
+
+_CONTEXT = b"backprompt-db/catalog/1\0"
+
+
+def _signature(record: Signed, digest: Digest) -> bytes:
+    fields: dict[str, Any] = {name: value for name, value in asdict(record).items() if name != "signature"}
+    content = json.dumps([type(record).__name__, fields], sort_keys=True, default=bytes.hex)
+    return digest(_CONTEXT, content.encode(errors="surrogatepass"))

@@ -1,0 +1,171 @@
+"""Whether completions are what a model itself would go on with, token by token, along with their log-probabilities.
+
+What it goes on with after a prompt, the likeliest token each time, is the prompt's greedy path. It is looked at only as
+far as it agrees with a completion: most disagree in their first token, which the logits after the prompt show, and a
+token more likely than all others together needs no look.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from backprompt_db.catalog import GreedyPath
+from backprompt_db.compute.answers import completion_segments
+from backprompt_db.compute.inference.forward import evaluation, logits_of
+from backprompt_db.compute.inference.kv_cache import KVShape, assemble
+from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.text import Text
+
+if TYPE_CHECKING:
+    from backprompt_db.compute.addresses import Addresses
+    from backprompt_db.compute.engine import Engine
+    from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.compute.prefill import Need, Wanted
+    from backprompt_db.database.database import Database
+    from backprompt_db.prompt.ids import Address
+
+
+_SCORES, _KV = frozenset({Part.SCORES}), frozenset({Part.KV})
+_TO_FOLLOW = frozenset({Part.LOGITS, Part.KV})
+
+_SURELY_LIKELIEST = math.log(0.501)
+"""A token with more than half of the probability is the likeliest; rounding does not reach as far as this."""
+
+Paths = Mapping[Segment, tuple[int, ...]]
+"""The beginnings of greedy paths, by the last segment of the prompt; an empty one says that nothing is known of it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Followed:
+    """What was found of one completion after its own prompt."""
+
+    token_ids: tuple[int, ...]
+    token_logprobs: npt.NDArray[np.float32]
+    """float32 [T]: natural log-probability of each token."""
+    is_greedy: bool | None
+    """Whether each token is the likeliest one in its place; None where that was not asked for."""
+
+
+def follow(
+    engine: Engine,
+    pairs: Sequence[tuple[Text, Text]],
+    *,
+    paths: MutableMapping[Segment, tuple[int, ...]],
+    namespace: str,
+) -> list[Followed]:
+    """Return what is found of each pair of a prompt and a completion; all that is missing is computed together.
+
+    `paths` has what is known of the greedy paths of those prompts for which it matters, and more of them afterwards. Of
+    completions, and of the last segment of a prompt, only scores are stored: that one usually is a question, and what
+    is asked in its place has other tokens. Raises `PromptError` where nothing predicts a completion's first token.
+    """
+    endings = [completion_segments([prompt], [completion], namespace=namespace)[0] for prompt, completion in pairs]
+    tips = [ending[0].parents[0] for ending in endings]
+    wanted = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
+    asked = {tip: wanted.get(tip, frozenset()) | _TO_FOLLOW for tip in tips if paths.get(tip) == ()}
+    keep = _kept(tips) | wanted
+    found, _ = engine.represent(wanted | asked, keep=keep)
+    paths.update({tip: (int(found[tip, Part.LOGITS]["logits"].torch().argmax()),) for tip in asked})
+    scored = [_scored(found, ending) for ending in endings]
+    for tip, (ids, logprobs) in zip(tips, scored, strict=True):
+        if _is_open(paths, tip, ids) and _is_sure(logprobs[len(paths[tip]) :]):
+            paths[tip] = ids
+    unknown = [(tip, ids) for tip, (ids, _) in zip(tips, scored, strict=True) if _is_open(paths, tip, ids)]
+    if unknown:
+        _walk(engine, unknown, paths, found, keep=keep)
+    return [
+        Followed(ids, logprobs, paths[tip][: len(ids)] == ids if tip in paths else None)
+        for tip, (ids, logprobs) in zip(tips, scored, strict=True)
+    ]
+
+
+def _kept(tips: Iterable[Segment]) -> dict[Segment, frozenset[Part]]:
+    """Return what is stored of the last segments of prompts: of those that other prompts go on from, everything."""
+    followed = {parent for segment in ancestry(tips) for parent in segment.parents}
+    return {tip: _SCORES for tip in tips if tip not in followed}
+
+
+def _scored(found: Mapping[Need, Arrays], ending: Sequence[Segment]) -> tuple[tuple[int, ...], npt.NDArray[np.float32]]:
+    scores = [found[segment, Part.SCORES] for segment in ending]
+    ids = np.concatenate([part["input_ids"].numpy() for part in scores])
+    logprobs = np.concatenate([part["token_logprobs"].numpy() for part in scores])
+    return tuple(ids.tolist()), logprobs.astype(np.float32, copy=False)
+
+
+def _is_open(paths: Paths, tip: Segment, ids: tuple[int, ...]) -> bool:
+    """Whether a path says nothing of whether it goes on with `ids`: all that is known of it is a beginning of them."""
+    path = paths.get(tip)
+    return path is not None and len(path) < len(ids) and ids[: len(path)] == path
+
+
+def _is_sure(logprobs: npt.NDArray[np.float32]) -> bool:
+    """Whether each of these tokens is certainly the likeliest one."""
+    return bool((logprobs > _SURELY_LIKELIEST).all())
+
+
+def _walk(
+    engine: Engine,
+    completions: Sequence[tuple[Segment, tuple[int, ...]]],
+    paths: MutableMapping[Segment, tuple[int, ...]],
+    found: Mapping[Need, Arrays],
+    *,
+    keep: Wanted,
+) -> None:
+    """Extend each prompt's path by one pass over a completion, up to the first token that is not the likeliest."""
+    runner = engine.prove()  # first: all may be found of a model whose files are others by now
+    needed = {segment: _KV for segment in ancestry(tip for tip, _ in completions) if (segment, Part.KV) not in found}
+    kv = {**found, **engine.represent(needed, keep=keep)[0]}
+    for tip, ids in completions:
+        if _is_open(paths, tip, ids):  # another completion may have shown it meanwhile
+            likeliest = _likeliest(runner, [kv[segment, Part.KV] for segment in ancestry([tip])], ids[:-1])
+            path = (paths[tip][0], *likeliest)
+            num_same = next((n for n, token in enumerate(ids) if path[n] != token), len(ids) - 1)
+            paths[tip] = path[: num_same + 1]
+
+
+def _likeliest(runner: ModelRunner, kv: Sequence[Arrays], ids: Sequence[int]) -> list[int]:
+    """Return the likeliest token after each of `ids`, which follow what has these keys and values."""
+    num_tokens = sum(arrays["keys"].shape[2] for arrays in kv)
+    cache = assemble(KVShape.of(kv[0]), kv, capacity=num_tokens + len(ids), device=runner.device).cache()
+    with evaluation(runner.model):
+        output = runner.model(
+            input_ids=torch.tensor([ids], device=runner.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    runner.num_calls += 1
+    likeliest: list[int] = logits_of(output).argmax(-1).tolist()
+    return likeliest
+
+
+class GreedyPaths:
+    """The greedy paths that a database knows, and those that were found since."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._unsaved: dict[Address, tuple[int, ...]] = {}
+        """Where nothing can be saved, as in memory."""
+
+    def known(self, tips: Iterable[Segment], names: Addresses) -> dict[Segment, tuple[int, ...]]:
+        """Return the path after each of these last segments of prompts, empty where nothing is known of it."""
+        addresses = {tip: names.address(tip) for tip in tips}
+        recalled = self._db.model_metadata.greedy_paths(set(addresses.values())) | self._unsaved
+        return {tip: recalled.get(address, ()) for tip, address in addresses.items()}
+
+    def save(
+        self, paths: Mapping[Segment, tuple[int, ...]], names: Addresses, *, known: Mapping[Segment, tuple[int, ...]]
+    ) -> None:
+        """Save the paths that say more than those that were known."""
+        new = {names.address(tip): path for tip, path in paths.items() if len(path) > len(known[tip])}
+        if self._db.catalog is None or self._db.readonly:
+            self._unsaved |= new
+        elif new:
+            self._db.model_metadata.save(*(GreedyPath(address, path) for address, path in new.items()))

@@ -1,0 +1,1 @@
+"""Bundles: representations on their way from one database to another."""

@@ -1,0 +1,141 @@
+"""Reindexing: making the catalog agree with the store, from which all of it can be derived."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sqlite3
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backprompt_db.database.config import sharing_of
+from backprompt_db.database.database import Database
+from backprompt_db.database.opening import CATALOG, open_catalog
+from backprompt_db.database.reconcile import Reindexing, reconcile
+from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
+from backprompt_db.store.locks import exclusive_lock
+
+if TYPE_CHECKING:
+    from backprompt_db.store.contract import Store
+
+
+_LOCK = "reindex.lock"
+_SIDE_FILES = ("", "-journal", "-wal", "-shm")
+"""A journal left behind would be played back into the new catalog."""
+
+_PASSING = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+    }
+)
+"""Failures that say nothing about the file."""
+
+
+def reindex(db: Database) -> Reindexing:
+    """Enter what the catalog lacks, forget what the store lacks; hits, pins and labels of the rest are kept.
+
+    A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names,
+    counts) is lost. Files that are made have the permissions that the database is shared with. What is entered counts
+    as created now. One that is killed can be repeated, and goes on where it was. Memory does not grow with the size of
+    the database.
+
+    Of a part, only what it was computed from is read: `verify` is what finds damage in its arrays.
+
+    Raises `StoreReadOnly` for a database that may not be written to, `StoreLocked` while another process reindexes it,
+    `CatalogTooNew` for a catalog of a newer version, and `CatalogError` when the catalog is locked or the disk full.
+    """
+    path = _writable_directory(db) / CATALOG
+    modes = sharing_of(path.parent).modes
+    with _alone(path.parent, mode=modes.lock):
+        try:
+            return _reconcile(db.store, path, mode=modes.file, moved_aside=None)
+        except CatalogError as error:
+            if not _is_damage(error):
+                raise
+        return _reconcile(db.store, path, mode=modes.file, moved_aside=_move_aside(path))
+
+
+def _writable_directory(db: Database) -> Path:
+    if db.directory is None:
+        raise CatalogError("a database in memory has no catalog", hint="Open a database in a directory.")
+    if db.readonly:
+        raise StoreReadOnly(f"{db.directory} may only be read", hint="Reindex it as a user who may write to it.")
+    return db.directory
+
+
+@contextlib.contextmanager
+def _alone(directory: Path, *, mode: int) -> Iterator[None]:
+    """Keep a second process from moving aside what the first has just rebuilt."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(directory / _LOCK, mode=mode, timeout_seconds=0))
+        except StoreLocked:
+            raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
+        yield
+
+
+def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:
+    from backprompt_db.catalog import Catalog
+
+    with Catalog.open(path, mode=mode) as catalog:
+        _check_integrity(path)
+        return replace(reconcile(store, catalog), moved_aside=moved_aside)
+
+
+def _check_integrity(path: Path) -> None:
+    """Raise `CatalogError` for damage that the queries of a reindexing need not meet."""
+    from backprompt_db.catalog.connection import catalog_errors
+
+    with catalog_errors(path), contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
+        verdict = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise CatalogError(f"the catalog {path} is damaged: {verdict}", hint="Run `backprompt-db reindex`.")
+
+
+def _is_damage(error: CatalogError) -> bool:
+    cause = getattr(error.__cause__, "orig", None) or error.__cause__
+    if isinstance(error, CatalogTooNew) or isinstance(cause, OSError):
+        return False
+    # The low byte is the kind of error; the bytes above it say where in SQLite it arose.
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF not in _PASSING
+
+
+def _move_aside(path: Path) -> Path:
+    timestamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    aside = path.with_name(f"{path.name}.damaged-{timestamp}")
+    for suffix in _SIDE_FILES:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{path}{suffix}").replace(f"{aside}{suffix}")
+    return aside
+
+
+_KEEPING_UP_SECONDS = 2.0
+
+
+def update_index(directory: Path) -> Iterator[int]:
+    """Make the index, or bring it up to date, some texts at a time; yield how many are left, until none are.
+
+    Raises `CatalogError` for a catalog that cannot be written to or read.
+    """
+    from backprompt_db.catalog import Catalog
+
+    open_catalog(directory).close()  # which neither makes a catalog nor upgrades one
+    with Catalog.open(directory / CATALOG) as catalog:
+        yield from catalog.index_texts()
+
+
+def keep_up_index(directory: Path) -> None:
+    """Add to the index what was recorded since, for two seconds at most, where one may write."""
+    deadline = time.monotonic() + _KEEPING_UP_SECONDS
+    with contextlib.suppress(CatalogError):
+        for _ in itertools.takewhile(lambda _: time.monotonic() < deadline, update_index(directory)):
+            pass

@@ -1,0 +1,325 @@
+"""What a database holds and what it did, in numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from backprompt_db.database.counters import NAMES_IN_CATALOG
+from backprompt_db.database.opening import CATALOG, manifest_of, open_store
+from backprompt_db.errors import CatalogError
+from backprompt_db.operations.disk_usage import room_of
+from backprompt_db.prompt.ids import Address, WeightsId
+from backprompt_db.prompt.representation import Part
+
+_NUM_INCIDENTS = 10
+
+_Group = TypeVar("_Group")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activity:
+    """What all processes have counted since the catalog was made. Parts are counted by the tier that had them."""
+
+    num_memory_hits: int
+    num_disk_hits: int
+    num_base_hits: int
+    num_part_misses: int
+    """Parts that were asked for and were nowhere."""
+    num_computed_tokens: int
+    computed_seconds: float
+    num_evicted: int
+    """Parts."""
+    num_evicted_nbytes: int
+    num_quarantined: int
+    """Parts that were damaged or malformed."""
+    num_read_failures: int
+    num_write_failures: int
+    num_waits: int
+    """Computations of other processes that were waited for instead of being repeated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUsage:
+    """What is stored of one model."""
+
+    weights_id: WeightsId
+    name: str
+    """`""` where only its representations are known."""
+    num_representations: int
+    nbytes: Mapping[Part, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceUsage:
+    """What is stored in one namespace."""
+
+    namespace: str
+    """`""` for the default one."""
+    num_representations: int
+    nbytes: Mapping[Part, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """One thing that went wrong."""
+
+    at: float
+    """POSIX seconds."""
+    age_seconds: float
+    """0 for what a clock that was fast has dated into the future."""
+    kind: str
+    address: Address | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Sums over a database, or over one namespace of it. What cannot be known at the moment is None."""
+
+    directory: Path
+    namespace: str | None
+    """The one that sums are restricted to; None for all."""
+    format: int
+    fidelity: str
+    created_at: str
+    """UTC, ISO 8601."""
+    num_representations: int
+    num_segments: int | None
+    """Segments that have at least one representation."""
+    num_models: int | None
+    num_tokens: int | None
+    nbytes: Mapping[Part, int]
+    """Stored bytes of every part, 0 where there are none."""
+    num_hits: int | None
+    """Uses of what is stored now; what was evicted takes its uses along."""
+    saved_seconds: float | None
+    """These uses times what the computation had taken."""
+    by_model: Sequence[ModelUsage] | None
+    """The largest first; None for a single namespace, too."""
+    by_namespace: Sequence[NamespaceUsage] | None
+    live_nbytes: int | None
+    """Bytes of the store's pages in use, which is what the limit is about."""
+    file_nbytes: int
+    """Bytes of all files in the directory."""
+    max_nbytes: int | None
+    """The limit."""
+    fullness: float | None
+    """Live bytes as a share of the limit."""
+    activity: Activity | None
+    incidents: Sequence[Incident] | None
+    """The newest 10, the last one first."""
+    catalog_problem: str | None
+    """Why the sums were counted in the store instead of being read from the catalog; None when they were read."""
+    store_problem: str | None
+    config_problem: str | None
+
+
+def gather(directory: Path, *, namespace: str | None = None) -> Stats:
+    """Sum up the database in `directory`, or one namespace of it; raises `UnsafeLocation` where there is none.
+
+    Without a usable catalog the keys of the store are counted, which takes longer and tells less. Raises `CatalogError`
+    for a namespace then: keys do not tell theirs.
+    """
+    manifest = manifest_of(directory)
+    return Stats(
+        directory=directory,
+        namespace=namespace,
+        format=manifest.format,
+        fidelity=manifest.fidelity,
+        created_at=manifest.created_at,
+        **asdict(room_of(directory)),
+        **_contents(directory, namespace),
+    )
+
+
+def _contents(directory: Path, namespace: str | None) -> dict[str, Any]:
+    try:
+        return _from_catalog(directory / CATALOG, namespace)
+    except CatalogError as error:
+        if namespace is not None:
+            raise
+        return _from_store(directory) | {"catalog_problem": error.message}
+
+
+def _from_catalog(path: Path, namespace: str | None) -> dict[str, Any]:
+    total = sums(path, namespace=namespace)
+    is_whole = namespace is None
+    return {
+        "num_representations": total.num_representations,
+        "num_segments": total.num_segments,
+        "num_models": total.num_models,
+        "num_tokens": total.num_tokens,
+        "nbytes": total.nbytes,
+        "num_hits": total.num_hits,
+        "saved_seconds": total.saved_seconds,
+        "by_model": _by_model(path) if is_whole else None,
+        "by_namespace": _by_namespace(path) if is_whole else None,
+        "activity": _activity(counts(path)),
+        "incidents": _incidents(path, now=time.time()),
+        "catalog_problem": None,
+    }
+
+
+def _from_store(directory: Path) -> dict[str, Any]:
+    nbytes = Counter(dict.fromkeys(Part, 0))
+    num_representations, last = 0, b""
+    with contextlib.closing(open_store(directory)) as store:
+        for key, size in store.keys():
+            nbytes[key.part] += size
+            num_representations += key.address != last
+            last = key.address
+    unknown = ("num_segments", "num_models", "num_tokens", "num_hits", "saved_seconds", "by_model", "by_namespace")
+    return {
+        "num_representations": num_representations,
+        "nbytes": dict(nbytes),
+        **dict.fromkeys((*unknown, "activity", "incidents")),
+    }
+
+
+def _by_model(path: Path) -> list[ModelUsage]:
+    names = _model_names(path)
+    return [
+        ModelUsage(
+            weights_id=weights_id,
+            name=names.get(weights_id, ""),
+            num_representations=found.num_representations,
+            nbytes=found.nbytes,
+        )
+        for weights_id, found in _largest_first(sums_by_model(path))
+    ]
+
+
+def _by_namespace(path: Path) -> list[NamespaceUsage]:
+    return [
+        NamespaceUsage(namespace=namespace, num_representations=found.num_representations, nbytes=found.nbytes)
+        for namespace, found in _largest_first(sums_by_namespace(path))
+    ]
+
+
+def _largest_first(found: Mapping[_Group, GroupSums]) -> list[tuple[_Group, GroupSums]]:
+    return sorted(found.items(), key=lambda item: sum(item[1].nbytes.values()), reverse=True)
+
+
+def _model_names(path: Path) -> dict[bytes, str]:
+    """Return what models are called, best effort: nothing else depends on it."""
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection,
+    ):
+        return dict(connection.execute("SELECT weights_id, name FROM models"))
+    return {}
+
+
+def _activity(found: Mapping[str, float]) -> Activity:
+    counted = {each.name: found.get(NAMES_IN_CATALOG[each.name], 0) for each in fields(Activity)}
+    whole: dict[str, Any] = {
+        name: number if name.endswith("seconds") else int(number) for name, number in counted.items()
+    }
+    return Activity(**whole)
+
+
+def _incidents(path: Path, *, now: float) -> list[Incident]:
+    return [
+        Incident(
+            at=at,
+            age_seconds=max(0.0, now - at),
+            kind=kind,
+            address=None if address is None else Address(address),
+            detail=detail,
+        )
+        for at, kind, address, detail in events(path, limit=_NUM_INCIDENTS)
+    ]
+
+
+_TIMEOUT_SECONDS = 5.0
+
+_COUNTS = """
+    coalesce(sum(num_representations), 0), coalesce(sum(scores_nbytes), 0), coalesce(sum(logits_nbytes), 0),
+    coalesce(sum(kv_nbytes), 0)
+"""
+_TOTALS = f"""
+    SELECT {_COUNTS}, (SELECT coalesce(sum(num_segments), 0) FROM namespaces WHERE ?1 IS NULL OR name = ?1),
+        count(DISTINCT weights_id), coalesce(sum(num_tokens), 0), coalesce(sum(num_hits), 0), total(saved_seconds)
+    FROM sums WHERE ?1 IS NULL OR namespace = ?1
+"""  # noqa: S608 - constants
+_BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Sums over all representations."""
+
+    num_representations: int
+    nbytes: dict[Part, int]
+    num_segments: int
+    num_models: int
+    num_tokens: int
+    num_hits: int
+    saved_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSums:
+    """Sums over the representations of one model, or of one namespace."""
+
+    num_representations: int = 0
+    nbytes: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(Part, 0))
+
+
+def sums(path: Path, *, namespace: str | None = None) -> Sums:
+    """Return the sums over all representations in the catalog at `path`, or over those of a namespace.
+
+    Raises `CatalogError` if it is unusable.
+    """
+    [(count, scores, logits, kv, *others)] = _rows(path, _TOTALS, namespace)
+    return Sums(count, _nbytes(scores, logits, kv), *others)
+
+
+def sums_by_model(path: Path) -> dict[WeightsId, GroupSums]:
+    """Return the sums of each model that has representations; raises `CatalogError` if the catalog is unusable."""
+    return {WeightsId(weights_id): found for weights_id, found in _by(path, "weights_id").items()}
+
+
+def sums_by_namespace(path: Path) -> dict[str, GroupSums]:
+    """Return the sums of each namespace that has representations; raises `CatalogError` if the catalog is unusable."""
+    return _by(path, "namespace")
+
+
+def counts(path: Path) -> dict[str, float]:
+    """Return what was counted over all processes, by name; raises `CatalogError` if the catalog is unusable."""
+    return dict(_rows(path, "SELECT name, value FROM counts ORDER BY name"))
+
+
+def events(path: Path, *, limit: int) -> list[tuple[float, str, bytes | None, str]]:
+    """Return time, kind, address and detail of the newest events; raises `CatalogError` if it is unusable."""
+    return list(_rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT ?", limit))
+
+
+def _by(path: Path, column: str) -> dict[Any, GroupSums]:
+    return {
+        key: GroupSums(count, _nbytes(scores, logits, kv))
+        for count, scores, logits, kv, key in _rows(path, _BY.format(counts=_COUNTS, column=column))
+    }
+
+
+def _nbytes(scores: int, logits: int, kv: int) -> dict[Part, int]:
+    return {Part.SCORES: scores, Part.LOGITS: logits, Part.KV: kv}
+
+
+def _rows(path: Path, query: str, *values: object) -> Sequence[tuple[Any, ...]]:
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
+            return connection.execute(query, values).fetchall()
+    except sqlite3.Error as error:
+        raise CatalogError(
+            f"the catalog {path} failed: {error}",
+            hint="Run `backprompt-db reindex`: it upgrades the catalog, or rebuilds it from the store.",
+        ) from error

@@ -1,0 +1,350 @@
+"""Why a text is answered from the database, or is not: what `text.explain()` returns."""
+
+from __future__ import annotations
+
+import enum
+import html
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
+from backprompt_db.prompt.representation import Part
+from backprompt_db.views.formatting import age, duration, shortened, size, visible
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from backprompt_db.prompt.ids import Address
+    from backprompt_db.prompt.segments import Seam
+
+
+class Place(enum.Enum):
+    """Where a part was found. The value is its name in tables and JSON."""
+
+    MEMORY = "memory"
+    """Still queued for writing, or kept by the memory tier."""
+    DISK = "disk"
+    BASE = "base"
+    """In the database below, of a layered one."""
+
+
+class Reason(enum.Enum):
+    """Why something must be computed. The value is its name in JSON."""
+
+    NEVER_SEEN = "never-seen"
+    """As far as the catalog goes back."""
+    OTHER_MODEL = "other-model"
+    """The same segment was computed with other weights, or in another dtype."""
+    OTHER_TOKENIZER = "other-tokenizer"
+    """The same segment was computed with the same weights and another tokenizer."""
+    OTHER_PARENTS = "other-parents"
+    """The same string was computed in another place: after something else, or at another start."""
+    EVICTED = "evicted"
+    QUARANTINED = "quarantined"
+    """It was damaged, and removed."""
+    NOT_KEPT = "not-kept"
+    """Other parts of it were kept: of a completion that was scored, scores alone."""
+    LOST = "lost"
+    """The catalog lists it, and it is not in the store."""
+    UNKNOWN = "unknown"
+    """Only a catalog would know, and there is none that can be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenUnder:
+    """A model and a tokenizer that a segment was computed with."""
+
+    model_name: str | None
+    """None where only its representations are known."""
+    dtype: str | None
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where two prompts, each joined up to the same string at its end, begin to differ."""
+
+    at: int
+    """Characters that are the same before."""
+    before: str
+    """The last of them."""
+    stored: str
+    """How the stored prompt goes on."""
+    given: str
+    """How the one that is explained goes on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Miss:
+    """Why parts of a segment must be computed."""
+
+    needed: tuple[Part, ...]
+    """Those that running the text needs and that are not there."""
+    reason: Reason
+    at: float | None = None
+    """When it was evicted or quarantined, POSIX seconds."""
+    detail: str | None = None
+    """What was wrong with what was quarantined."""
+    seen_under: tuple[SeenUnder, ...] = ()
+    """The models and tokenizers under which it was computed."""
+    difference: Difference | None = None
+    """To the nearest stored prompt with this string in another place; None if that has the same characters.
+
+    Then its pieces, its starts or its branches are other ones.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentExplanation:
+    """One segment of a text: where it was found, or why it must be computed."""
+
+    text: str
+    parents: tuple[int, ...]
+    """The segments that it directly follows, by their numbers in the explanation, from 0."""
+    start: int | None
+    segment_id: SegmentId
+    address: Address
+    places: Mapping[Part, Place]
+    """Where each part is that is there."""
+    nbytes: Mapping[Part, int]
+    """Their sizes."""
+    num_tokens: int | None
+    """None where only the tokenizer would know, and it is not at hand."""
+    seconds: float | None
+    """What computing it took, or would take at the rate that was recorded last for the model; None if unknown."""
+    miss: Miss | None
+    """None where all is there that running the text needs of it."""
+
+    @property
+    def is_found(self) -> bool:
+        """Whether nothing of it must be computed."""
+        return self.miss is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What running a text would find, and what it would compute and why. Printed, it is a table.
+
+    It is about a run: `lm(text)` wants the scores of each segment, and the logits of the last one.
+    """
+
+    model_name: str | None
+    dtype: str | None
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+    namespace: str
+    segments: tuple[SegmentExplanation, ...]
+    """Parents before children, in the order written."""
+    seams: tuple[Seam, ...] | None
+    """Those that change tokens; None where the tokenizer is not at hand."""
+    num_cached_tokens: int | None
+    num_missing_tokens: int | None
+    nbytes: int
+    """Of all parts that are there."""
+    saved_seconds: float | None
+    """What computing the segments that are found took."""
+    needed_seconds: float | None
+    """What computing the others would take, about."""
+
+    def __rich__(self) -> Group:
+        """What rich prints: the table, and what is to be said of all."""
+        from backprompt_db.prompt.explanation import terminal_view
+
+        return terminal_view(self)
+
+    def __str__(self) -> str:
+        from backprompt_db.prompt.explanation import plain_view
+
+        return plain_view(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from backprompt_db.prompt.explanation import html_view
+
+        return html_view(self)
+
+
+_COLUMNS = ("", "segment", "found", "tokens", "bytes", "seconds")
+_RIGHT = frozenset({"tokens", "bytes", "seconds"})
+_NUM_TEXT_CHARACTERS = 60
+_NUM_SEAM_CHARACTERS = 20
+_NUM_SEEN = 3
+_NUM_ID_DIGITS = 8
+_UNKNOWN = "?"
+
+
+def terminal_view(explanation: Explanation) -> Group:
+    """Return what rich prints."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in _COLUMNS:
+        is_long = name in {"segment", "found"}
+        table.add_column(
+            name,
+            no_wrap=not is_long,
+            justify="right" if name in _RIGHT else "left",
+            min_width=10 if is_long else None,
+            overflow="fold",
+        )
+    for number, segment in enumerate(explanation.segments):
+        table.add_row(*(Text(cell) for cell in _cells(number, segment)), style="" if segment.is_found else "yellow")
+    return Group(table, "", *(Text(line) for line in _remarks(explanation)))
+
+
+def plain_view(explanation: Explanation) -> str:
+    """Return the table as text without colours, as wide as the terminal."""
+    from rich.console import Console
+
+    console = Console(color_system=None, force_terminal=False, highlight=False)
+    with console.capture() as captured:
+        console.print(terminal_view(explanation))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def html_view(explanation: Explanation) -> str:
+    """Return an HTML table. Whatever texts and names hold is shown and means nothing."""
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    rows = "".join(_html_row(number, segment) for number, segment in enumerate(explanation.segments))
+    remarks = html.escape("\n".join(_remarks(explanation)))
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><pre>{remarks}</pre>"
+
+
+def _html_row(number: int, segment: SegmentExplanation) -> str:
+    style = "" if segment.is_found else ' style="background: rgba(255, 170, 0, 0.2)"'
+    aligned = (
+        f'<td style="text-align: {"right" if name in _RIGHT else "left"}">{html.escape(cell)}</td>'
+        for name, cell in zip(_COLUMNS, _cells(number, segment), strict=True)
+    )
+    return f"<tr{style}>{''.join(aligned)}</tr>"
+
+
+def _cells(number: int, segment: SegmentExplanation) -> tuple[str, ...]:
+    return (
+        str(number),
+        visible(shortened(segment.text, num_characters=_NUM_TEXT_CHARACTERS)),
+        visible(_found(segment)),
+        _number(segment.num_tokens),
+        size(sum(segment.nbytes.values())),
+        _seconds(segment.seconds),
+    )
+
+
+def _found(segment: SegmentExplanation) -> str:
+    reason = [] if segment.miss is None else [why(segment.miss)]
+    return "; ".join(reason + [f"{place.value}: {_names(parts)}" for place, parts in _by_place(segment).items()])
+
+
+def _by_place(segment: SegmentExplanation) -> dict[Place, list[Part]]:
+    parts: dict[Place, list[Part]] = {}
+    for part, place in segment.places.items():
+        parts.setdefault(place, []).append(part)
+    return parts
+
+
+def why(miss: Miss) -> str:
+    """Return the reason of a miss in words, with how long ago that was."""
+    needed = _names(miss.needed)
+    when = "" if miss.at is None else f" {age(miss.at, now=time.time())} ago"
+    match miss.reason:
+        case Reason.NEVER_SEEN:
+            return "never seen"
+        case Reason.OTHER_MODEL:
+            return f"seen under {_models(miss.seen_under)}"
+        case Reason.OTHER_TOKENIZER:
+            ids = (under.tokenizer_id.hex()[:_NUM_ID_DIGITS] for under in miss.seen_under)
+            return f"seen under another tokenizer ({_some(list(dict.fromkeys(ids)))})"
+        case Reason.OTHER_PARENTS:
+            return "seen after other parents" + (f", under {_models(miss.seen_under)}" if miss.seen_under else "")
+        case Reason.EVICTED:
+            return f"{needed} evicted{when}"
+        case Reason.QUARANTINED:
+            return f"{needed} quarantined{when}: {miss.detail}"
+        case Reason.NOT_KEPT:
+            return f"{needed} not kept"
+        case Reason.LOST:
+            return f"{needed} lost: the catalog lists what the store has not"
+        case Reason.UNKNOWN:
+            return "not there, and there is no catalog to say why"
+
+
+def _models(seen: tuple[SeenUnder, ...]) -> str:
+    named = [
+        f"{under.model_name or 'another model'} ({under.dtype or 'unknown dtype'},"
+        f" {under.weights_id.hex()[:_NUM_ID_DIGITS]})"
+        for under in seen
+    ]
+    return _some(list(dict.fromkeys(named)))
+
+
+def _some(names: list[str]) -> str:
+    more = [f"and {len(names) - _NUM_SEEN} more"] if len(names) > _NUM_SEEN else []
+    return ", ".join(names[:_NUM_SEEN] + more)
+
+
+def _differences(explanation: Explanation) -> Iterator[str]:
+    """Yield where segments that were seen after other parents differ from the nearest stored prompt."""
+    for number, segment in enumerate(explanation.segments):
+        if segment.miss is None or segment.miss.reason is not Reason.OTHER_PARENTS:
+            continue
+        difference = segment.miss.difference
+        if difference is None:
+            yield f"{number} is stored after the same characters, in other pieces, at other starts or in other branches"
+            continue
+        yield f"{number} is stored in a prompt that differs from character {difference.at:,} on:"
+        ellipsis = "…" if difference.at > len(difference.before) else ""
+        for name, rest in (("there", difference.stored), ("here", difference.given)):
+            yield f"  {name + ':':7}{ellipsis}{visible(difference.before)}|{visible(rest)}"
+
+
+def _remarks(explanation: Explanation) -> Iterator[str]:
+    """Yield what is to be said of the whole text, a line each."""
+    name = explanation.model_name or "a model without a name"
+    digits = explanation.weights_id.hex()[:_NUM_ID_DIGITS]
+    namespace = f", namespace {explanation.namespace}" if explanation.namespace else ""
+    yield from _differences(explanation)
+    yield visible(f"{name} ({explanation.dtype or 'unknown dtype'}, {digits}){namespace}")
+    yield (
+        f"cached: {_number(explanation.num_cached_tokens)} tokens, {size(explanation.nbytes)},"
+        f" {_seconds(explanation.saved_seconds)} saved"
+    )
+    yield (
+        f"to compute: {_number(explanation.num_missing_tokens)} tokens,"
+        f" about {_seconds(explanation.needed_seconds)} needed"
+    )
+    if explanation.seams is None:
+        yield "tokens of what was never computed, and seams that change tokens, are unknown without the tokenizer"
+    for seam in explanation.seams or ():
+        left, right = seam.left[-_NUM_SEAM_CHARACTERS:], seam.right[:_NUM_SEAM_CHARACTERS]
+        apart, joined = _changed(seam.tokens_apart, seam.tokens_joined)
+        yield visible(f"a seam changes tokens: {left!r} + {right!r} is {apart}, joined {joined}")
+
+
+def _changed(apart: Sequence[str], joined: Sequence[str]) -> tuple[str, str]:
+    """Return two lists of tokens without what they have in common at both ends."""
+    begin = _num_common(apart, joined)
+    apart, joined = apart[begin:], joined[begin:]
+    end = _num_common(apart[::-1], joined[::-1])
+    return " ".join(apart[: len(apart) - end]), " ".join(joined[: len(joined) - end])
+
+
+def _num_common(one: Sequence[str], other: Sequence[str]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def _names(parts: Collection[Part]) -> str:
+    return " ".join(part.name.lower() for part in Part if part in parts)
+
+
+def _number(number: int | None) -> str:
+    return _UNKNOWN if number is None else f"{number:,}"
+
+
+def _seconds(seconds: float | None) -> str:
+    return _UNKNOWN if seconds is None else duration(seconds)

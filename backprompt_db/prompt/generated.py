@@ -1,0 +1,50 @@
+"""What a model wrote after a prompt: its tokens, and the text that goes on from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from backprompt_db.prompt.text import Text
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Generated:
+    """A continuation that a model generated: what `lm.generate` returns.
+
+    `result + "more"` is a text that goes on after it, `str(result)` is its string.
+
+    Attributes:
+        prompt: the text that it continues.
+        string: the continuation alone, without the end-of-sequence token that may have ended it.
+        token_ids: int64 [T], the generated tokens, the end-of-sequence token included.
+        token_logprobs: float32 [T], natural log-probability of each of them under the model itself, before temperature
+            or any other change that sampling makes.
+        is_stored: whether the database holds the continuation, so that running `text` computes nothing. Only what is
+            tokenised as it was generated can be; some strings are not, for instance half of a character.
+        fidelity: `exact`, or that of the lossy database whose keys and values the model may have gone on from.
+        text: the prompt and, as one more piece of it, the continuation: a text to run, to score or to continue.
+    """
+
+    prompt: Text
+    string: str
+    token_ids: torch.Tensor = field(repr=False)
+    token_logprobs: torch.Tensor = field(repr=False)
+    is_stored: bool
+    fidelity: str = "exact"
+
+    # Not built before it is asked for: a text of an eager prompt runs the model at once.
+    @cached_property
+    def text(self) -> Text:
+        """The prompt and the continuation."""
+        return self.prompt + self.string
+
+    def __add__(self, other: Text | str) -> Text:
+        return self.text + other
+
+    def __str__(self) -> str:
+        return self.string

@@ -1,0 +1,74 @@
+"""The graph that a text means: each leaf string in its place, linked to the segments that it directly follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from backprompt_db.prompt.ids import SegmentId, namespace_id, segment_id
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """One leaf string of a text in its place. Two segments are equal when their ids are."""
+
+    id: SegmentId
+    string: str
+    parents: tuple[Segment, ...] = field(repr=False)
+    """The segments that this one directly follows, in the order written."""
+    start: int | None
+    """The explicit position id of the first token, or None where it follows from the parents."""
+    namespace: str
+
+    @classmethod
+    def after(cls, parents: tuple[Segment, ...], string: str, *, start: int | None, namespace: str) -> Segment:
+        """Place `string` directly after `parents`; without parents it begins a prompt of `namespace`."""
+        root = None if parents else namespace_id(namespace)
+        parent_ids = (root,) if root else tuple(parent.id for parent in parents)
+        return cls(segment_id(string, parents=parent_ids, start=start), string, parents, start, namespace)
+
+    @property
+    def parent_ids(self) -> tuple[SegmentId, ...]:
+        """The ids that enter this segment's own id, ascending; a namespace counts as the parent of a first segment."""
+        root = None if self.parents else namespace_id(self.namespace)
+        return (root,) if root else tuple(sorted({parent.id for parent in self.parents}))
+
+    def __eq__(self, other: object) -> bool:
+        return self.id == other.id if isinstance(other, Segment) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+def ancestry(tips: Iterable[Segment], *, without: Iterable[Segment] = ()) -> list[Segment]:
+    """Return `tips` and all their ancestors, each once, parents before children, otherwise in the order written.
+
+    The segments `without` are left out, and so is what only they follow.
+    """
+    done: dict[Segment, None] = dict.fromkeys(without)
+    num_left_out = len(done)
+    stack = [(tip, False) for tip in reversed(list(tips))]
+    while stack:
+        segment, parents_done = stack.pop()
+        if segment in done:
+            continue
+        if parents_done:
+            done[segment] = None
+        else:
+            stack.append((segment, True))
+            stack.extend((parent, False) for parent in reversed(segment.parents))
+    return list(done)[num_left_out:]
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """A seam at which the pieces' tokens differ from those of the joined string."""
+
+    left: str
+    """The end of the text before the seam."""
+    right: str
+    """The beginning of the text after it."""
+    tokens_apart: tuple[str, ...]
+    """Tokens of the two sides when each is tokenised alone: what the model sees."""
+    tokens_joined: tuple[str, ...]
+    """Tokens of the two sides joined: what it would see if they were one string."""

@@ -1,0 +1,110 @@
+"""The files of a database: made with explicit permissions whatever the umask, replaced whole, never through a link."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import mmap
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from backprompt_db.errors import UnsafeLocation
+from backprompt_db.store.lmdb_errors import store_errors
+
+
+class Modes(NamedTuple):
+    """Permission bits of what a database consists of."""
+
+    directory: int
+    file: int
+    lock: int
+    """Of files that even readers must write to: they take locks there."""
+
+
+class Sharing(enum.StrEnum):
+    """Who may use a database."""
+
+    PRIVATE = "private"
+    """Its owner alone."""
+    GROUP = "group"
+    """Every member of a group reads and writes. New files get the group of their directory (setgid)."""
+    READERS = "readers"
+    """The owner writes, members of a group read."""
+
+    @property
+    def modes(self) -> Modes:
+        """The permission bits of its files."""
+        return _MODES[self]
+
+
+_MODES = {
+    Sharing.PRIVATE: Modes(directory=0o700, file=0o600, lock=0o600),
+    Sharing.GROUP: Modes(directory=0o2770, file=0o660, lock=0o660),
+    Sharing.READERS: Modes(directory=0o2750, file=0o640, lock=0o660),
+}
+
+PRIVATE = Sharing.PRIVATE.modes
+
+
+_WHOLE_NBYTES = 2 * mmap.PAGESIZE
+"""The two meta pages that LMDB writes first."""
+
+
+def create_files(directory: Path, modes: Modes) -> None:
+    """Make the directory and two empty files in it, with the permissions `modes` whatever the umask.
+
+    What an interrupted creation left is taken over. Raises `UnsafeLocation` for symbolic links.
+    """
+    with store_errors(directory):
+        make_directory(directory, modes.directory)
+        for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock)):
+            descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+            os.fchmod(descriptor, mode)
+            if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # of the data: the disk was full, and LMDB takes no half
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+
+
+def make_directory(directory: Path, mode: int) -> None:
+    """Make a directory with exactly these permissions, or give them to the one that is there.
+
+    Raises `UnsafeLocation` for a symbolic link.
+    """
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    if directory.is_symlink():
+        raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:  # which only its owner may change
+            os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: str, *, mode: int) -> None:
+    """Write a file with exactly the permissions `mode`, over the one that is there if there is one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(content)
+            os.fchmod(descriptor, mode)
+            file.flush()
+            os.fsync(descriptor)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory last: which files there are, and which of them was renamed."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

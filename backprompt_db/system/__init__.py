@@ -1,0 +1,1 @@
+"""What everything else stands on: the operating system, and points at which tests make a process fail."""

@@ -1,0 +1,222 @@
+"""Models in files: a second process loads nothing, and changed files are other keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import backprompt_db as bp
+from backprompt_db.compute.inference.loading import source_key
+from backprompt_db.errors import ContextLengthExceeded, ModelMismatch, PromptError, StoreError
+from tests.conftest import tiny_gpt2
+
+RUN = """
+import json, sys
+import backprompt_db as bp
+with bp.open(sys.argv[1]) as db:
+    lm = bp.LanguageModel.from_pretrained(sys.argv[2], db=db)
+    prompt = lm.text("The quick brown fox", split=3) + " jumps over"
+    scores = lm.score(prompt, [" the lazy dog", " the dog"])
+    result = prompt()
+    print(json.dumps({
+        "scores": [float(score).hex() for score in scores],
+        "modules": [name for name in ("torch", "transformers", "tokenizers") if name in sys.modules],
+        "calls": lm.counters.num_model_calls,
+        "computed": result.num_computed_tokens,
+        "is_loaded": lm.is_loaded,
+        "last": float(result.logits[-1]).hex(),
+    }))
+"""
+
+
+@pytest.fixture
+def model_directory(tmp_path: Path, tokenizer: Any) -> Path:
+    directory = tmp_path / "a model"
+    tiny_gpt2().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def run_in_a_process(database: Path, model: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", RUN, str(database), str(model)]
+    finished = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(finished.stdout))
+
+
+def test_the_second_process_loads_no_model_and_computes_nothing(tmp_path: Path, model_directory: Path) -> None:
+    first = run_in_a_process(tmp_path / "db", model_directory)
+    second = run_in_a_process(tmp_path / "db", model_directory)
+    assert first["calls"] > 0
+    assert (second["calls"], second["computed"], second["modules"], second["is_loaded"]) == (0, 0, [], False)
+    assert (second["scores"], second["last"]) == (first["scores"], first["last"])
+
+
+def test_a_partial_hit_loads_the_model_and_continues(
+    open_db: Callable[..., bp.Database], tmp_path: Path, model_directory: Path
+) -> None:
+    run_in_a_process(tmp_path / "db", model_directory)
+    lm = bp.LanguageModel.from_pretrained(str(model_directory), db=open_db(tmp_path / "db"))
+    loaded_before = lm.is_loaded
+    result = (lm.text("The quick brown fox", split=3) + " jumps over" + " the lazy dog")()
+    assert (loaded_before, lm.is_loaded) == (False, True)
+    with torch.no_grad():
+        plain = lm.model(result.input_ids[None]).logits[0, -1]
+    assert torch.allclose(result.logits, plain, atol=1e-4)
+    assert 0 < result.num_computed_tokens < len(result.input_ids)
+
+
+def test_given_objects_and_files_of_the_same_model_share_their_representations(
+    open_db: Callable[..., bp.Database], model_directory: Path, tokenizer: Any
+) -> None:
+    db = open_db()
+    bp.LanguageModel(tiny_gpt2(), tokenizer, db=db)("The quick brown fox")
+    lm = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    assert lm("The quick brown fox").num_computed_tokens == 0
+
+
+def test_changed_files_are_another_model(open_db: Callable[..., bp.Database], model_directory: Path) -> None:
+    db = open_db()
+    before = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    before("The quick brown fox")
+    tiny_gpt2(seed=1).save_pretrained(model_directory)
+    after = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    assert after.weights_id != before.weights_id
+    assert after("The quick brown fox").num_cached_tokens == 0
+
+
+def test_files_that_change_between_the_hit_and_the_miss_are_noticed(
+    open_db: Callable[..., bp.Database], model_directory: Path
+) -> None:
+    db = open_db()
+    bp.LanguageModel.from_pretrained(str(model_directory), db=db)("The quick brown fox")
+    lm = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    assert not lm.is_loaded
+    tiny_gpt2(seed=1).save_pretrained(model_directory)
+    with pytest.raises(ModelMismatch, match="not the model that was recorded"):
+        lm("something new")
+    assert lm("something new").num_cached_tokens == 0
+
+
+def test_a_dtype_argument_is_another_source(model_directory: Path) -> None:
+    keys = {
+        source_key(str(model_directory), arguments)
+        for arguments in ({}, {"dtype": "bfloat16"}, {"dtype": torch.float16})
+    }
+    assert len(keys) == 3
+    assert source_key(str(model_directory), {"dtype": torch.float16}) in keys
+
+
+def test_a_source_without_a_fixed_description_has_no_key(model_directory: Path) -> None:
+    assert source_key(str(model_directory), {"trust_remote_code": True}) is None
+    assert source_key(str(model_directory), {"device_map": {"": "cpu"}}) is None
+    assert source_key("nobody/has-this-model", {}) is None
+    (model_directory / "adapter_config.json").write_text("{}")
+    assert source_key(str(model_directory), {}) is None
+
+
+def test_blobs_of_the_hub_cache_are_known_by_their_names(model_directory: Path, tmp_path: Path) -> None:
+    snapshots = []
+    for number in range(2):
+        snapshot, blobs = tmp_path / f"cache{number}" / "snapshot", tmp_path / f"cache{number}" / "blobs"
+        snapshot.mkdir(parents=True)
+        blobs.mkdir()
+        for index, path in enumerate(sorted(model_directory.iterdir())):
+            blob = blobs / f"{index:064x}"
+            shutil.copy(path, blob)
+            (snapshot / path.name).symlink_to(blob)
+        snapshots.append(snapshot)
+    first, second = (source_key(str(snapshot), {}) for snapshot in snapshots)
+    assert first is not None
+    assert first == second
+    os.utime(snapshots[0] / "config.json")
+    assert source_key(str(snapshots[0]), {}) == first
+
+
+def test_a_touched_file_is_looked_at_again(model_directory: Path) -> None:
+    before = source_key(str(model_directory), {})
+    os.utime(model_directory / "config.json", ns=(0, 1))
+    assert source_key(str(model_directory), {}) != before
+
+
+@pytest.mark.parametrize("prompt", ["", bp.Text(""), bp.parallel("", "")])
+def test_an_empty_prompt_is_refused(lm: bp.LanguageModel, prompt: bp.Text | str) -> None:
+    with pytest.raises(PromptError, match="empty"):
+        lm(prompt)
+    with pytest.raises(PromptError, match="empty"):
+        lm.score(prompt, [" GET"])
+
+
+def test_completions_that_nothing_predicts_are_refused(lm: bp.LanguageModel) -> None:
+    branches = lm.text("a") + bp.parallel("b", "c")
+    with pytest.raises(PromptError, match="nothing predicts"):
+        lm.score(branches, [" GET"])
+    with pytest.raises(PromptError, match="empty"):
+        lm.score("prompt", [" GET", ""])
+    with pytest.raises(PromptError, match="list of completions"):
+        lm.score("prompt", " GET")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_anything_is_computed(lm: bp.LanguageModel) -> None:
+    context = lm.text("7" * 250)
+    context()
+    calls = lm.counters.num_model_calls
+    with pytest.raises(ContextLengthExceeded, match="needs 260 positions, this model takes 256"):
+        lm([context + "7" * 5, context + "8" * 10])
+    assert lm.counters.num_model_calls == calls
+    with pytest.raises(ContextLengthExceeded, match="needs 259 positions"):
+        (lm.text("far", start=255) + "x")()
+    assert (context + "7" * 6)().num_computed_tokens == 6
+
+
+def test_the_last_token_of_a_completion_needs_no_position(lm: bp.LanguageModel) -> None:
+    context = lm.text("7" * 250)
+    (logprob,) = lm.score(context, ["7" * 7])
+    ids = torch.tensor(lm.tokenizer("7" * 257)["input_ids"])
+    plain = lm.model(ids[None, :256]).logits[0, 249:].log_softmax(-1).gather(1, ids[250:, None]).sum()
+    assert abs(logprob - plain.item()) < 1e-4
+    with pytest.raises(ContextLengthExceeded, match="needs 257 positions"):
+        lm.score(context, ["7" * 8])
+    with pytest.raises(ContextLengthExceeded, match="needs 257 positions"):
+        (context + "7" * 7)()
+
+
+def test_a_tokenizer_of_another_model_is_refused(gpt2: Any, tokenizer: Any, db: bp.Database) -> None:
+    gpt2.resize_token_embeddings(100)
+    with pytest.raises(ModelMismatch, match="below 100"):
+        bp.LanguageModel(gpt2, tokenizer, db=db)("The quick brown fox")
+
+
+def test_texts_of_two_models_do_not_mix(lm: bp.LanguageModel, make_lm: Callable[..., bp.LanguageModel]) -> None:
+    other = make_lm(tiny_gpt2(seed=1))
+    with pytest.raises(PromptError, match="different models"):
+        lm.text("a") + other.text("b")
+    with pytest.raises(PromptError, match="different models"):
+        lm([other.text("b")])
+
+
+def test_a_full_disk_does_not_fail_the_computation(lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import signal
+
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, hard))
+    try:
+        result = lm("The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n" * 2)
+        with pytest.raises(StoreError):
+            lm.db.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert result.num_computed_tokens == len(result.input_ids)
+    assert lm.db.counters.num_write_failures > 0

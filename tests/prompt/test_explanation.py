@@ -1,0 +1,84 @@
+"""What an explanation looks like to people and programs, and the seams that it shows."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from io import StringIO
+
+from rich.console import Console
+
+import backprompt_db as bp
+from backprompt_db.cli.output import plain
+from tests.support.explanations import (
+    CONTEXT,
+    ENDING,
+    EXPLANATION_FIELDS,
+    HOSTILE,
+    MISS_FIELDS,
+    SEGMENT_FIELDS,
+    prompt,
+    run,
+)
+
+
+class TestSeams:
+    def test_seams_that_change_tokens_are_among_what_is_explained(self, lm: bp.LanguageModel) -> None:
+        text = prompt(lm, "Pick the endp", "oint for the request.")
+        found = text.explain()
+        assert list(found.seams or ()) == text.seams() != []
+        assert re.search(r"a seam changes tokens: '.*endp' \+ 'oint.*' is .+, joined .*endpoint", _flat(str(found)))
+        assert prompt(lm).explain().seams == ()
+
+
+def _flat(string: str) -> str:
+    return " ".join(string.split())
+
+
+class _Cells(HTMLParser):
+    """The text of an HTML table, and which tags there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+class TestViews:
+    def test_a_notebook_shows_texts_and_obeys_none(self, lm: bp.LanguageModel) -> None:
+        run(lm, HOSTILE, ENDING)
+        parser = _Cells()
+        parser.feed(prompt(lm, HOSTILE + "<img src=x>", ENDING).explain()._repr_html_())
+        assert parser.tags == {"table", "thead", "tbody", "tr", "th", "td", "pre"}
+        assert any(text.startswith("<script>alert(1)</script>\\x1b[31m[bold]\\u202e&amp;<img") for text in parser.texts)
+        assert not any(character in text for text in parser.texts for character in "\x1b\u202e")
+
+    def test_print_shows_a_table_that_no_text_can_disturb(self, lm: bp.LanguageModel) -> None:
+        string = str(prompt(lm, HOSTILE, ENDING).explain())
+        assert "<script>alert(1)</script>" in string
+        assert "[bold]" in _flat(string)
+        assert not any(character in string for character in "\x1b\u202e")
+        assert string.splitlines()[0].split() == ["segment", "found", "tokens", "bytes", "seconds"]
+
+    def test_a_terminal_shows_it_in_colour(self, lm: bp.LanguageModel) -> None:
+        console = Console(file=StringIO(), force_terminal=True, color_system="standard", width=100)
+        console.print(prompt(lm).explain())
+        assert isinstance(console.file, StringIO)
+        assert "\x1b[33m" in console.file.getvalue()
+
+    def test_programs_get_all_of_it(self, lm: bp.LanguageModel) -> None:
+        run(lm)
+        found = plain(prompt(lm, CONTEXT, "Request: who left?", ENDING).explain())
+        assert list(found) == EXPLANATION_FIELDS
+        assert [list(segment) for segment in found["segments"]] == [SEGMENT_FIELDS] * 3
+        assert found["segments"][0]["places"] == {"scores": "disk", "logits": "disk", "kv": "memory"}
+        assert found["segments"][0]["miss"] is None
+        assert list(found["segments"][2]["miss"]) == MISS_FIELDS
+        assert found["segments"][2]["miss"]["reason"] == "other-parents"
+        assert list(found["segments"][2]["miss"]["difference"]) == ["at", "before", "stored", "given"]

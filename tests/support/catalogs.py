@@ -1,0 +1,73 @@
+"""Parts to enter into a catalog, under two models and in any namespace, and catalogs to enter them into."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from backprompt_db.catalog import Catalog, ModelRecord, Row, StoredPart
+from backprompt_db.prompt.ids import TokenizerId, WeightsId, namespace_id
+from backprompt_db.prompt.representation import Origin, Part
+
+WEIGHTS = WeightsId(b"w" * 32)
+OTHER_WEIGHTS = WeightsId(b"W" * 32)
+TOKENIZER = TokenizerId(b"t" * 32)
+MODEL = ModelRecord(
+    weights_id=WEIGHTS,
+    name="gpt2",
+    architecture="GPT2LMHeadModel",
+    dtype="float32",
+    num_layers=12,
+    num_kv_heads=12,
+    head_dim=64,
+    vocab_size=50257,
+    max_positions=1024,
+    verdict="packs",
+    mask_form="4d",
+    max_error=1e-6,
+    reason=None,
+    checked_with="torch 2.9, transformers 5.20, sdpa",
+)
+HOSTILE = ["'; DROP TABLE segments; --", '"quoted"', "%_\\", "a\0b", ":at ?1 $x", "naïve 🦜\n\t", "*[a-z]"]
+"""Strings that mean something to SQL, or to patterns."""
+
+
+def origin_of(
+    text: str, *parents: Origin, weights_id: WeightsId = WEIGHTS, compute_seconds: float = 0.5, namespace: str = ""
+) -> Origin:
+    synthetic = namespace_id(namespace)
+    ids = tuple(sorted(parent.segment_id for parent in parents)) or (() if synthetic is None else (synthetic,))
+    return Origin(
+        text=text,
+        parents=ids,
+        start=None,
+        weights_id=weights_id,
+        tokenizer_id=TOKENIZER,
+        num_tokens=len(text.split()),
+        compute_seconds=compute_seconds,
+        namespace=namespace,
+    )
+
+
+def stored(origin: Origin, part: Part = Part.KV, nbytes: int = 100) -> StoredPart:
+    return StoredPart(origin.address, part, nbytes, origin)
+
+
+def texts(rows: Iterable[Row]) -> list[str]:
+    return [row.text for row in rows]
+
+
+@functools.cache
+def _empty_catalog() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "catalog.sqlite"
+        Catalog.open(path).close()
+        return path.read_bytes()
+
+
+def new_catalog(path: Path) -> Catalog:
+    """Open a new catalog without running its migrations again."""
+    path.write_bytes(_empty_catalog())
+    return Catalog.open(path)
