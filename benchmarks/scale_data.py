@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, StoredPart
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import StoredPart
 from backprompt_db.codec.blob import encode
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId, namespace_id
 from backprompt_db.prompt.representation import Array, Arrays, Origin, Part

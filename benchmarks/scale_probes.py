@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, Selection, Victim
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Selection, Victim
 from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.operations import reindex as reindexing
 from backprompt_db.operations.stats import gather

@@ -30,7 +30,7 @@ from backprompt_db.errors import StoreError, UnsafeLocation
 from backprompt_db.store.files import sync_directory
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog.records import Selection
     from backprompt_db.operations.bundles.ingest import Arrivals
     from backprompt_db.operations.bundles.transfer import Exported
 

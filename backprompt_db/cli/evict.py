@@ -27,7 +27,7 @@ from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json,
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from backprompt_db.catalog import Victim
+    from backprompt_db.catalog.records import Victim
 
 _NUM_ADDRESS_DIGITS = 12
 _NUM_SHOWN = 40

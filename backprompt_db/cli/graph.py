@@ -26,7 +26,7 @@ from backprompt_db.errors import StoreError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog.records import Selection
 
 _MODE = 0o600
 """As a database's own files have it: the page holds its texts."""

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-    from backprompt_db.catalog import Catalog, ModelRecord, Row, Selection
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import ModelRecord, Row, Selection
     from backprompt_db.operations.stats import GroupSums
 
 
@@ -124,7 +125,7 @@ def _make_index(directory: Path) -> None:
 
 
 def _rows(directory: Path, selection: Selection, *, limit: int, sort: Sort) -> list[Row]:
-    from backprompt_db.catalog import Order
+    from backprompt_db.catalog.records import Order
     from backprompt_db.database.opening import open_catalog
 
     with open_catalog(directory) as catalog:

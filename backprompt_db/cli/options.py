@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog.records import Selection
 
 
 _NUMBER = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?\s*([a-z]*)", re.ASCII | re.IGNORECASE)
@@ -94,7 +94,7 @@ def selected(
     **conditions: str | None,
 ) -> Selection:
     """Return the selection that the options mean; the others are named as the fields of `Selection`."""
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog.records import Selection
 
     now = time.time()
     return Selection(

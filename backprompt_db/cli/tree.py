@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.text import Text
 
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog.records import Selection
     from backprompt_db.operations.forest import Forest, Hidden, Node, PrunedForest
 
 

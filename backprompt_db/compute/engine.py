@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from backprompt_db.catalog import TokenizerRecord
+from backprompt_db.catalog.records import TokenizerRecord
 from backprompt_db.codec.fidelity import Fidelity, restore
 from backprompt_db.compute import plan
 from backprompt_db.compute.addresses import Addresses

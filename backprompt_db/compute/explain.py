@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.compute import plan
 from backprompt_db.compute.addresses import Addresses
 from backprompt_db.compute.inference.loading import locate, source_key
@@ -25,7 +25,8 @@ from backprompt_db.prompt.text import Text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from backprompt_db.catalog import Catalog, ModelRecord
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import ModelRecord
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.database.database import Database
     from backprompt_db.prompt.explanation import Miss

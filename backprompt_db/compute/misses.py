@@ -16,7 +16,8 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, ModelRecord, Row
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import ModelRecord, Row
     from backprompt_db.database.database import Database
     from backprompt_db.prompt.ids import SegmentId, WeightsId
 

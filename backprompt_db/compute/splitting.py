@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from backprompt_db.catalog import CutsRecord
+from backprompt_db.catalog.records import CutsRecord
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import utf8

@@ -20,7 +20,8 @@ from backprompt_db.errors import CatalogError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from backprompt_db.catalog import Catalog, Event
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Event
     from backprompt_db.prompt.ids import Address
     from backprompt_db.store.contract import Store
 
@@ -209,7 +210,7 @@ class Tally:
 
 
 def _events(incidents: Sequence[Incident]) -> list[Event]:
-    from backprompt_db.catalog import Event
+    from backprompt_db.catalog.records import Event
 
     return [Event(at=at, kind=kind, address=address, detail=detail) for at, kind, address, detail in incidents]
 

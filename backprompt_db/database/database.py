@@ -39,7 +39,7 @@ from backprompt_db.store.layered import own_store
 from backprompt_db.store.records import Digest
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
 
 logger = logging.getLogger(__name__)

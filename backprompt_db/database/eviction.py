@@ -26,7 +26,8 @@ from backprompt_db.store.locks import exclusive_lock
 from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, Selection, Victim
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Selection, Victim
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,7 @@ class Evictor:
         return removed
 
     def _enter(self, catalog: Catalog, keys: Sequence[Key]) -> None:
-        from backprompt_db.catalog import StoredPart
+        from backprompt_db.catalog.records import StoredPart
 
         blobs = ((key, self._store.get(key)) for key in keys)
         sizes = {key: blob.nbytes for key, blob in blobs if blob is not None}

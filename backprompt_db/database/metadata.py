@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
-    from backprompt_db.catalog import Catalog, CutsRecord, GreedyPath, ModelRecord, Source, TokenizerRecord
-    from backprompt_db.catalog.records import Known
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
     from backprompt_db.database.resources import Resources
     from backprompt_db.prompt.ids import Address, TokenizerId
     from backprompt_db.store.records import Digest
@@ -83,7 +83,7 @@ class ModelMetadata:
 
         What is said of a tokenizer is for people to read, and has none.
         """
-        from backprompt_db.catalog import TokenizerRecord
+        from backprompt_db.catalog.records import TokenizerRecord
 
         if self._seal is None or isinstance(record, TokenizerRecord):
             return record

@@ -39,7 +39,7 @@ from backprompt_db.store.records import Digest
 from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
 
 logger = logging.getLogger(__name__)
@@ -332,7 +332,7 @@ def open_catalog(directory: Path) -> Catalog:
 
     Raises `CatalogError` for one that is missing, damaged or of an older schema; `reindex` mends each of these.
     """
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
     manifest_of(directory)
     path = directory / CATALOG

@@ -17,7 +17,8 @@ from backprompt_db.store.contract import Key
 from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, StoredPart
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import StoredPart
     from backprompt_db.store.contract import Store
 
 
@@ -105,7 +106,7 @@ def _add(store: Store, catalog: Catalog, sizes: Mapping[Key, int]) -> int:
 
 
 def _read(store: Store, sizes: Mapping[Key, int]) -> Iterator[StoredPart]:
-    from backprompt_db.catalog import StoredPart
+    from backprompt_db.catalog.records import StoredPart
 
     for key, nbytes in sizes.items():
         origin = read_origin(store, key)

@@ -22,7 +22,7 @@ from backprompt_db.store.contract import Store
 from backprompt_db.store.layered import own_store
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Resources:
         """The catalog; None for a database in memory, and where it cannot be used, which is logged."""
         if self._catalog_path is None:
             return None
-        from backprompt_db.catalog import Catalog
+        from backprompt_db.catalog.catalog import Catalog
 
         try:
             return Catalog.open(self._catalog_path, readonly=self.readonly, mode=self.evictor.limits.modes.file)
@@ -72,7 +72,7 @@ class Resources:
         """The catalog of the database below, for reading; None where there is none that can be read."""
         if self._base_catalog_path is None:
             return None
-        from backprompt_db.catalog import Catalog
+        from backprompt_db.catalog.catalog import Catalog
 
         try:
             return Catalog.open(self._base_catalog_path, readonly=True)

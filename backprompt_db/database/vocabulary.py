@@ -17,7 +17,7 @@ from backprompt_db.prompt.ids import TokenizerId, tokenizer_id
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
 
 MAX_NBYTES = 1 << 27

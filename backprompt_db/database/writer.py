@@ -24,7 +24,7 @@ from backprompt_db.prompt.representation import Arrays, Origin
 from backprompt_db.store.contract import Blob, Key, Store, needs_of
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
 
 logger = logging.getLogger(__name__)
@@ -333,7 +333,7 @@ class Storage:
             raise CatalogMissed({blob.key for blob in blobs})
         try:
             if catalog is not None:
-                from backprompt_db.catalog import StoredPart
+                from backprompt_db.catalog.records import StoredPart
 
                 stored = [StoredPart(*blob.key, blob.nbytes, origins[blob.key]) for blob in blobs]
                 catalog.record(stored, at=time.time())

@@ -10,7 +10,8 @@ from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import Address
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, Row, Selection
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Row, Selection
     from backprompt_db.database.database import Database
 
 

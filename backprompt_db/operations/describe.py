@@ -15,7 +15,8 @@ from backprompt_db.prompt.segments import ancestry
 from backprompt_db.store.contract import Key, Store
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, Row
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, Selection, Victim
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Selection, Victim
     from backprompt_db.database.database import Database
 
 
@@ -139,7 +140,7 @@ def purge(db: Database, selection: Selection) -> Purged:
 
 def _enter_unlisted(db: Database, catalog: Catalog) -> None:
     """Enter what is stored and not listed. Unlike a reindexing, forget nothing."""
-    from backprompt_db.catalog import StoredPart
+    from backprompt_db.catalog.records import StoredPart
 
     unlisted = (found for found in differences(db.store, catalog) if found.is_stored)
     while some := list(itertools.islice(unlisted, _PARTS_PER_TRANSACTION)):

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from backprompt_db.catalog import Row
+from backprompt_db.catalog.records import Row
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId, namespace_id
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, Selection
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Selection
 
 
 class Measure(enum.Enum):

@@ -19,7 +19,7 @@ from backprompt_db.store.contract import Key, Store
 from backprompt_db.views.formatting import duration, plural, size
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
     from backprompt_db.operations.forest import Node
     from backprompt_db.prompt.ids import TokenizerId
 

@@ -84,7 +84,7 @@ def _alone(directory: Path, *, mode: int) -> Iterator[None]:
 
 
 def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
     with Catalog.open(path, mode=mode) as catalog:
         _check_integrity(path)
@@ -126,7 +126,7 @@ def update_index(directory: Path) -> Iterator[int]:
 
     Raises `CatalogError` for a catalog that cannot be written to or read.
     """
-    from backprompt_db.catalog import Catalog
+    from backprompt_db.catalog.catalog import Catalog
 
     open_catalog(directory).close()  # which neither makes a catalog nor upgrades one
     with Catalog.open(directory / CATALOG) as catalog:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from backprompt_db.cli.tree import forest_picture
 from backprompt_db.operations.forest import Measure, forest, prune

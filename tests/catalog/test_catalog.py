@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from backprompt_db.catalog import Catalog, CutsRecord, GreedyPath, Order, Row, Source, TokenizerRecord, Totals
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import CutsRecord, GreedyPath, Order, Row, Source, TokenizerRecord, Totals
 from backprompt_db.errors import CatalogError, PromptError
 from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId, namespace_id
 from backprompt_db.prompt.representation import Part

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from backprompt_db.catalog import GroupTotals, Totals
+from backprompt_db.catalog.records import GroupTotals, Totals
 from backprompt_db.operations import stats
 from backprompt_db.prompt.ids import Address, SegmentId, WeightsId
 from backprompt_db.prompt.representation import Origin, Part

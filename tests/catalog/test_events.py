@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from backprompt_db.catalog import Catalog, Event, events
+from backprompt_db.catalog import events
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Event
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Part
@@ -51,7 +53,7 @@ class TestCounts:
 
     def test_many_processes_that_count_at_once_add_up_exactly(self, catalog: Catalog, path: Path) -> None:
         script = (
-            "import sys; from pathlib import Path; from backprompt_db.catalog import Catalog\n"
+            "import sys; from pathlib import Path; from backprompt_db.catalog.catalog import Catalog\n"
             f"with Catalog.open(Path({str(path)!r})) as catalog:\n"
             "    print(flush=True); input()\n"
             "    for number in range(40): catalog.count({'misses': 1, 'computed_tokens': number, sys.argv[1]: 2})"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from backprompt_db.catalog import Catalog, Selection, StoredPart, Victim
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Selection, StoredPart, Victim
 from backprompt_db.prompt.ids import Address, TokenizerId
 from backprompt_db.prompt.representation import Origin, Part
 from tests.support.catalogs import OTHER_WEIGHTS, new_catalog, origin_of, stored

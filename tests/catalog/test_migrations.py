@@ -22,7 +22,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import NullPool, create_engine, exc
 
 import backprompt_db
-from backprompt_db.catalog import Catalog, connection
+from backprompt_db.catalog import connection
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.schema import Base
 from backprompt_db.errors import CatalogError, CatalogTooNew
@@ -215,7 +216,7 @@ def test_permissions_are_what_was_asked_for_under_any_umask(tmp_path: Path, umas
 def test_opening_a_current_catalog_imports_nothing_heavy(path: Path) -> None:
     Catalog.open(path).close()
     script = (
-        "import sys; from pathlib import Path; from backprompt_db.catalog import Catalog\n"
+        "import sys; from pathlib import Path; from backprompt_db.catalog.catalog import Catalog\n"
         f"Catalog.open(Path({str(path)!r})).rows()\n"
         "print({'alembic', 'filelock', 'torch', 'lmdb', 'transformers'} & set(sys.modules))"
     )
@@ -227,7 +228,7 @@ def test_an_installed_package_finds_its_migrations(path: Path, tmp_path: Path) -
     shutil.copytree(Path(backprompt_db.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(MIGRATIONS, package / "migrations", ignore=shutil.ignore_patterns("__pycache__"))
     script = (
-        "from pathlib import Path; import backprompt_db; from backprompt_db.catalog import Catalog\n"
+        "from pathlib import Path; import backprompt_db; from backprompt_db.catalog.catalog import Catalog\n"
         f"Catalog.open(Path({str(path)!r})).close(); print(backprompt_db.__file__)"
     )
     assert run(script, cwd=package.parent) == f"{package / '__init__.py'}\n"

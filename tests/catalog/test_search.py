@@ -14,7 +14,8 @@ from alembic.config import Config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backprompt_db.catalog import Catalog, Order, Selection
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Order, Selection
 from backprompt_db.catalog.search import folded, occurrences
 from backprompt_db.errors import CatalogError, InvalidText
 from backprompt_db.prompt.representation import Part

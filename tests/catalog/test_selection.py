@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backprompt_db.catalog import Catalog, Selection
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Selection
 from backprompt_db.errors import InvalidText, PromptError
 from backprompt_db.prompt.ids import SegmentId
 from backprompt_db.prompt.representation import Origin, Part

@@ -13,8 +13,9 @@ import pytest
 from alembic import command
 from alembic.config import Config
 
-from backprompt_db.catalog import Catalog, Selection, TokenizerRecord
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.catalog.migration import HEAD
+from backprompt_db.catalog.records import Selection, TokenizerRecord
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.representation import Part
 from tests.support.catalogs import MODEL, OTHER_WEIGHTS, TOKENIZER, origin_of, stored
@@ -114,7 +115,7 @@ def test_six_processes_may_create_or_upgrade_it_at_once(
 ) -> None:
     path = tmp_path / "missing.sqlite" if name == "missing" else request.getfixturevalue(name)
     script = (
-        "from pathlib import Path; from backprompt_db.catalog import Catalog; print(flush=True); input()\n"
+        "from pathlib import Path; from backprompt_db.catalog.catalog import Catalog; print(flush=True); input()\n"
         f"with Catalog.open(Path({str(path)!r})) as catalog: print(catalog.totals())"
     )
     outputs = at_once([sys.executable, "-c", script], number=6)

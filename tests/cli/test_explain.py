@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.cli.app import app
 from backprompt_db.prompt.explanation import Reason
 from tests.conftest import tiny_gpt2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.operations.verify import verify
 from tests.support.cli import run, run_json
 from tests.support.faults import address_of, child, contents, keys_of, next_line, run_to_its_end, segments
@@ -98,7 +98,7 @@ def test_without_a_selection_nothing_goes(place: Path) -> None:
 
 
 PURGE = """
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.operations.evict import purge
 with bp.open(place) as db:
     purge(db, Selection(text_contains='Jane Doe'))

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.cli.tree import forest_table
 from backprompt_db.operations.forest import Forest, Measure, forest, prune
 from tests.support.catalogs import MODEL, OTHER_WEIGHTS, new_catalog, origin_of, stored

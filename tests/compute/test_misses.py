@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.database.opening import open_catalog
 from backprompt_db.prompt.explanation import Difference, Reason
 from backprompt_db.prompt.representation import Part

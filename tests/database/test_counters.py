@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.database import writer
 from backprompt_db.database.counters import NAMES_IN_CATALOG, Counters, Tally
 from backprompt_db.database.database import Database

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.codec.blob import decode, decode_origin
 from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.operations.reindex import reindex

@@ -394,6 +394,6 @@ class TestTogether:
 
 
 def _prefix(text: str) -> Any:
-    from backprompt_db.catalog import Selection
+    from backprompt_db.catalog.records import Selection
 
     return Selection(text_prefix=text)

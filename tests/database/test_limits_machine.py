@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.codec.blob import encode_pieces
 from backprompt_db.database.database import Database
 from backprompt_db.errors import StoreFull

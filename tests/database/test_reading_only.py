@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.errors import FormatTooNew, PromptError, StoreReadOnly, UnsafeLocation
 from backprompt_db.operations.annotate import pin

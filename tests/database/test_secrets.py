@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.catalog import GreedyPath
+from backprompt_db.catalog.records import GreedyPath
 from backprompt_db.codec.blob import encode
 from backprompt_db.database.manifest import FILE_VARIABLE, VARIABLE, secret_id
 from backprompt_db.errors import FormatError, UnsafeLocation, UnsupportedModel

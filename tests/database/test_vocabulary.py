@@ -18,7 +18,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, TokenizerRecord
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import TokenizerRecord
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.database import vocabulary
 from backprompt_db.database.vocabulary import Vocabulary, open_vocabulary, packed

@@ -45,7 +45,7 @@ for _ in range(2):
 """
 DELETE = "def work():\n    db.store.delete(keys_of(garbage()))\n    db.catalog.forget(keys_of(garbage()))"
 EVICT = (
-    "from backprompt_db.catalog import Selection\n"
+    "from backprompt_db.catalog.records import Selection\n"
     "def work():\n    db.evictor.collect(to_nbytes=0, selection=Selection(text_prefix='Nobody'))"
 )
 COMPACT = "def work():\n    db.store.compact()"
@@ -96,7 +96,7 @@ class Scenario:
 
 
 STEPS = """
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 
 def step(work):
     for _ in range(9):

@@ -19,8 +19,8 @@ from alembic import command
 from alembic.config import Config as Alembic
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
 from backprompt_db.catalog.migration import HEAD
+from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.database.location import faults
 from backprompt_db.database.opening import create_database

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.operations.verify import verify
 from backprompt_db.store.contract import Key
 from tests.support.cli import run as run_command

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import backprompt_db as bp
-from backprompt_db.catalog import ModelRecord, Row, Selection
+from backprompt_db.catalog.records import ModelRecord, Row, Selection
 from backprompt_db.database.database import MEMORY, Database
 from backprompt_db.errors import CatalogError, FormatError, PromptError, StoreReadOnly
 from backprompt_db.operations.bundles.transfer import export_bundle

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backprompt_db.catalog import Catalog, Selection
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Selection
 from backprompt_db.errors import PromptError
 from backprompt_db.operations.forest import Forest, Measure, forest
 from backprompt_db.prompt.representation import Origin, Part

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.database.manifest import read_manifest
 from backprompt_db.errors import CatalogError, FormatError, FormatTooNew, PromptError, UnsafeLocation

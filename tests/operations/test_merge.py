@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, Row
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Row
 from backprompt_db.database.opening import open_existing
 from backprompt_db.errors import FormatError, StoreReadOnly, UnsafeLocation
 from backprompt_db.operations.bundles.transfer import merge

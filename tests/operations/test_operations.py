@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, Totals
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Totals
 from backprompt_db.database.opening import manifest_of, open_catalog, open_existing, open_store
 from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.errors import UnsafeLocation

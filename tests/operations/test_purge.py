@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import backprompt_db as bp
-from backprompt_db.catalog import GreedyPath, Selection
+from backprompt_db.catalog.records import GreedyPath, Selection
 from backprompt_db.cli.app import app
 from backprompt_db.database.database import Database
 from backprompt_db.database.writer import NewPart

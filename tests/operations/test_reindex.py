@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog
 from backprompt_db.catalog import connection as catalog_connection
+from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.codec.blob import encode
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.database.opening import open_catalog, open_existing

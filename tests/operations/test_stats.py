@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import Event
+from backprompt_db.catalog.records import Event
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.database.counters import NAMES_IN_CATALOG
 from backprompt_db.database.opening import open_catalog

@@ -32,7 +32,7 @@ UPGRADE = """
 import sqlite3, sys
 from pathlib import Path
 import backprompt_db
-from backprompt_db.catalog import Catalog
+from backprompt_db.catalog.catalog import Catalog
 assert ".venv-wheel" in backprompt_db.__file__, backprompt_db.__file__
 path = Path(sys.argv[1])
 Catalog.open(path).close()

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from backprompt_db.catalog import Catalog, ModelRecord, Row, StoredPart
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import ModelRecord, Row, StoredPart
 from backprompt_db.prompt.ids import TokenizerId, WeightsId, namespace_id
 from backprompt_db.prompt.representation import Origin, Part
 

@@ -10,7 +10,8 @@ from typing import Any
 import lmdb
 
 import backprompt_db as bp
-from backprompt_db.catalog import Catalog, Totals
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Totals
 from backprompt_db.database.opening import open_catalog, open_existing
 from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.operations.reindex import reindex

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from backprompt_db.catalog import Catalog, StoredPart
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import StoredPart
 from backprompt_db.operations.forest import Forest, forest
 from backprompt_db.operations.graph_page import TokenScores, page_contents
 from backprompt_db.prompt.representation import Origin, Part

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from backprompt_db.catalog import Selection
+from backprompt_db.catalog.records import Selection
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute.batch.run_plan import MemoryForecast
 from backprompt_db.database.writer import MAX_QUEUED_NBYTES
@@ -18,7 +18,8 @@ from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.representation import Part
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Catalog, Row
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Row
     from backprompt_db.compute.addresses import Addresses
     from backprompt_db.compute.inference.outline import Outline
     from backprompt_db.compute.plan import Costs

@@ -28,7 +28,7 @@ from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.prompt.representation import Part
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import Victim
+    from backprompt_db.catalog.records import Victim
     from backprompt_db.compute.addresses import Addresses
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from huggingface_hub import try_to_load_from_cache
 
-from backprompt_db.catalog import Source
+from backprompt_db.catalog.records import Source
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.prompt.ids import TokenizerId, WeightsId
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import ModelRecord
+    from backprompt_db.catalog.records import ModelRecord
     from backprompt_db.compute.inference.outline import Outline
     from backprompt_db.compute.inference.runner import ModelRunner
     from backprompt_db.database.metadata import ModelMetadata

@@ -16,7 +16,7 @@ from backprompt_db.compute.plan import Bounds, Costs
 from backprompt_db.errors import UnsupportedModel
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import ModelRecord
+    from backprompt_db.catalog.records import ModelRecord
 
 _DTYPE_ARGUMENTS = ("dtype", "torch_dtype")
 _TELLING_ARGUMENTS = {"config", "quantization_config"}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from backprompt_db.catalog import ModelRecord
+from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.fingerprint import ModelIdentity
 from backprompt_db.compute.inference.forward import Computed, compute_pack
 from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, put_prefix, take_prefix

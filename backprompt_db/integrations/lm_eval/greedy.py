@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backprompt_db.catalog import GreedyPath
+from backprompt_db.catalog.records import GreedyPath
 from backprompt_db.compute.answers import completion_segments
 from backprompt_db.compute.inference.forward import evaluation, logits_of
 from backprompt_db.compute.inference.kv_cache import KVShape, assemble

@@ -51,7 +51,7 @@ from backprompt_db.store.contract import Key
 from backprompt_db.store.records import xxh3_128
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import ModelRecord, TokenizerRecord
+    from backprompt_db.catalog.records import ModelRecord, TokenizerRecord
 
 _FIRST = "bundle.json"
 _LAST = "end.json"

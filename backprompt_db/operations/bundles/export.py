@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from backprompt_db.catalog import Catalog, ModelRecord, Row, Selection, TokenizerRecord
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import ModelRecord, Row, Selection, TokenizerRecord
 from backprompt_db.errors import CatalogError, FormatError
 from backprompt_db.operations.bundles.bundle import Group
 from backprompt_db.operations.bundles.ingest import CheckedPart, Note, admit

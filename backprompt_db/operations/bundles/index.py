@@ -18,7 +18,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.records import DIGEST_NBYTES
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog import ModelRecord, TokenizerRecord
+    from backprompt_db.catalog.records import ModelRecord, TokenizerRecord
 
 FORMAT = 1
 """The version of bundles that this code writes."""
@@ -175,7 +175,7 @@ def _only(fields: dict[str, Any], readers: Mapping[str, Callable[[dict[str, Any]
 
 
 def _read_model(fields: dict[str, Any]) -> ModelRecord:
-    from backprompt_db.catalog import ModelRecord
+    from backprompt_db.catalog.records import ModelRecord
 
     return ModelRecord(
         weights_id=WeightsId(_id(fields, "weights_id", ID_NBYTES)),
@@ -196,7 +196,7 @@ def _read_model(fields: dict[str, Any]) -> ModelRecord:
 
 
 def _read_tokenizer(fields: dict[str, Any]) -> TokenizerRecord:
-    from backprompt_db.catalog import TokenizerRecord
+    from backprompt_db.catalog.records import TokenizerRecord
 
     id_ = TokenizerId(_id(fields, "tokenizer_id", ID_NBYTES))
     return TokenizerRecord(id_, _text(fields["name"]), _text(fields["kind"]), _count(fields, "vocab_size"))

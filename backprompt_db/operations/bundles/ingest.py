@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from backprompt_db.catalog import Catalog, ModelRecord, TokenizerRecord
+from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import ModelRecord, TokenizerRecord
 from backprompt_db.codec.blob import decode, decode_origin
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.database.writer import CatalogMissed

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO
 
-from backprompt_db.catalog import Row, Selection
+from backprompt_db.catalog.records import Row, Selection
 from backprompt_db.database.lineage import closure
 from backprompt_db.database.opening import manifest_of, open_catalog, open_store
 from backprompt_db.errors import CatalogError, FormatError, PromptError
