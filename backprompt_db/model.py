@@ -26,7 +26,7 @@ from backprompt_db.database.opening import open_database
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.prompt.explanation import Explanation
 from backprompt_db.prompt.generated import Generated
-from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr, Text, as_text
@@ -362,7 +362,7 @@ class LanguageModel:
         """
         return vocabulary(self._answering_db, self._source, tokenizer_id)
 
-    def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
+    def past_key_values(self, text: Text, *, ids: ModelIds | None = None) -> Any:
         """Return a transformers `Cache` of a text's keys and values, on the model's device if it is loaded.
 
         Segments come in the order written. Keys and values that are not stored are computed and kept. With `ids`,

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from backprompt_db.compute.prefill import Need, Wanted
+from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.errors import PromptError
-from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.ids import ModelIds
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr, Text
@@ -25,10 +25,10 @@ def run(engine: Engine, texts: Sequence[Text], *, namespace: str) -> list[ModelR
     """Return the representation of each text; what is missing of all of them is computed together."""
     segments = [text.segments(namespace) for text in texts]
     tips = [text.tips(namespace) for text in texts]
-    names = engine.names()
-    found, computed = engine.represent(run_needs(segments, tips), keep={}, names=names)
+    addresses = engine.addresses()
+    found, computed = engine.represent(run_needs(segments, tips), keep={}, addresses=addresses)
     return [
-        _result(text, each, tip, found, computed, ids=names.ids, fidelity=engine.fidelity)
+        _result(text, each, tip, found, computed, ids=addresses.ids, fidelity=engine.fidelity)
         for text, each, tip in zip(texts, segments, tips, strict=True)
     ]
 
@@ -77,7 +77,7 @@ def _result(
     found: Mapping[Need, Arrays],
     computed: set[Segment],
     *,
-    ids: tuple[WeightsId, TokenizerId],
+    ids: ModelIds,
     fidelity: str,
 ) -> ModelRepr:
     """Collect the parts of one text. A computed segment counts for the first text that has it."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from backprompt_db.prompt.segments import Segment, ancestry
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.addresses import Addresses
+    from backprompt_db.compute.call import Addresses
     from backprompt_db.compute.plan import Pack
     from backprompt_db.database.database import Database
     from backprompt_db.prompt.ids import Address
@@ -27,11 +27,11 @@ class PackClaims:
     for waits for anybody, and no circle can be.
     """
 
-    def __init__(self, db: Database, names: Addresses) -> None:
-        self.left: set[Segment] = set()
-        """Missing segments that are left to others for now."""
+    def __init__(self, db: Database, addresses: Addresses) -> None:
+        self.deferred: set[Segment] = set()
+        """Missing segments that are left to other calls for now."""
         self._db = db
-        self._names = names
+        self._addresses = addresses
         self._claims = db.single_flight.claims()
         self._mine: list[Address] = []
         self._busy: dict[Segment, Address] = {}
@@ -45,7 +45,7 @@ class PackClaims:
         Where there are none, waits until others are done with one, or for too long, and returns none: look what is
         missing now.
         """
-        self._put_back()
+        self._release()
         if len(missing) != self._num_missing:
             self._num_missing = len(missing)
             self._deadline = time.monotonic() + self._db.single_flight.patience_seconds
@@ -57,27 +57,27 @@ class PackClaims:
         available = [segment for segment in missing if segment not in blocked]
         if not available:
             self._wait()
-        self.left = blocked
+        self.deferred = blocked
         return available
 
-    def take(self, pack: Pack) -> bool:
+    def claim(self, pack: Pack) -> bool:
         """Claim all segments of a pack; False where another call has one, or what they depend on was left to others."""
-        self._put_back()
-        if self.left and not self.left.isdisjoint(pack.context):
-            self.leave(pack)
+        self._release()
+        if self.deferred and not self.deferred.isdisjoint(pack.context):
+            self.defer(pack)
             return False
-        addresses = {segment: self._names.address(segment) for segment in pack.segments}
+        addresses = {segment: self._addresses.address(segment) for segment in pack.segments}
         busy = {segment: address for segment, address in addresses.items() if not self._claims.take(address)}
         self._mine = [address for segment, address in addresses.items() if segment not in busy]
         if busy:
             self._busy.update(busy)
-            self.leave(pack)
+            self.defer(pack)
         return not busy
 
-    def leave(self, pack: Pack) -> None:
+    def defer(self, pack: Pack) -> None:
         """Do not compute a pack for now."""
-        self.left.update(pack.segments)
-        self._put_back()
+        self.deferred.update(pack.segments)
+        self._release()
 
     def hand_over(self) -> None:
         """Let go of the pack that was taken as soon as all that was put is written, or given up."""
@@ -90,10 +90,10 @@ class PackClaims:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._put_back()
+        self._release()
         self._claims.close()
 
-    def _put_back(self) -> None:
+    def _release(self) -> None:
         self._claims.give_back(self._mine)
         self._mine = []
 

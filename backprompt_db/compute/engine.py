@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from backprompt_db.catalog.records import TokenizerRecord
-from backprompt_db.codec.fidelity import Fidelity, restore
 from backprompt_db.compute import plan
-from backprompt_db.compute.addresses import Addresses
+from backprompt_db.compute.call import Addresses, Call
 from backprompt_db.compute.claims import PackClaims
-from backprompt_db.compute.prefill import Need, Prefill, Wanted
+from backprompt_db.compute.plan import Need, Wanted
+from backprompt_db.compute.prefill import Prefill
 from backprompt_db.database.vocabulary import packed
 from backprompt_db.database.writer import NewPart
 from backprompt_db.errors import ModelMismatch
-from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.ids import ModelIds
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
-from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
     from backprompt_db.compute.inference.forward import Computed
@@ -47,51 +46,41 @@ class Engine:
         self._progress = progress
         self._logged_seams: set[Seam] = set()
 
-    def names(self) -> Addresses:
-        """Return what everything is called under the model and the tokenizer as they are now."""
+    def addresses(self) -> Addresses:
+        """Return the addresses of everything under the model and the tokenizer as they are now."""
         is_loaded = self._source.is_loaded
-        return Addresses(*self._source.ids, is_certain=is_loaded)
+        return Addresses(self._source.ids, is_certain=is_loaded)
 
     def represent(
-        self, wanted: Wanted, *, keep: Wanted, names: Addresses | None = None
+        self, wanted: Wanted, *, keep: Wanted, addresses: Addresses | None = None
     ) -> tuple[dict[Need, Arrays], set[Segment]]:
         """Return the wanted parts and which segments were computed for them: the core loop.
 
         `keep` names the parts to store of a computed segment, all three where it says nothing.
         """
-        names = names or self.names()
-        found = self._fetch(names, [(segment, part) for segment, parts in wanted.items() for part in parts])
-        computed: set[Segment] = set()
-        lost: set[Need] = set()
-
-        def is_stored(segment: Segment, part: Part) -> bool:
-            was_fetched = part in wanted.get(segment, ()) or (segment, part) in lost
-            return (segment, part) in found or (not was_fetched and self._db.has(names.key(segment, part)))
-
-        with PackClaims(self._db, names) as claims:
-            while missing := plan.missing_parts(wanted, is_stored=is_stored):
-                job = self._prepare(names, missing, claims.available(missing), wanted=wanted, keep=keep)
-                for pack in self._with_progress(job):
-                    if not self._take(claims, names, job, pack, lost):  # others compute it, or have: plan again after
+        call = Call(self._db, self._source, addresses or self.addresses(), wanted=wanted, keep=keep)
+        with PackClaims(self._db, call.addresses) as claims:
+            while missing := call.missing():
+                prefill = self._prepare(call, missing, claims.available(missing))
+                for pack in self._with_progress(prefill):
+                    if not _claim(claims, call, prefill, pack):  # others compute it, or have: plan again after
                         continue
-                    context, unusable = self._bring(names, job, pack, found)
-                    if unusable:  # evicted or damaged since it was looked up: plan again without it
-                        lost.update(unusable)
+                    context = self._acquire_prefix(call, prefill, pack)
+                    if context is None:  # evicted or damaged since it was looked up: plan again without it
                         break
-                    result = job.compute(pack, context, found)
-                    self._leave(names, job, pack, context, num_whole=result.num_whole)
-                    self._persist(names, job, pack, result)
+                    result = prefill.compute(pack, context, call.found)
+                    self._release_prefix(call, prefill, pack, context, num_whole=result.num_whole)
+                    self._persist(call, prefill, pack, result)
                     claims.hand_over()
-                    job.retain(pack, result, found)
-                    computed.update(pack.segments)
-                    self.num_computed_tokens += job.num_tokens(pack)
-                self._catch_up(names, claims.left, wanted, found, lost)
-        self._count(found, wanted, computed)
-        return found, computed
+                    call.add(pack, result, prefill)
+                    self.num_computed_tokens += prefill.num_tokens(pack)
+                call.fetch_from_others(claims.deferred)
+        self._count_cached(call)
+        return call.found, call.computed
 
     def prove(self) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
-        return self._proven_runner(self.names())
+        return self._proven_runner(self.addresses())
 
     @property
     def keeps(self) -> bool:
@@ -108,127 +97,80 @@ class Engine:
         """Whether each segment is computed in a pass of its own."""
         return self._deterministic
 
-    def is_stored(
-        self, segment: Segment, *, ids: tuple[WeightsId, TokenizerId], parts: Iterable[Part] = tuple(Part)
-    ) -> bool:
+    def is_stored(self, segment: Segment, *, ids: ModelIds, parts: Iterable[Part] = tuple(Part)) -> bool:
         """Whether parts of a segment, all unless said, are stored or queued, under the model that has these ids."""
-        names = Addresses(*ids)
-        return all(self._db.has(names.key(segment, part)) for part in parts)
+        addresses = Addresses(ids)
+        return all(self._db.has(addresses.key(segment, part)) for part in parts)
 
-    def discard(self, needs: Iterable[Need], *, ids: tuple[WeightsId, TokenizerId]) -> None:
+    def discard(self, needs: Iterable[Need], *, ids: ModelIds) -> None:
         """Remove stored parts that turned out not to be of this model's shape."""
         for segment, part in needs:
-            self._db.discard(Addresses(*ids).key(segment, part))
+            self._db.discard(Addresses(ids).key(segment, part))
 
     def store(
         self,
         segment: Segment,
         parts: Mapping[Part, Arrays],
         *,
-        ids: tuple[WeightsId, TokenizerId],
+        ids: ModelIds,
         num_tokens: int,
         seconds: float,
     ) -> None:
         """Queue parts of a segment that something else than a pack computed, in `seconds`."""
-        names = Addresses(*ids)
-        origin = names.origin(segment, num_tokens, seconds, versions=self._source.runner.versions)
-        self._db.put([NewPart(names.key(segment, part), arrays, origin) for part, arrays in parts.items()])
+        addresses = Addresses(ids)
+        origin = addresses.origin(segment, num_tokens, seconds, versions=self._source.runner.versions)
+        self._db.put([NewPart(addresses.key(segment, part), arrays, origin) for part, arrays in parts.items()])
 
-    def _fetch(self, names: Addresses, needs: Iterable[Need]) -> dict[Need, Arrays]:
-        """Return those of the needed parts that the database has."""
-        parts: dict[Segment, list[Part]] = {}
-        for segment, part in needs:
-            parts.setdefault(segment, []).append(part)
-        addresses = {segment: names.address(segment) for segment in parts}
-        fetched = self._db.fetch({addresses[segment]: wanted for segment, wanted in parts.items()})
-        keys = {(segment, part): Key(addresses[segment], part) for segment, wanted in parts.items() for part in wanted}
-        found = {need: fetched[key] for need, key in keys.items() if key in fetched}
-        for need, key in keys.items():
-            if key.part is Part.KV and need in found:
-                found[need] = self._restored(found[need])
-                if self._source.is_loaded and not self._source.runner.fits(found[need]):
-                    self._db.discard(key)
-                    del found[need]
-        return found
+    def _acquire_prefix(self, call: Call, prefill: Prefill, pack: plan.Pack) -> KVBuffer | None:
+        """Return a buffer with the keys and values of a pack's context, and fetch its predictors' logits.
 
-    def _catch_up(
-        self, names: Addresses, left: Iterable[Segment], wanted: Wanted, found: dict[Need, Arrays], lost: set[Need]
-    ) -> None:
-        """Fetch what others have stored of the segments that were left to them."""
-        needs = [(segment, part) for segment in left for part in wanted.get(segment, ())]
-        absent = [need for need in needs if need not in found and need not in lost]
-        stored = [need for need in absent if self._db.has(names.key(*need))]
-        found.update(self._fetch(names, stored))
-        lost.update(need for need in stored if need not in found)
-
-    def _restored(self, kv: Arrays) -> Arrays:
-        """Give keys and values of a lossy database the model's dtype."""
-        return kv if self._db.fidelity is Fidelity.EXACT else restore(kv, self._source.runner.kv_dtype)
-
-    def _take(self, claims: PackClaims, names: Addresses, job: Prefill, pack: plan.Pack, lost: set[Need]) -> bool:
-        """Whether to compute a pack now: no other call is at it, nor has any of it been stored since it was planned."""
-        if not claims.take(pack):
-            return False
-        # Looked up only now: who had claimed a segment before may have stored it meanwhile.
-        are_stored = [self._is_stored_by_now(names, job, segment, lost) for segment in pack.segments]
-        if any(are_stored):
-            claims.leave(pack)
-        return not any(are_stored)
-
-    def _is_stored_by_now(self, names: Addresses, job: Prefill, segment: Segment, lost: set[Need]) -> bool:
-        """Whether all is stored that was missing of a segment; what is stored will not be kept once more."""
-        parts = job.missing[segment] | job.keep[segment]
-        stored = frozenset(part for part in parts if self._db.has(names.key(segment, part)))
-        job.keep[segment] -= stored
-        return job.missing[segment] <= {part for part in stored if (segment, part) not in lost}
-
-    def _bring(
-        self, names: Addresses, job: Prefill, pack: plan.Pack, found: dict[Need, Arrays]
-    ) -> tuple[KVBuffer, list[Need]]:
-        """Bring a pack's context into one buffer, its predictors' logits into `found`; also return what is not there.
-
-        What the buffer does not begin with already is copied once: from an earlier pass, or out of the store's file.
+        None where a part is not there any more. `_release_prefix` gives the buffer back to memory.
         """
-        logits = [(segment, Part.LOGITS) for segment in pack.predictors]
-        found.update(self._fetch(names, [need for need in logits if need not in found]))
-        contents = [names.content(segment, len(job.input_ids[segment])) for segment in pack.context]
+        lost = call.fetch((segment, Part.LOGITS) for segment in pack.predictors)
+        contents = call.contents(pack.context, prefill)
         self._db.touch(address for address, _ in contents)
-        context = job.runner.prefix(self._db.memory, contents, room=job.num_tokens(pack))
-        for segment, content in list(zip(pack.context, contents, strict=True))[len(context.contents) :]:
-            if not self._load(names, job, segment, context, found):
-                job.runner.leave(self._db.memory, context)
-                return context, [(segment, Part.KV)]
-            context.contents.append(content)
-        return context, [need for need in logits if need not in found]
+        context = prefill.runner.acquire_prefix(self._db.memory, contents, room=prefill.num_tokens(pack))
+        lost += self._load_prefix(call, prefill, pack, context)
+        if not lost:
+            return context
+        prefill.runner.release_prefix(self._db.memory, context)
+        call.lose(lost)
+        return None
 
-    def _load(
-        self, names: Addresses, job: Prefill, segment: Segment, context: KVBuffer, found: dict[Need, Arrays]
-    ) -> bool:
+    def _load_prefix(self, call: Call, prefill: Prefill, pack: plan.Pack, context: KVBuffer) -> list[Need]:
+        """Copy what the buffer does not begin with already, once: from an earlier pass, or out of the store's file."""
+        contents = call.contents(pack.context, prefill)
+        for segment, content in list(zip(pack.context, contents, strict=True))[len(context.contents) :]:
+            if not self._load(call, prefill, segment, context):
+                return [(segment, Part.KV)]
+            context.contents.append(content)
+        return []
+
+    def _load(self, call: Call, prefill: Prefill, segment: Segment, context: KVBuffer) -> bool:
         """Append a segment's keys and values to a context; False where there are none that fit."""
-        kv = found.get((segment, Part.KV))
-        key = names.key(segment, Part.KV)
+        kv = call.found.get((segment, Part.KV))
+        key = call.addresses.key(segment, Part.KV)
         if kv is None:
-            span = context.span(len(job.input_ids[segment]))
-            is_there = self._db.load(key, span, job.runner.kv_dtype)
+            span = context.span(len(prefill.input_ids[segment]))
+            is_there = self._db.load(key, span, prefill.runner.kv_dtype)
             if is_there:
                 context.extend(span)
             return is_there
-        if not job.fits(segment, kv):
-            del found[segment, Part.KV]
+        if not prefill.fits(segment, kv):
             self._db.discard(key)
             return False
         context.append(kv)
         return True
 
-    def _leave(self, names: Addresses, job: Prefill, pack: plan.Pack, context: KVBuffer, *, num_whole: int) -> None:
-        """Leave a pass's buffer in memory, for passes that go on after it; its first segments are whole."""
+    def _release_prefix(
+        self, call: Call, prefill: Prefill, pack: plan.Pack, context: KVBuffer, *, num_whole: int
+    ) -> None:
+        """Give a pass's buffer to memory, for passes that go on after it; its first segments are whole."""
         chain = pack.segments[: plan.num_chained(pack, num_whole)]
-        context.contents += [names.content(segment, len(job.input_ids[segment])) for segment in chain]
-        job.runner.leave(self._db.memory, context)
+        context.contents += call.contents(chain, prefill)
+        prefill.runner.release_prefix(self._db.memory, context)
 
-    def _prepare(
-        self, names: Addresses, missing: Wanted, available: Sequence[Segment], *, wanted: Wanted, keep: Wanted
-    ) -> Prefill:
+    def _prepare(self, call: Call, missing: Wanted, available: Sequence[Segment]) -> Prefill:
         """Tokenise what is missing, check that it can be run, and divide what is available of it into packs.
 
         Loads the model if need be.
@@ -237,9 +179,11 @@ class Engine:
         input_ids = self._source.tokenizer.encode(segments)
         num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
         starts = plan.positions(segments, num_tokens)
-        runner = self._proven_runner(names)
-        kept = {segment: frozenset(keep.get(segment, Part)) for segment in missing}
-        produced = {segment: missing[segment] | kept[segment] | wanted.get(segment, frozenset()) for segment in missing}
+        runner = self._proven_runner(call.addresses)
+        kept = {segment: frozenset(call.keep.get(segment, Part)) for segment in missing}
+        produced = {
+            segment: missing[segment] | kept[segment] | call.wanted.get(segment, frozenset()) for segment in missing
+        }
         num_read = num_tokens if self._deterministic else plan.num_read(num_tokens, produced=produced)
         plan.check_context_length(starts, num_read, runner.max_positions)
         plan.check_vocabulary(input_ids.values(), runner.vocab_size)
@@ -249,22 +193,22 @@ class Engine:
             available, num_tokens, costs=runner.costs, max_segments=max_segments, max_columns=runner.max_columns
         )
         runner.require_runnable(packs, num_read, starts)
-        return Prefill(packs, input_ids, starts, wanted, missing, kept, self._deterministic, runner)
+        return Prefill(packs, input_ids, starts, call.wanted, missing, kept, self._deterministic, runner)
 
-    def _proven_runner(self, names: Addresses) -> ModelRunner:
+    def _proven_runner(self, addresses: Addresses) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
         runner = self._source.runner
-        if not names.is_certain and self._source.ids != names.ids:
+        if not addresses.is_certain and self._source.ids != addresses.ids:
             raise ModelMismatch(
                 f"{self._source.name} is not the model that was recorded for its files",
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
-        if not runner.is_proven(names.weights_id):
-            known = self._db.model_metadata.recall(lambda catalog: catalog.model(names.weights_id))
-            record = runner.prove(names.weights_id, known)
+        if not runner.is_proven(addresses.ids.weights_id):
+            known = self._db.model_metadata.recall(lambda catalog: catalog.model(addresses.ids.weights_id))
+            record = runner.prove(addresses.ids.weights_id, known)
             if record is not None:
                 self._db.model_metadata.save(record)
-            self._db.model_metadata.describe(names.tokenizer_id, self._describe_tokenizer)
+            self._db.model_metadata.describe(addresses.ids.tokenizer_id, self._describe_tokenizer)
         runner.require_supported()
         return runner
 
@@ -274,37 +218,33 @@ class Engine:
         definition = packed(tokenizer.definition()) if tokenizer.is_fast else b""
         return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
-    def _persist(self, names: Addresses, job: Prefill, pack: plan.Pack, result: Computed) -> None:
+    def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: Computed) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
-        seconds_per_token = result.seconds / job.num_tokens(pack)
+        seconds_per_token = result.seconds / prefill.num_tokens(pack)
+        addresses, versions = call.addresses, prefill.runner.versions
         new = []
         for segment in pack.segments:
-            num_tokens = len(job.input_ids[segment])
-            origin = names.origin(segment, num_tokens, num_tokens * seconds_per_token, versions=job.runner.versions)
+            num_tokens = len(prefill.input_ids[segment])
+            origin = addresses.origin(segment, num_tokens, num_tokens * seconds_per_token, versions=versions)
             new += [
-                NewPart(names.key(segment, part), result.parts[segment, part], origin) for part in job.keep[segment]
+                NewPart(addresses.key(segment, part), result.parts[segment, part], origin)
+                for part in prefill.keep[segment]
             ]
         self._db.put(new)
 
-    def _with_progress(self, job: Prefill) -> Iterator[plan.Pack]:
+    def _with_progress(self, prefill: Prefill) -> Iterator[plan.Pack]:
         """Yield the packs behind a progress bar, which appears after a second, in a terminal."""
         hidden = None if self._progress else True
-        with tqdm(
-            total=sum(map(job.num_tokens, job.packs)),
-            unit="tok",
-            desc="computing",
-            delay=1,
-            disable=hidden,
-            leave=False,
-        ) as bar:
-            for pack in job.packs:
+        total = sum(map(prefill.num_tokens, prefill.packs))
+        with tqdm(total=total, unit="tok", desc="computing", delay=1, disable=hidden, leave=False) as bar:
+            for pack in prefill.packs:
                 yield pack
-                bar.update(job.num_tokens(pack))
+                bar.update(prefill.num_tokens(pack))
 
-    def _count(self, found: Mapping[Need, Arrays], wanted: Wanted, computed: set[Segment]) -> None:
-        for segment in wanted:
-            if (segment, Part.SCORES) in found and segment not in computed:
-                self.num_cached_tokens += found[segment, Part.SCORES]["input_ids"].shape[0]
+    def _count_cached(self, call: Call) -> None:
+        for segment in call.wanted:
+            if (segment, Part.SCORES) in call.found and segment not in call.computed:
+                self.num_cached_tokens += call.found[segment, Part.SCORES]["input_ids"].shape[0]
 
     def _log_seams(self, missing: Collection[Segment]) -> None:
         for seam in self._source.tokenizer.seams(missing):
@@ -313,3 +253,14 @@ class Engine:
                 logger.info(
                     "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
                 )
+
+
+def _claim(claims: PackClaims, call: Call, prefill: Prefill, pack: plan.Pack) -> bool:
+    """Whether to compute a pack now: no other call is at it, nor has any of it been stored since it was planned."""
+    if not claims.claim(pack):
+        return False
+    # Looked up only now: who had claimed a segment before may have stored it meanwhile.
+    are_stored = [call.is_stored_by_now(segment, prefill) for segment in pack.segments]
+    if any(are_stored):
+        claims.defer(pack)
+    return not any(are_stored)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from backprompt_db.catalog.records import Selection
 from backprompt_db.compute import plan
-from backprompt_db.compute.addresses import Addresses
+from backprompt_db.compute.call import Addresses
 from backprompt_db.compute.inference.loading import locate, source_key
 from backprompt_db.compute.misses import Absence, Records
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.database.vocabulary import open_tokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.explanation import Explanation, Place, SegmentExplanation
-from backprompt_db.prompt.ids import namespace_id
+from backprompt_db.prompt.ids import ModelIds, namespace_id
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text
@@ -45,9 +45,9 @@ def explain_run(db: Database, source: ModelSource, tips: Sequence[Segment]) -> E
 
     Waits for what is queued for writing: the catalog does not know of it before.
     """
-    names = Addresses(*source.ids)
+    addresses = Addresses(source.ids)
     wait_until_written(db)
-    explanation = explain(db, names, tips, tokenizer=source.tokenizer)
+    explanation = explain(db, addresses, tips, tokenizer=source.tokenizer)
     if explanation.dtype is not None or not source.is_loaded:
         return replace(explanation, model_name=explanation.model_name or source.name)
     dtype = str(source.runner.model.dtype).removeprefix("torch.")
@@ -62,7 +62,7 @@ def wait_until_written(db: Database) -> None:
 
 
 def explain(
-    db: Database, names: Addresses, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None
+    db: Database, addresses: Addresses, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None
 ) -> Explanation:
     """Explain what running the text that ends with the segments `tips` would find, and what it would compute and why.
 
@@ -70,19 +70,19 @@ def explain(
     that has no tokens.
     """
     segments = ancestry(tips)
-    records = Records(db, names.ids, segments)
-    found = _look(db, names, segments)
-    misses = _misses(names, tips, found, records)
+    records = Records(db, addresses.ids, segments)
+    found = _look(db, addresses, segments)
+    misses = _misses(addresses, tips, found, records)
     num_tokens = _num_tokens(segments, records, tokenizer)
     seconds = _seconds(segments, records, num_tokens)
     numbers = {segment: number for number, segment in enumerate(segments)}
-    model = records.model(names.weights_id)
+    model = records.model(addresses.ids.weights_id)
     cached, missing = [each for each in segments if each not in misses], list(misses)
     return Explanation(
         model_name=(model.name or None) if model else None,
         dtype=(model.dtype or None) if model else None,
-        weights_id=names.weights_id,
-        tokenizer_id=names.tokenizer_id,
+        weights_id=addresses.ids.weights_id,
+        tokenizer_id=addresses.ids.tokenizer_id,
         namespace=segments[0].namespace,
         segments=tuple(
             SegmentExplanation(
@@ -90,7 +90,7 @@ def explain(
                 parents=tuple(numbers[parent] for parent in segment.parents),
                 start=segment.start,
                 segment_id=segment.id,
-                address=names.address(segment),
+                address=addresses.address(segment),
                 places={part: place for part, (place, _) in found[segment].items()},
                 nbytes={part: nbytes for part, (_, nbytes) in found[segment].items()},
                 num_tokens=num_tokens[segment],
@@ -108,19 +108,19 @@ def explain(
     )
 
 
-def _look(db: Database, names: Addresses, segments: Iterable[Segment]) -> _Found:
+def _look(db: Database, addresses: Addresses, segments: Iterable[Segment]) -> _Found:
     """Look for all parts. Keys and values are in memory where a pass has left them in a buffer."""
     buffered = {address for buffer in db.memory.grouped() for address, _ in buffer.contents}
     found: _Found = {}
     for segment in segments:
-        looked = {part: db.look(names.key(segment, part)) for part in Part}
+        looked = {part: db.look(addresses.key(segment, part)) for part in Part}
         found[segment] = {part: where for part, where in looked.items() if where is not None}
-        if Part.KV in found[segment] and names.address(segment) in buffered:
+        if Part.KV in found[segment] and addresses.address(segment) in buffered:
             found[segment][Part.KV] = Place.MEMORY, found[segment][Part.KV][1]
     return found
 
 
-def _misses(names: Addresses, tips: Sequence[Segment], found: _Found, records: Records) -> Mapping[Segment, Miss]:
+def _misses(addresses: Addresses, tips: Sequence[Segment], found: _Found, records: Records) -> Mapping[Segment, Miss]:
     """Plan what a run would plan, and find out why it is needed."""
     wanted = dict.fromkeys(found, frozenset({Part.SCORES}))
     if len(tips) == 1:
@@ -133,7 +133,10 @@ def _misses(names: Addresses, tips: Sequence[Segment], found: _Found, records: R
     return records.misses(
         [
             Absence(
-                segment, names.address(segment), tuple(sorted(parts, key=list(Part).index)), frozenset(found[segment])
+                segment,
+                addresses.address(segment),
+                tuple(sorted(parts, key=list(Part).index)),
+                frozenset(found[segment]),
             )
             for segment, parts in missing.items()
         ]
@@ -192,13 +195,13 @@ def recorded_names(db: Database, catalog: Catalog, model: str | None) -> Address
     key = None if model is None else source_key(model, {})
     source = None if key is None else db.model_metadata.recall(lambda catalog: catalog.source(key))
     if source is not None:
-        return Addresses(source.weights_id, source.tokenizer_id)
+        return Addresses(ModelIds(source.weights_id, source.tokenizer_id))
     used = catalog.totals_by_model()
     records = [record for record in catalog.models() if record.weights_id in used and _is_meant(record, model)]
     if len(records) != 1:
         raise _not_one(records, model)
     (newest,) = catalog.rows(limit=1, selection=Selection(model=records[0].weights_id.hex()))
-    return Addresses(newest.weights_id, newest.tokenizer_id)
+    return Addresses(ModelIds(newest.weights_id, newest.tokenizer_id))
 
 
 def _is_meant(record: ModelRecord, model: str | None) -> bool:
@@ -218,38 +221,45 @@ def _not_one(records: Sequence[ModelRecord], model: str | None) -> PromptError:
     return PromptError(f"there are several models: {listed}", hint="Give the digits of one of them as --model.")
 
 
-def recorded_tokenizer(catalog: Catalog, names: Addresses, model: str | None) -> SegmentTokenizer | None:
+def _in_order(parts: Iterable[Part]) -> tuple[Part, ...]:
+    return tuple(sorted(parts, key=list(Part).index))
+
+
+def recorded_tokenizer(catalog: Catalog, addresses: Addresses, model: str | None) -> SegmentTokenizer | None:
     """Return the tokenizer of a model out of the catalog, else out of the file beside its weights; None without both.
 
     That in the file must give what was stored of the model last as many tokens as that has.
     """
     try:
-        kept = open_tokenizer(catalog, names.tokenizer_id)
+        kept = open_tokenizer(catalog, addresses.ids.tokenizer_id)
         if kept is not None:
             return SegmentTokenizer(RecordedTokenizer(kept))
-        return None if model is None else _in_file(catalog, names, model)
+        return None if model is None else _in_file(catalog, addresses, model)
     except Exception as error:  # noqa: BLE001 - the library for tokenizers raises no other
         logger.info("the tokenizer of %s cannot be used: %s", model, error)
         return None
 
 
-def _in_file(catalog: Catalog, names: Addresses, model: str) -> SegmentTokenizer | None:
+def _in_file(catalog: Catalog, addresses: Addresses, model: str) -> SegmentTokenizer | None:
     from tokenizers import Tokenizer
 
     directory = locate(model, {})
     if directory is None or not (directory / _TOKENIZER_FILE).is_file():
         return None
     tokenizer = SegmentTokenizer(RecordedTokenizer(Tokenizer.from_file(str(directory / _TOKENIZER_FILE))))
-    return tokenizer if _agrees(tokenizer, catalog, names) else None
+    return tokenizer if _agrees(tokenizer, catalog, addresses) else None
 
 
-def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, names: Addresses) -> bool:
-    rows = catalog.rows(limit=_NUM_SAMPLES, selection=Selection(model=names.weights_id.hex()))
+def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, addresses: Addresses) -> bool:
+    rows = catalog.rows(limit=_NUM_SAMPLES, selection=Selection(model=addresses.ids.weights_id.hex()))
     for row in rows:
         is_first = set(catalog.parents(row.segment_id)) <= {namespace_id(row.namespace)}
         before = () if is_first else tuple(Text("something").segments())
         segment = Segment(row.segment_id, row.text, before, row.start, row.namespace)
-        if row.tokenizer_id == names.tokenizer_id and len(tokenizer.encode([segment])[segment]) != row.num_tokens:
+        if (
+            row.tokenizer_id == addresses.ids.tokenizer_id
+            and len(tokenizer.encode([segment])[segment]) != row.num_tokens
+        ):
             return False
     return bool(rows)
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from backprompt_db.compute.inference.decoding import GenerateArguments
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.runner import ModelRunner
-    from backprompt_db.compute.prefill import Need
+    from backprompt_db.compute.plan import Need
     from backprompt_db.compute.tokens import SegmentTokenizer
-    from backprompt_db.prompt.ids import TokenizerId, WeightsId
+    from backprompt_db.prompt.ids import ModelIds
 
 _ALL_PARTS = frozenset(Part)
 _KV, _KV_AND_LOGITS = frozenset({Part.KV}), frozenset({Part.KV, Part.LOGITS})
@@ -63,9 +63,7 @@ def generate(
     return [results[begin : begin + step] for begin in range(0, len(results), step)]
 
 
-def _fetched(
-    engine: Engine, runner: ModelRunner, prompts: Sequence[Prompt], *, ids: tuple[WeightsId, TokenizerId]
-) -> Mapping[Need, Arrays]:
+def _fetched(engine: Engine, runner: ModelRunner, prompts: Sequence[Prompt], *, ids: ModelIds) -> Mapping[Need, Arrays]:
     """Return the keys and values of all segments of the prompts, and the logits after each prompt."""
     num_tokens = {
         segment: count for prompt in prompts for segment, count in zip(prompt.segments, prompt.num_tokens, strict=True)
@@ -121,7 +119,7 @@ def _store(
     continuations: Sequence[_Continuation],
     found: Mapping[Need, Arrays],
     *,
-    ids: tuple[WeightsId, TokenizerId],
+    ids: ModelIds,
 ) -> None:
     """Store the continuations that have a segment and are not there yet."""
     numbers = {each.segment: number for number, each in enumerate(continuations) if each.segment is not None}

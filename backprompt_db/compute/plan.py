@@ -10,6 +10,12 @@ from backprompt_db.errors import ContextLengthExceeded, ModelMismatch
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry
 
+Need = tuple[Segment, Part]
+"""One part of one segment."""
+
+Wanted = Mapping[Segment, frozenset[Part]]
+"""Parts that are wanted, by segment."""
+
 MAX_PACK_TOKENS = 2048
 """New tokens of a pass, unless one segment alone has more: bounds what its activations take up."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from backprompt_db.compute.plan import Pack
+from backprompt_db.compute.plan import Need, Pack, Wanted
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment
 
@@ -15,12 +15,6 @@ if TYPE_CHECKING:
     from backprompt_db.compute.inference.forward import Computed
     from backprompt_db.compute.inference.kv_cache import KVBuffer
     from backprompt_db.compute.inference.runner import ModelRunner
-
-Need = tuple[Segment, Part]
-"""One part of one segment."""
-
-Wanted = Mapping[Segment, frozenset[Part]]
-"""Parts that a caller asked for, by segment."""
 
 
 @dataclass(frozen=True, eq=False)

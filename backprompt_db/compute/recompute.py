@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.inference.loading import ModelSource, PretrainedModel
-from backprompt_db.compute.prefill import Need, Wanted
+from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.database.database import MEMORY
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import ModelMismatch
@@ -15,7 +15,7 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import ancestry
 
 if TYPE_CHECKING:
-    from backprompt_db.prompt.ids import TokenizerId, WeightsId
+    from backprompt_db.prompt.ids import ModelIds
 
 _NEEDED_BY_OTHERS = frozenset({Part.LOGITS, Part.KV})
 
@@ -32,7 +32,7 @@ class Recomputer:
         return self._source.name
 
     @property
-    def ids(self) -> tuple[WeightsId, TokenizerId]:
+    def ids(self) -> ModelIds:
         """The ids of the model and the tokenizer."""
         return self._source.ids
 

@@ -8,9 +8,10 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from backprompt_db.codec.blob import decode
 from backprompt_db.codec.fidelity import Fidelity, restore_into
@@ -26,7 +27,6 @@ from backprompt_db.errors import (
     BlobFormat,
     CatalogError,
     FormatError,
-    FormatTooNew,
     StoreClosed,
     StoreError,
     StoreReadOnly,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_Taken = TypeVar("_Taken")
 
 MEMORY = ":memory:"
 """The location of a database that is kept in memory and leaves nothing behind."""
@@ -124,7 +126,7 @@ class Database:
         """Return the wanted parts that are there. Arrays are not to be written to; a miss is absent."""
         found = {}
         for address, parts in wanted.items():
-            arrays = {Key(address, part): self._get(Key(address, part)) for part in parts}
+            arrays = {Key(address, part): self._read(Key(address, part), _as_it_is, self._decode) for part in parts}
             found.update({key: value for key, value in arrays.items() if value is not None})
             is_hit = None not in arrays.values()
             self.tally.add("num_hits" if is_hit else "num_misses")
@@ -136,12 +138,8 @@ class Database:
 
         `dtype` is the safetensors name of the span's.
         """
-        self._check_open()
-        queued = self._writer.get(key)
-        is_found = self._copy(key, queued, span, dtype)
-        tier = "num_disk_hits" if queued is None else "num_memory_hits"
-        self.tally.add(tier if is_found else "num_part_misses")
-        return is_found
+        copy = partial(_restore, span=span)
+        return self._read(key, copy, partial(self._fill, span=span, dtype=dtype)) is not None
 
     def touch(self, addresses: Iterable[Address]) -> None:
         """Count uses of representations that are in memory already, as `fetch` does."""
@@ -239,58 +237,48 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self.directory or MEMORY}{' (read-only)' if self.readonly else ''}>"
 
-    def _get(self, key: Key) -> Arrays | None:
+    def _read(self, key: Key, take: Callable[[Arrays], _Taken], read: Callable[[Key], _Taken | None]) -> _Taken | None:
+        """Look for a part where it may be, one place after the other: the queue, memory, the store.
+
+        Arrays in memory are what `take` makes of them, those in the store what `read` does. What fails is a miss.
+        """
         self._check_open()
         known: Arrays | None = self._writer.get(key) or self.memory.get(key)
-        if known is not None:
-            self.tally.add("num_memory_hits")
-            return known
-        read = self._read(key)
-        self.tally.add("num_part_misses" if read is None else "num_disk_hits")
-        return read
-
-    def _read(self, key: Key) -> Arrays | None:
+        taken = None
         try:
-            return self._decode(key)
-        except FormatTooNew:
-            return None
+            taken = read(key) if known is None else take(known)
         except BlobFormat:
             self.discard(key)
+        except FormatError:  # newer than this version
+            pass
         except StoreError as error:
             self._read_failed(error)
-        return None
+        where = "num_disk_hits" if known is None else "num_memory_hits"
+        self.tally.add("num_part_misses" if taken is None else where)
+        return taken
 
     def _decode(self, key: Key) -> Arrays | None:
+        """Return a part out of the store, and keep it in memory."""
         blob = self._layers.get(key)
         if blob is None:
             self.report_if_damaged(key)
             return None
         arrays = decode(key.part, blob)
-        if key.part is not Part.KV:  # of which the memory tier holds whole prefixes, ready for use
+        if key.part is not Part.KV:  # of which memory holds whole prefixes, ready for use
             self.memory.put(key, arrays, nbytes=blob.nbytes + _OVERHEAD_NBYTES)
         return arrays
 
-    def _copy(self, key: Key, queued: Arrays | None, span: KVSpan, dtype: str) -> bool:
-        try:
-            return self._fill(key, span, dtype) if queued is None else _restore(queued, span)
-        except BlobFormat:
-            self.discard(key)
-        except FormatError:  # newer than this version
-            return False
-        except StoreError as error:
-            self._read_failed(error)
-        return False
-
-    def _fill(self, key: Key, span: KVSpan, dtype: str) -> bool:
+    def _fill(self, key: Key, span: KVSpan, dtype: str) -> KVSpan | None:
+        """Copy keys and values out of the map of the store's file into place; None where there are none."""
         if self.fidelity is Fidelity.EXACT:
             reader = KVReader(span, dtype)
             if self._layers.scan(key, reader.take):
                 reader.finish()
-                return True
+                return span
         elif (blob := self._layers.get(key)) is not None:
             return _restore(decode(key.part, blob), span)
         self.report_if_damaged(key)
-        return False
+        return None
 
     def _read_failed(self, error: StoreError) -> None:
         if self.strict or isinstance(error, StoreClosed):
@@ -309,9 +297,13 @@ class Database:
             raise StoreClosed(f"{self!r} was closed", hint="Open it again with backprompt_db.open(...).")
 
 
-def _restore(arrays: Arrays, span: KVSpan) -> bool:
+def _as_it_is(arrays: Arrays) -> Arrays:
+    return arrays
+
+
+def _restore(arrays: Arrays, span: KVSpan) -> KVSpan:
     restore_into(arrays, span.keys, span.values)
-    return True
+    return span
 
 
 def writable_catalog(db: Database) -> Catalog:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import NewType
+from typing import NamedTuple, NewType
 
 from backprompt_db.errors import InvalidText, PromptError
 
@@ -24,6 +24,14 @@ TokenizerId = NewType("TokenizerId", bytes)
 
 Address = NewType("Address", bytes)
 """32 bytes that name one representation in every store."""
+
+
+class ModelIds(NamedTuple):
+    """The ids of one model and one tokenizer: what, with a segment's id, names a representation."""
+
+    weights_id: WeightsId
+    tokenizer_id: TokenizerId
+
 
 ID_NBYTES = 32
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from backprompt_db.errors import BackpromptError, InvalidText, PromptError
-from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId, segment_id
+from backprompt_db.prompt.ids import ModelIds, SegmentId, TokenizerId, segment_id
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Runner(Protocol):
     def vocabulary(self, tokenizer_id: TokenizerId) -> Vocabulary:
         """Return the strings of the tokens of the tokenizer that has this id."""
 
-    def past_key_values(self, text: Text, *, ids: tuple[WeightsId, TokenizerId] | None = None) -> Any:
+    def past_key_values(self, text: Text, *, ids: ModelIds | None = None) -> Any:
         """Return a transformers `Cache` of the keys and values of `text`, under the model that has these ids."""
 
 
@@ -377,7 +377,7 @@ class ModelRepr:
     num_cached_tokens: int
     num_computed_tokens: int
     is_computed: tuple[bool, ...] = field(repr=False)
-    ids: tuple[WeightsId, TokenizerId]
+    ids: ModelIds
     """The weights id and tokenizer id that this was computed under."""
     fidelity: str = "exact"
 

@@ -19,7 +19,7 @@ from backprompt_db.codec.kv_reader import KVSpan
 from backprompt_db.database import writer
 from backprompt_db.database.database import Database
 from backprompt_db.errors import BackpromptError, BlobFormat, StoreClosed, StoreError, StoreFull
-from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Array, Part
 from backprompt_db.store.contract import Blob, Key
 from tests.support.databases import BROKEN, FaultyStore, address, expected, logits, new_part, origin, values, wanted
@@ -100,7 +100,7 @@ def test_logits_that_a_caller_changes_are_stored_unchanged() -> None:
     array = logits("a")
     found = bp.ModelRepr(
         text=bp.Text("a"), scores=(), last_logits=array, num_cached_tokens=0, num_computed_tokens=1,
-        is_computed=(), ids=(WeightsId(bytes(32)), TokenizerId(bytes(32))),
+        is_computed=(), ids=ModelIds(WeightsId(bytes(32)), TokenizerId(bytes(32))),
     )  # fmt: skip
     found.logits.zero_()
     assert bytes(array.data) == bytes(logits("a").data)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from backprompt_db.errors import InvalidText, PromptError
 from backprompt_db.prompt import text as text_module
-from backprompt_db.prompt.ids import TokenizerId, WeightsId, namespace_id, segment_id
+from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId, namespace_id, segment_id
 from backprompt_db.prompt.segments import Seam, ancestry
 from backprompt_db.prompt.text import ModelRepr, Runner, Text, parallel, register_pair_runner
 
@@ -29,7 +29,7 @@ TEXTS = st.recursive(
 NUM_MANY = 10_000
 
 
-IDS = WeightsId(bytes(32)), TokenizerId(bytes(32))
+IDS = ModelIds(WeightsId(bytes(32)), TokenizerId(bytes(32)))
 
 
 class RecordingRunner:

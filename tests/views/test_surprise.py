@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import backprompt_db as bp
+from backprompt_db.prompt.ids import ModelIds
 from backprompt_db.prompt.representation import Array
 from backprompt_db.prompt.text import ModelRepr
 from backprompt_db.views.surprise import NUM_TOKENS
@@ -200,5 +201,5 @@ def made_up(lm: bp.LanguageModel, num_tokens: list[int]) -> ModelRepr:
         num_cached_tokens=sum(num_tokens),
         num_computed_tokens=0,
         is_computed=(False,) * len(num_tokens),
-        ids=(lm.weights_id, lm.tokenizer_id),
+        ids=ModelIds(lm.weights_id, lm.tokenizer_id),
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.runner import ModelRunner
-    from backprompt_db.compute.prefill import Need
+    from backprompt_db.compute.plan import Need
 
 Check = Literal["sample", "full"]
 """How much is computed again: the first layer and one token in 16 (`sample`), or everything (`full`)."""

@@ -20,7 +20,7 @@ from backprompt_db.prompt.representation import Part
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
     from backprompt_db.catalog.records import Row
-    from backprompt_db.compute.addresses import Addresses
+    from backprompt_db.compute.call import Addresses
     from backprompt_db.compute.inference.outline import Outline
     from backprompt_db.compute.plan import Costs
     from backprompt_db.prompt.ids import SegmentId
@@ -50,11 +50,11 @@ def pass_units(costs: Costs, num_new: int, num_context: int) -> float:
     return costs.tokens_per_pass + num_new + num_new * (num_new + num_context) / costs.pairs_per_token
 
 
-def seconds_per_unit(catalogs: Iterable[Catalog], names: Addresses, costs: Costs) -> float | None:
+def seconds_per_unit(catalogs: Iterable[Catalog], addresses: Addresses, costs: Costs) -> float | None:
     """Return what a unit of `pass_units` took lately, by the first catalog that knows; None where none does."""
     for catalog in catalogs:
         try:
-            passes = recorded_passes(catalog, names)
+            passes = recorded_passes(catalog, addresses)
         except CatalogError as error:
             logger.warning("the catalog cannot be read: %s", error)
             continue
@@ -63,13 +63,13 @@ def seconds_per_unit(catalogs: Iterable[Catalog], names: Addresses, costs: Costs
     return None
 
 
-def recorded_passes(catalog: Catalog, names: Addresses) -> list[RecordedPass]:
+def recorded_passes(catalog: Catalog, addresses: Addresses) -> list[RecordedPass]:
     """Return the passes that computed the newest representations of a model."""
-    if catalog.model(names.weights_id) is None:
+    if catalog.model(addresses.ids.weights_id) is None:
         return []
-    newest = catalog.rows(limit=_NUM_ROWS, selection=Selection(model=names.weights_id.hex()))
-    rows = [row for row in newest if row.tokenizer_id == names.tokenizer_id and row.compute_seconds > 0]
-    graph = _Graph(catalog, names, rows)
+    newest = catalog.rows(limit=_NUM_ROWS, selection=Selection(model=addresses.ids.weights_id.hex()))
+    rows = [row for row in newest if row.tokenizer_id == addresses.ids.tokenizer_id and row.compute_seconds > 0]
+    graph = _Graph(catalog, addresses, rows)
     return [
         RecordedPass(graph.num_tokens_of(ids), graph.num_tokens_of(graph.above(ids)), sum(_seconds(group)))
         for group in _passes(rows)
@@ -92,11 +92,13 @@ def _passes(rows: Iterable[Row]) -> Iterable[Sequence[Row]]:
 class _Graph:
     """What rows follow, and how many tokens that has."""
 
-    def __init__(self, catalog: Catalog, names: Addresses, rows: Sequence[Row]) -> None:
+    def __init__(self, catalog: Catalog, addresses: Addresses, rows: Sequence[Row]) -> None:
         ids = {row.segment_id for row in rows}
         ancestors = catalog.ancestors(ids)
         known = itertools.chain(catalog.of_segments(ancestors), rows)
-        self._num_tokens = {row.segment_id: row.num_tokens for row in known if row.weights_id == names.weights_id}
+        self._num_tokens = {
+            row.segment_id: row.num_tokens for row in known if row.weights_id == addresses.ids.weights_id
+        }
         self._parents: Mapping[SegmentId, list[SegmentId]] = {each: [] for each in ids | ancestors}
         for child, parent in catalog.edges(ids | ancestors):
             self._parents[child].append(parent)

@@ -29,7 +29,7 @@ from backprompt_db.prompt.representation import Part
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import Victim
-    from backprompt_db.compute.addresses import Addresses
+    from backprompt_db.compute.call import Addresses
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.outline import Outline
@@ -48,19 +48,19 @@ def forecast(engine: Engine, source: ModelSource, db: Database, orders: Orders, 
     Memory grows by some 200 bytes for each distinct segment, not with its text.
     """
     wait_until_written(db)
-    names = engine.names()
-    record = db.model_metadata.recall(lambda catalog: catalog.model(names.weights_id))
+    addresses = engine.addresses()
+    record = db.model_metadata.recall(lambda catalog: catalog.model(addresses.ids.weights_id))
     outline = source.outline(record)
-    rehearsal = Rehearsal(db, source, names, outline, deterministic=engine.is_deterministic)
+    rehearsal = Rehearsal(db, source, addresses, outline, deterministic=engine.is_deterministic)
     for batch in batches(orders, batch_size):
         rehearsal.play(batch)
     counts = rehearsal.counts
-    pace = seconds_per_unit(db.catalogs, names, outline.costs) if counts.num_passes else 0.0
+    pace = seconds_per_unit(db.catalogs, addresses, outline.costs) if counts.num_passes else 0.0
     return RunPlan(
         model_name=record.name if record and record.name else source.name,
         dtype=outline.dtype,
-        weights_id=names.weights_id,
-        tokenizer_id=names.tokenizer_id,
+        weights_id=addresses.ids.weights_id,
+        tokenizer_id=addresses.ids.tokenizer_id,
         namespace=db.namespace,
         num_texts=counts.num_texts,
         num_stored_texts=counts.num_stored_texts,
@@ -111,12 +111,12 @@ class Rehearsal:
     """Batches played through one after the other, each as if those before had been run."""
 
     def __init__(
-        self, db: Database, source: ModelSource, names: Addresses, outline: Outline, *, deterministic: bool
+        self, db: Database, source: ModelSource, addresses: Addresses, outline: Outline, *, deterministic: bool
     ) -> None:
         self.counts = _Counts()
         self._db = db
         self._source = source
-        self._names = names
+        self._addresses = addresses
         self._outline = outline
         self._deterministic = deterministic
         self._sizes = Sizes(outline, db.fidelity)
@@ -147,7 +147,7 @@ class Rehearsal:
 
     def _is_stored(self, segment: Segment, part: Part) -> bool:
         written = self._written.get(segment.id, frozenset())
-        return part in written or self._db.has(self._names.key(segment, part))
+        return part in written or self._db.has(self._addresses.key(segment, part))
 
     def _too_long(self, order: Order, lengths: _Lengths) -> TooLong | None:
         return too_long(order, lengths, self._outline.bounds, is_deterministic=self._deterministic)

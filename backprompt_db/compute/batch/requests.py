@@ -12,7 +12,7 @@ from typing import TypeVar
 from backprompt_db.compute import plan
 from backprompt_db.compute.answers import completion_segments
 from backprompt_db.compute.batch.run_plan import TooLong
-from backprompt_db.compute.prefill import Wanted
+from backprompt_db.compute.plan import Wanted
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry

@@ -72,18 +72,18 @@ class Warmer:
         )
 
     def _run_batch(self, batch: Sequence[Order]) -> None:
-        names = self._engine.names()
+        addresses = self._engine.addresses()
 
         @cache
         def is_stored(segment: Segment, part: Part) -> bool:
-            return self._db.has(names.key(segment, part))
+            return self._db.has(addresses.key(segment, part))
 
         lack = lacking(batch, is_stored)
         fitting = self._fitting(lack) if lack else []
         work = work_of(fitting, is_stored)
         if work.wanted:
             num_calls = self._num_calls()
-            self._engine.represent(work.wanted, keep=work.keep, names=names)
+            self._engine.represent(work.wanted, keep=work.keep, addresses=addresses)
             self._num_passes += self._num_calls() - num_calls
         self._num_texts += len(batch)
         self._num_stored_texts += len(batch) - len(lack)
@@ -141,21 +141,21 @@ def pin(engine: Engine, db: Database, segments: Sequence[Segment], *, label: str
     `StoreError` where others remove it faster than it can be pinned.
     """
     catalog = writable_catalog(db)
-    names = engine.names()
-    addresses = [names.address(segment) for segment in segments]
+    addresses = engine.addresses()
+    pinned = [addresses.address(segment) for segment in segments]
     for _ in range(_NUM_TRIES):
-        engine.represent(dict.fromkeys(segments, frozenset(Part)), keep={}, names=names)
+        engine.represent(dict.fromkeys(segments, frozenset(Part)), keep={}, addresses=addresses)
         db.flush()
-        catalog.pin(addresses)
-        if all(db.has(Key(address, part)) for address in addresses for part in Part):
+        catalog.pin(pinned)
+        if all(db.has(Key(address, part)) for address in pinned for part in Part):
             break
     else:
         raise StoreError("not all that was to be pinned could be kept", hint="Look at `backprompt-db stats`.")
     if label is not None:
-        catalog.label(addresses, label)
+        catalog.label(pinned, label)
 
 
 def unpin(engine: Engine, db: Database, segments: Sequence[Segment]) -> None:
     """Let segments be evicted again. Raises `StoreReadOnly` and `CatalogError` where nothing can be set."""
-    names = engine.names()
-    writable_catalog(db).pin([names.address(segment) for segment in segments], is_pinned=False)
+    addresses = engine.addresses()
+    writable_catalog(db).pin([addresses.address(segment) for segment in segments], is_pinned=False)

@@ -21,7 +21,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList, Stop
 from backprompt_db.compute import plan
 from backprompt_db.compute.inference.forward import evaluation
 from backprompt_db.compute.inference.kv_cache import cache_of_rows
-from backprompt_db.compute.prefill import Need
+from backprompt_db.compute.plan import Need
 from backprompt_db.errors import ContextLengthExceeded, PromptError, UnsupportedModel
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment

@@ -216,7 +216,7 @@ _MIN_TOKENS = 2048
 before, where fresh pages cost as much as reading a prefix of that length."""
 
 
-def take_prefix(
+def acquire_prefix(
     memory: MemoryCache,
     shape: KVShape,
     contents: Sequence[tuple[Address, int]],
@@ -228,7 +228,7 @@ def take_prefix(
     """Return a buffer that begins with as much of `contents` as any in memory, with room for all and `room` tokens.
 
     `contents` are addresses with numbers of tokens, in order; `longest` is the number of positions that the model has.
-    The buffer belongs to the caller until `put_prefix`.
+    The buffer belongs to the caller until `release_prefix`.
     """
     capacity = sum(num_tokens for _, num_tokens in contents) + room
     best = memory.take_best((shape, device), lambda buffer: _rank(buffer, contents))
@@ -241,7 +241,7 @@ def take_prefix(
     if -lost > max(shared, capacity // 8) and memory.room_nbytes >= buffer.nbytes + size * shape.nbytes_per_token:
         # Another prompt's prefix with a common beginning: both stay, and later neither is read again.
         copy = buffer.beginning(num_shared, capacity=size)
-        put_prefix(memory, buffer)
+        release_prefix(memory, buffer)
         return copy
     if buffer.capacity < capacity:
         return buffer.beginning(num_shared, capacity=size)
@@ -249,7 +249,7 @@ def take_prefix(
     return buffer
 
 
-def put_prefix(memory: MemoryCache, buffer: KVBuffer) -> None:
+def release_prefix(memory: MemoryCache, buffer: KVBuffer) -> None:
     """Leave a buffer in memory for others to take."""
     memory.put(object(), buffer, nbytes=buffer.nbytes, group=(buffer.shape, buffer.device))
 

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from backprompt_db.catalog.records import Source
 from backprompt_db.compute.tokens import SegmentTokenizer
-from backprompt_db.prompt.ids import TokenizerId, WeightsId
+from backprompt_db.prompt.ids import ModelIds
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import ModelRecord
@@ -45,7 +45,7 @@ class ModelSource(Protocol):
         """What people call the model."""
 
     @property
-    def ids(self) -> tuple[WeightsId, TokenizerId]:
+    def ids(self) -> ModelIds:
         """The ids of the model and the tokenizer as they are now."""
 
     @property
@@ -77,9 +77,9 @@ class GivenModel:
         self.runner = ModelRunner(model, name=self.name)
 
     @property
-    def ids(self) -> tuple[WeightsId, TokenizerId]:
+    def ids(self) -> ModelIds:
         """The ids of the two objects as they are now."""
-        return self.runner.weights_id, self.tokenizer.id
+        return ModelIds(self.runner.weights_id, self.tokenizer.id)
 
     def outline(self, record: ModelRecord | None) -> Outline:
         """Return what follows from the model's shape."""
@@ -91,20 +91,18 @@ class GivenModel:
 class PretrainedModel:
     """A model in files. Where the ids of these very files are known, nothing is loaded until it is needed."""
 
-    def __init__(
-        self, name: str, arguments: dict[str, Any], *, known_ids: tuple[WeightsId, TokenizerId] | None
-    ) -> None:
+    def __init__(self, name: str, arguments: dict[str, Any], *, known_ids: ModelIds | None) -> None:
         self.name = name
         self._arguments = arguments
         self._known_ids = known_ids
 
     @property
-    def ids(self) -> tuple[WeightsId, TokenizerId]:
+    def ids(self) -> ModelIds:
         """The ids: recorded ones while the model is not loaded, and those of the loaded objects after that."""
         if self._known_ids is not None and not self.is_loaded:
             weights_id, tokenizer_id = self._known_ids
-            return weights_id, self.tokenizer.id if "tokenizer" in vars(self) else tokenizer_id
-        return self.runner.weights_id, self.tokenizer.id
+            return ModelIds(weights_id, self.tokenizer.id if "tokenizer" in vars(self) else tokenizer_id)
+        return ModelIds(self.runner.weights_id, self.tokenizer.id)
 
     @property
     def is_loaded(self) -> bool:
@@ -142,7 +140,8 @@ def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: Mo
     """Return the model of that name or directory. It is loaded unless the ids of these very files are known."""
     key = source_key(name, arguments)
     known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
-    model = PretrainedModel(name, arguments, known_ids=(known.weights_id, known.tokenizer_id) if known else None)
+    known_ids = ModelIds(known.weights_id, known.tokenizer_id) if known else None
+    model = PretrainedModel(name, arguments, known_ids=known_ids)
     if known is None:
         ids = model.ids  # loads the model, and downloads it if need be
         after = source_key(name, arguments)

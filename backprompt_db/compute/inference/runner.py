@@ -14,7 +14,7 @@ import transformers
 from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.fingerprint import ModelIdentity
 from backprompt_db.compute.inference.forward import Computed, compute_pack
-from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, put_prefix, take_prefix
+from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix
 from backprompt_db.compute.inference.limits import max_columns, max_positions
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
 from backprompt_db.compute.inference.selfcheck import (
@@ -88,14 +88,14 @@ class ModelRunner:
         """What passes of this model cost."""
         return costs_of(self.model, num_layers=self.shape.num_layers)
 
-    def prefix(self, memory: MemoryCache, contents: Sequence[tuple[Address, int]], *, room: int) -> KVBuffer:
-        """Return a buffer that begins with what of `contents` is in memory; see `take_prefix`."""
+    def acquire_prefix(self, memory: MemoryCache, contents: Sequence[tuple[Address, int]], *, room: int) -> KVBuffer:
+        """Return a buffer that begins with what of `contents` is in memory; see `acquire_prefix`."""
         memory = memory if self.device.type == "cpu" else self._device_memory
-        return take_prefix(memory, self.shape, contents, room=room, longest=self.max_positions, device=self.device)
+        return acquire_prefix(memory, self.shape, contents, room=room, longest=self.max_positions, device=self.device)
 
-    def leave(self, memory: MemoryCache, context: KVBuffer) -> None:
+    def release_prefix(self, memory: MemoryCache, context: KVBuffer) -> None:
         """Leave a buffer in memory for passes that begin like it."""
-        put_prefix(memory if context.device.type == "cpu" else self._device_memory, context)
+        release_prefix(memory if context.device.type == "cpu" else self._device_memory, context)
 
     @cached_property
     def _device_memory(self) -> MemoryCache:

@@ -88,12 +88,12 @@ class Generator:
         """Return the token ids that follow each text: those of its greedy path, where that is known far enough."""
         if not texts or not (told.is_greedy and is_plain(self._config)):
             return dict(zip(texts, self._generate(list(texts.values()), told), strict=True))
-        names = self._engine.names()
+        addresses = self._engine.addresses()
         tips = {number: text.tips(self._namespace)[0] for number, text in texts.items()}
-        known = self._paths.known(tips.values(), names)
+        known = self._paths.known(tips.values(), addresses)
         missing = [number for number, tip in tips.items() if not self._is_whole(known[tip], told)]
         written = dict(zip(missing, self._generate([texts[number] for number in missing], told), strict=True))
-        self._paths.save({tips[number]: tuple(ids) for number, ids in written.items()}, names, known=known)
+        self._paths.save({tips[number]: tuple(ids) for number, ids in written.items()}, addresses, known=known)
         return {number: known[tip] for number, tip in tips.items()} | written
 
     def _generate(self, texts: Sequence[Text], told: Told) -> list[Sequence[int]]:

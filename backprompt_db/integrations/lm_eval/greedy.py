@@ -25,10 +25,10 @@ from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.addresses import Addresses
+    from backprompt_db.compute.call import Addresses
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.runner import ModelRunner
-    from backprompt_db.compute.prefill import Need, Wanted
+    from backprompt_db.compute.plan import Need, Wanted
     from backprompt_db.database.database import Database
     from backprompt_db.prompt.ids import Address
 
@@ -154,17 +154,21 @@ class GreedyPaths:
         self._unsaved: dict[Address, tuple[int, ...]] = {}
         """Where nothing can be saved, as in memory."""
 
-    def known(self, tips: Iterable[Segment], names: Addresses) -> dict[Segment, tuple[int, ...]]:
+    def known(self, tips: Iterable[Segment], addresses: Addresses) -> dict[Segment, tuple[int, ...]]:
         """Return the path after each of these last segments of prompts, empty where nothing is known of it."""
-        addresses = {tip: names.address(tip) for tip in tips}
-        recalled = self._db.model_metadata.greedy_paths(set(addresses.values())) | self._unsaved
-        return {tip: recalled.get(address, ()) for tip, address in addresses.items()}
+        places = {tip: addresses.address(tip) for tip in tips}
+        recalled = self._db.model_metadata.greedy_paths(set(places.values())) | self._unsaved
+        return {tip: recalled.get(address, ()) for tip, address in places.items()}
 
     def save(
-        self, paths: Mapping[Segment, tuple[int, ...]], names: Addresses, *, known: Mapping[Segment, tuple[int, ...]]
+        self,
+        paths: Mapping[Segment, tuple[int, ...]],
+        addresses: Addresses,
+        *,
+        known: Mapping[Segment, tuple[int, ...]],
     ) -> None:
         """Save the paths that say more than those that were known."""
-        new = {names.address(tip): path for tip, path in paths.items() if len(path) > len(known[tip])}
+        new = {addresses.address(tip): path for tip, path in paths.items() if len(path) > len(known[tip])}
         if self._db.catalog is None or self._db.readonly:
             self._unsaved |= new
         elif new:

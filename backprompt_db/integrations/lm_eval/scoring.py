@@ -90,16 +90,16 @@ class Scorer:
     def _follow(self, pairs: Sequence[tuple[Text, Text]], askers: Sequence[Question]) -> list[Followed]:
         if not pairs:
             return []
-        names = self._engine.names()
+        addresses = self._engine.addresses()
         asked = {
             prompt.tips(self._namespace)[0]
             for (prompt, _), asker in zip(pairs, askers, strict=True)
             if asker.wants_greedy
         }
-        known = self._paths.known(asked, names) if asked else {}
+        known = self._paths.known(asked, addresses) if asked else {}
         paths = dict(known)
         followed = follow(self._engine, pairs, paths=paths, namespace=self._namespace)
-        self._paths.save(paths, names, known=known)
+        self._paths.save(paths, addresses, known=known)
         return followed
 
     def _outside(self, question: Question) -> Answer:
