@@ -97,7 +97,8 @@ class Call:
     def fetch_from_others(self, deferred: Iterable[Segment]) -> None:
         """Read what other calls have stored by now of the segments that were left to them."""
         needs = [(segment, part) for segment in deferred for part in self.wanted.get(segment, ())]
-        self.lose(self.fetch(need for need in needs if need not in self._lost and self._has(need)))
+        absent = [need for need in needs if need not in self.found and need not in self._lost]
+        self.lose(self.fetch(need for need in absent if self._has(need)))
 
     def contents(self, segments: Iterable[Segment], prefill: Prefill) -> list[tuple[Address, int]]:
         """Return what a buffer says of segments that lie in it: their addresses and numbers of tokens."""
