@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.catalog.connection import OPERATION, Connections, catalog_errors
 from backprompt_db.errors import CatalogError, CatalogTooNew
+from backprompt_db.system.locks import file_lock
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -61,12 +62,9 @@ def upgrade(path: Path, *, mode: int) -> None:
 
     Any number of processes and threads may do so at once: one of them does the work and the others find it done.
     """
-    from filelock import FileLock
-
-    lock = FileLock(path.with_name(f"{path.name}.lock"), mode=mode, timeout=LOCK_TIMEOUT_SECONDS)
+    lock = file_lock(path.with_name(f"{path.name}.lock"), mode=mode, timeout_seconds=LOCK_TIMEOUT_SECONDS)
     # Alembic's `context` and `op` are global: threads must take turns even with different files.
     with OPERATION, catalog_errors(path):
-        # Before the lock, which would create a missing directory with whatever permissions the umask leaves.
         _create(path, mode=mode)
         with lock, Connections(path).writing() as connection:
             if not is_current(connection):

@@ -22,7 +22,7 @@ from backprompt_db.database.counters import Tally
 from backprompt_db.database.journal import WriteJournal, keys_of_mark
 from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.store.contract import Key, Store, beyond_limit
-from backprompt_db.store.locks import exclusive_lock
+from backprompt_db.store.files import locked
 from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Evictor:
         if self._lock_path is None:
             yield
             return
-        with exclusive_lock(self._lock_path, mode=self.limits.modes.lock, timeout_seconds=_WAIT_SECONDS):
+        with locked(self._lock_path, mode=self.limits.modes.lock, timeout_seconds=_WAIT_SECONDS):
             yield
 
     def _share(self, share: float) -> int | None:

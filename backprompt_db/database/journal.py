@@ -19,8 +19,7 @@ from backprompt_db.errors import StoreError, StoreLocked
 from backprompt_db.prompt.ids import ID_NBYTES, Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
-from backprompt_db.store.files import Modes, make_directory
-from backprompt_db.store.locks import exclusive_lock, shared_lock
+from backprompt_db.store.files import Modes, locked, make_directory
 
 _TURNSTILE, _GATE = "turnstile.lock", "writing.lock"
 _MARKS = "pending"
@@ -91,8 +90,8 @@ class WriteJournal:
 
     def _lock(self, name: str, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
         assert self._directory is not None  # noqa: S101 - the callers have looked
-        lock = exclusive_lock if is_alone else shared_lock
-        return lock(self._directory / name, mode=self._limits.modes.lock, timeout_seconds=_WAIT_SECONDS)
+        path, mode = self._directory / name, self._limits.modes.lock
+        return locked(path, is_alone=is_alone, mode=mode, timeout_seconds=_WAIT_SECONDS)
 
     def _make_mark(self, keys: Iterable[Key]) -> Path | None:
         """Write down what is about to be stored; None on a full disk: a mark is not worth failing for."""

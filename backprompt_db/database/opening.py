@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import filelock
 import platformdirs
 
 from backprompt_db.codec.fidelity import Fidelity
@@ -37,6 +36,7 @@ from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
 from backprompt_db.store.records import Digest
 from backprompt_db.system.failpoints import reach
+from backprompt_db.system.locks import file_lock
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -245,7 +245,7 @@ def create_database(
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _give(directory, sharing, gid)
-        with filelock.FileLock(directory / _LOCK, mode=sharing.modes.lock):
+        with file_lock(directory / _LOCK, mode=sharing.modes.lock):
             return read_manifest(directory) or _fill(directory, sharing, fidelity, limits)
     except OSError as error:
         raise UnsafeLocation(

@@ -17,9 +17,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from backprompt_db.errors import StoreError
 from backprompt_db.prompt.ids import Address
-from backprompt_db.store.locks import ByteLocks
+from backprompt_db.system.locks import ByteLocks
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class SingleFlight:
             return None
         try:
             return ByteLocks(self._path, mode=self._mode)
-        except (StoreError, NotImplementedError) as error:
+        except (OSError, NotImplementedError) as error:
             self._report(error)
             return None
 

@@ -264,7 +264,7 @@ def _chmod(path: Path, mode: int) -> None:
 _SECONDS = 10.0
 _SCRIPT = """
 import lmdb, sys
-from backprompt_db.store.locks import give_turn, take_turn
+from backprompt_db.system.locks import give_turn, take_turn
 with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
     num_cleared = environment.reader_check()
     turn = take_turn(sys.argv[1])

@@ -17,7 +17,7 @@ from backprompt_db.database.database import Database
 from backprompt_db.database.opening import CATALOG, open_catalog
 from backprompt_db.database.reconcile import Reindexing, reconcile
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
-from backprompt_db.store.locks import exclusive_lock
+from backprompt_db.store.files import locked
 
 if TYPE_CHECKING:
     from backprompt_db.store.contract import Store
@@ -77,7 +77,7 @@ def _alone(directory: Path, *, mode: int) -> Iterator[None]:
     """Keep a second process from moving aside what the first has just rebuilt."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(exclusive_lock(directory / _LOCK, mode=mode, timeout_seconds=0))
+            stack.enter_context(locked(directory / _LOCK, mode=mode, timeout_seconds=0))
         except StoreLocked:
             raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
         yield

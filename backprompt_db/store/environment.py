@@ -18,7 +18,7 @@ from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
 from backprompt_db.store.contract import Usage
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import newest_meta
-from backprompt_db.store.locks import give_turn, is_locked, take_turn
+from backprompt_db.system.locks import give_turn, is_locked, take_turn
 
 LMDB_GENERATION = 0
 """The LMDB engine whose file format is used: 0.9, which every release of LMDB since 2011 reads."""

@@ -8,11 +8,14 @@ import mmap
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from backprompt_db.errors import UnsafeLocation
+from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.system.locks import file_lock
 
 
 class Modes(NamedTuple):
@@ -108,3 +111,15 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, is_alone: bool = True, mode: int, timeout_seconds: float) -> Iterator[None]:
+    """Hold a lock as `file_lock` does, whose errors become `StoreLocked` and the other `StoreError`s that fit."""
+    with ExitStack() as stack:
+        with store_errors(path):
+            try:
+                stack.enter_context(file_lock(path, is_alone=is_alone, mode=mode, timeout_seconds=timeout_seconds))
+            except TimeoutError as error:
+                raise StoreLocked(str(error), hint="Try again when it is done, or end it if it hangs.") from None
+        yield

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import platformdirs
 import pytest
 
@@ -17,6 +18,7 @@ from backprompt_db.database import opening
 from backprompt_db.database.database import Database
 from backprompt_db.database.manifest import Manifest, read_manifest, write_manifest
 from backprompt_db.errors import BackpromptError, FormatError, FormatTooNew, UnsafeLocation
+from backprompt_db.system.locks import file_lock
 from tests.support.databases import expected, new_part, values, wanted
 
 Open = Callable[..., Database]
@@ -134,6 +136,24 @@ def test_a_manifest_with_more_fields_is_read(open_db: Open, tmp_path: Path) -> N
     open_db(tmp_path / "db").close()
     (tmp_path / "db" / "manifest.json").write_text(json.dumps(MANIFEST | {"mood": "sunny"}))
     assert open_db(tmp_path / "db").directory == tmp_path / "db"
+
+
+@pytest.mark.parametrize("name", ["manifest.lock", "catalog.sqlite.lock"])
+def test_a_lock_keeps_out_an_older_version_and_is_kept_out_by_it(tmp_path: Path, name: str) -> None:
+    """Older versions made a database, and upgraded its catalog, under locks of filelock."""
+    older = filelock.FileLock(tmp_path / name, timeout=0)
+    with older, pytest.raises(TimeoutError), file_lock(tmp_path / name, timeout_seconds=0):
+        pass
+    with file_lock(tmp_path / name), pytest.raises(filelock.Timeout), older:
+        pass
+    with (
+        file_lock(tmp_path / name),
+        pytest.raises(TimeoutError),
+        file_lock(tmp_path / name, is_alone=False, timeout_seconds=0.01),
+    ):
+        pass
+    with file_lock(tmp_path / name, is_alone=False), file_lock(tmp_path / name, is_alone=False, timeout_seconds=0):
+        pass
 
 
 def test_a_manifest_that_is_a_directory_is_refused(tmp_path: Path) -> None:

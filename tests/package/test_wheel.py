@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 WHAT_A_CATALOG_NEEDS = [
     "alembic",
     "blake3",
-    "filelock",
     "lmdb",
     "numpy",
     "platformdirs",

@@ -11,15 +11,15 @@ import io
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import filelock
 import platformdirs
 
 from backprompt_db.cli.demo.report import say
 from backprompt_db.errors import ModelMismatch, UnsafeLocation, UnsupportedModel
+from backprompt_db.system.locks import file_lock
 
 _NAME = "SmolLM2-135M-Instruct"
 _SAMPLE = "A person's café order: 3 x £4.50, due 2024-05-17.\n\tGET /orders/{id} -> 200 OK"
@@ -42,15 +42,19 @@ def smollm2_directory() -> Path:
     return directory
 
 
-def _lock(directory: Path) -> AbstractContextManager[object]:
-    """Wait until this process alone may make `directory`."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(f"{directory}.lock").acquire()
-    except OSError as error:
-        raise UnsafeLocation(
-            f"no model can be kept in {directory.parent} ({error.strerror})", hint="Make it writable, with 1 GB free."
-        ) from error
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Let only this process make `directory` in the block; wait for one that does."""
+    with ExitStack() as stack:
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(directory.with_name(f"{directory.name}.lock")))
+        except OSError as error:
+            raise UnsafeLocation(
+                f"no model can be kept in {directory.parent} ({error.strerror})",
+                hint="Make it writable, with 1 GB free.",
+            ) from error
+        yield
 
 
 def _gguf_file() -> Path:

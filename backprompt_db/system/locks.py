@@ -12,9 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from backprompt_db.errors import StoreLocked
-from backprompt_db.store.lmdb_errors import store_errors
-
 _FIRST_WAIT_SECONDS = 0.001
 _LONGEST_WAIT_SECONDS = 0.005
 """Short, as the kernel keeps no place for one who asks again and again: others would slip in between."""
@@ -25,27 +22,17 @@ _BUSY = frozenset({errno.EACCES, errno.EAGAIN})
 
 
 @contextmanager
-def shared_lock(path: Path, *, mode: int = 0o600, timeout_seconds: float | None = None) -> Iterator[None]:
-    """Hold a lock that others may share, but not with one who holds it alone.
+def file_lock(
+    path: Path, *, is_alone: bool = True, mode: int = 0o600, timeout_seconds: float | None = None
+) -> Iterator[None]:
+    """Hold a lock on a whole file: alone, or together with others who want it so.
 
     The file is made with the permissions `mode` if there is none; one that may only be read will do. Raises
-    `StoreLocked` when it cannot be had within `timeout_seconds`, without which it is waited for.
+    `TimeoutError` when the lock cannot be had within `timeout_seconds`, without which it is waited for, and the
+    `OSError` of a file that cannot be opened.
     """
-    with _locked(path, fcntl.LOCK_SH, mode=mode, timeout_seconds=timeout_seconds):
-        yield
-
-
-@contextmanager
-def exclusive_lock(path: Path, *, mode: int = 0o600, timeout_seconds: float | None = None) -> Iterator[None]:
-    """Hold a lock alone; see `shared_lock`."""
-    with _locked(path, fcntl.LOCK_EX, mode=mode, timeout_seconds=timeout_seconds):
-        yield
-
-
-@contextmanager
-def _locked(path: Path, kind: int, *, mode: int, timeout_seconds: float | None) -> Iterator[None]:
-    with store_errors(path):
-        descriptor = open_lock_file(path, mode=mode)
+    kind = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
+    descriptor = _open_lock_file(path, mode=mode)
     try:
         if timeout_seconds is None:
             fcntl.flock(descriptor, kind)
@@ -66,16 +53,14 @@ def _wait(descriptor: int, kind: int, path: Path, timeout_seconds: float) -> Non
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                raise StoreLocked(
-                    f"another process holds {path}", hint="Try again when it is done, or end it if it hangs."
-                ) from None
+                raise TimeoutError(f"another process holds {path}") from None
         else:
             return
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
 
 
-def open_lock_file(path: Path, *, mode: int) -> int:
+def _open_lock_file(path: Path, *, mode: int) -> int:
     """Return a descriptor of a lock file, made with exactly the permissions `mode`; never through a symbolic link."""
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -139,15 +124,14 @@ class ByteLocks:
     """Locks on single bytes of a file that need not have any: one for each of 2^63 offsets.
 
     They belong to this object and not to the process (`F_OFD_SETLK`), so threads exclude each other with one object
-    each. Raises `NotImplementedError` where the system has no such locks, and `StoreError` for a file that cannot be
-    opened for writing.
+    each. Raises `NotImplementedError` where the system has no such locks, and the `OSError` of a file that cannot be
+    opened.
     """
 
     def __init__(self, path: Path, *, mode: int = 0o600) -> None:
         if not hasattr(fcntl, "F_OFD_SETLK"):
             raise NotImplementedError("this system has no open file description locks")
-        with store_errors(path):
-            self._descriptor: int | None = open_lock_file(path, mode=mode)
+        self._descriptor: int | None = _open_lock_file(path, mode=mode)
 
     def try_lock(self, offset: int) -> bool:
         """Lock a byte if nobody else holds it; whether it is locked now."""
