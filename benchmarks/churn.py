@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import backprompt_db as bp
+from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
-from backprompt_db.database.opening import create_database
 from backprompt_db.database.writer import NewPart
 from backprompt_db.operations.inspection import inspect
 from backprompt_db.prompt.ids import TokenizerId, WeightsId, address

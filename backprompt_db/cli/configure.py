@@ -65,8 +65,8 @@ def init(
     space if that is less. With BACKPROMPT_DB_SECRET set, or BACKPROMPT_DB_SECRET_FILE, every part is authenticated.
     """
     from backprompt_db.codec.fidelity import Fidelity
+    from backprompt_db.database.creating import create_database
     from backprompt_db.database.manifest import read_manifest
-    from backprompt_db.database.opening import create_database
     from backprompt_db.errors import UnsafeLocation
 
     sharing, group = _parse_shared(shared)

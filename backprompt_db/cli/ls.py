@@ -173,7 +173,8 @@ def _beginning(text: str) -> str:
 
 
 def _list_models(directory: Path, *, as_json: bool) -> None:
-    from backprompt_db.database.opening import CATALOG, open_catalog
+    from backprompt_db.database.location import CATALOG
+    from backprompt_db.database.opening import open_catalog
     from backprompt_db.operations.stats import GroupSums, sums_by_model
 
     with open_catalog(directory) as catalog:

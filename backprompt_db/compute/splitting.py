@@ -21,7 +21,7 @@ from backprompt_db.prompt.text import Text
 
 if TYPE_CHECKING:
     from backprompt_db.compute.inference.loading import ModelSource
-    from backprompt_db.database.metadata import ModelMetadata
+    from backprompt_db.database.catalogs import ModelMetadata
 
 
 logger = logging.getLogger(__name__)

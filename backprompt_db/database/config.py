@@ -9,14 +9,14 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from backprompt_db.database.location import CONFIG
 from backprompt_db.errors import FormatError
 from backprompt_db.store.files import Modes, Sharing, replace_file
 
 logger = logging.getLogger(__name__)
-
-NAME = "config.json"
 
 _MAX_NBYTES = 50 * 10**9
 _MIN_NBYTES = 64 * 10**6
@@ -33,11 +33,11 @@ class Config:
     max_nbytes: int | None = None
     """The limit, in bytes of pages in use, over all processes; None for no limit."""
     high_water: float = 0.95
-    """A collection begins when more than this share of the limit would be in use."""
+    """An eviction begins when more than this share of the limit would be in use."""
     low_water: float = 0.85
-    """A collection ends when no more than this share is in use."""
+    """An eviction ends when no more than this share is in use."""
     ttl_seconds: float | None = None
-    """What was not used for longer goes at the next collection, whether or not there is room; None to keep it."""
+    """What was not used for longer goes at the next eviction, whether or not there is room; None to keep it."""
     grace_seconds: float = 10.0
     """What was made or used more recently goes only when nothing else is left."""
 
@@ -58,12 +58,12 @@ def default_config(directory: Path, *, sharing: Sharing = Sharing.PRIVATE) -> Co
 
 def read_config(directory: Path) -> Config:
     """Return the configuration; one without limits for a database that has none. Raises `FormatError`."""
-    path = directory / NAME
+    path = directory / CONFIG
     try:
-        return _from_json(json.loads(path.read_bytes()))
+        return msgspec.json.decode(path.read_bytes(), type=Config)
     except FileNotFoundError:
         return Config()
-    except (OSError, ValueError, TypeError, RecursionError, FormatError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError, FormatError) as error:
         reason = error.message if isinstance(error, FormatError) else error
         raise FormatError(
             f"{path} cannot be read ({reason})", hint="Write it anew with `backprompt-db config --max-size SIZE`."
@@ -79,7 +79,7 @@ def sharing_of(directory: Path) -> Sharing:
 
 def write_config(directory: Path, config: Config) -> None:
     """Replace the configuration, whole or not at all, with the permissions that it asks for itself."""
-    replace_file(directory / NAME, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
+    replace_file(directory / CONFIG, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
 
 
 class Limits:
@@ -99,7 +99,7 @@ class Limits:
     def config(self) -> Config:
         """The configuration; the default one, which is logged, while the file cannot be read."""
         if self._directory is not None:
-            state = _state(self._directory / NAME)
+            state = _state(self._directory / CONFIG)
             if state != self._state:
                 self._state, self._config = state, _read_or_default(self._directory)
         return self._config
@@ -124,25 +124,13 @@ def _state(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _from_json(fields: Any) -> Config:
-    if not isinstance(fields, dict):
-        raise TypeError("it is not a JSON object")
-    known = {name: value for name, value in fields.items() if name in Config.__dataclass_fields__}
-    return Config(**known | {"sharing": Sharing(known.get("sharing", Sharing.PRIVATE))})
-
-
 def _problem(config: Config) -> str | None:
-    if config.max_nbytes is not None and not (type(config.max_nbytes) is int and config.max_nbytes > 0):
-        return f"max_nbytes={config.max_nbytes!r} is not a positive number of bytes"
-    if not (_is_number(config.low_water) and _is_number(config.high_water)):
-        return "high_water and low_water are not numbers"
+    """Return what is wrong with values of the right types: decoding has seen to these."""
+    if config.max_nbytes is not None and config.max_nbytes <= 0:
+        return f"max_nbytes={config.max_nbytes} is not a positive number of bytes"
     if not 0 < config.low_water < config.high_water <= 1:
         return f"not 0 < low_water={config.low_water} < high_water={config.high_water} <= 1"
     for name, seconds in (("ttl_seconds", config.ttl_seconds), ("grace_seconds", config.grace_seconds)):
-        if seconds is not None and not (_is_number(seconds) and seconds >= 0):
-            return f"{name}={seconds!r} is not a length of time"
-    return "grace_seconds is missing" if config.grace_seconds is None else None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if seconds is not None and not 0 <= seconds < math.inf:
+            return f"{name}={seconds} is not a length of time"
+    return None

@@ -70,7 +70,7 @@ class Counters:
     num_quarantined: int = 0
     """Damaged or malformed parts met, which count as misses and are computed again."""
     num_memory_hits: int = 0
-    """Parts found in memory: still queued for writing, or kept by the memory tier."""
+    """Parts found in memory: still queued for writing, or kept by the memory cache."""
     num_disk_hits: int = 0
     """Parts read from the store of this database."""
     num_base_hits: int = 0

@@ -1,10 +1,12 @@
-"""The database: parts of representations by address, over a store, a catalog, a writer and a memory tier."""
+"""The database: parts of representations by address, over a store, a catalog, a writer and a memory cache."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import os
+import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,13 +18,13 @@ from typing import TYPE_CHECKING, TypeVar
 from backprompt_db.codec.blob import decode
 from backprompt_db.codec.fidelity import Fidelity, restore_into
 from backprompt_db.codec.kv_reader import KVReader, KVSpan
-from backprompt_db.database.counters import Counters
+from backprompt_db.database.catalogs import Catalogs, ModelMetadata
+from backprompt_db.database.config import Limits
+from backprompt_db.database.counters import Counters, Tally
 from backprompt_db.database.eviction import Evictor
 from backprompt_db.database.memory_cache import MemoryCache, default_budget_nbytes
-from backprompt_db.database.metadata import ModelMetadata
-from backprompt_db.database.resources import Resources
 from backprompt_db.database.single_flight import SingleFlight
-from backprompt_db.database.writer import NewPart, Storage, at_end_of_forked_process
+from backprompt_db.database.writer import NewPart, Writer, at_end_of_forked_process
 from backprompt_db.errors import (
     BlobFormat,
     CatalogError,
@@ -86,12 +88,14 @@ class Database:
         self._layers = store
         self.store = own_store(store)
         """What is kept here; what is found may also lie in the database below."""
-        self._files = Resources(store, directory, readonly=readonly, fidelity=fidelity, base=base)
-        self.model_metadata = ModelMetadata(self._files, seal=seal)
-        self._writer = self._files.writer
-        self.tally = self._files.tally
+        self._resources = Resources(store, directory, readonly=readonly, fidelity=fidelity, base=base)
+        self.catalogs = self._resources.catalogs
+        self.model_metadata = ModelMetadata(self.catalogs, seal=seal)
+        self.writer = self._resources.writer
+        self.evictor = self._resources.evictor
+        self.tally = self._resources.tally
         self._is_closed = False
-        self._finalizer = weakref.finalize(self, self._files.close_soon)
+        self._finalizer = weakref.finalize(self, self._resources.close_soon)
         self._finalizer.atexit = False  # then `_close_all` closes
         self._has_failed_to_read = False
         self._num_damaged = store.num_quarantined
@@ -100,22 +104,7 @@ class Database:
     @property
     def catalog(self) -> Catalog | None:
         """The catalog; None for a database in memory, and where it cannot be used, which is logged. No hit needs it."""
-        return self._files.catalog
-
-    @property
-    def catalogs(self) -> list[Catalog]:
-        """The catalogs that can be read: its own, then that of the database below."""
-        return [catalog for catalog in (self._files.catalog, self._files.base_catalog) if catalog is not None]
-
-    @property
-    def storage(self) -> Storage:
-        """Where blobs that come from elsewhere go, at once: the store, within the limit, and the catalog."""
-        return self._files.storage
-
-    @property
-    def evictor(self) -> Evictor:
-        """What keeps the database below its limit."""
-        return self._files.evictor
+        return self.catalogs.own
 
     @property
     def counters(self) -> Counters:
@@ -130,7 +119,7 @@ class Database:
             found.update({key: value for key, value in arrays.items() if value is not None})
             is_hit = None not in arrays.values()
             self.tally.add("num_hits" if is_hit else "num_misses")
-            self._files.uses[address] += is_hit
+            self._resources.uses[address] += is_hit
         return found
 
     def load(self, key: Key, span: KVSpan, dtype: str) -> bool:
@@ -143,13 +132,13 @@ class Database:
 
     def touch(self, addresses: Iterable[Address]) -> None:
         """Count uses of representations that are in memory already, as `fetch` does."""
-        self._files.uses.update(addresses)
+        self._resources.uses.update(addresses)
 
     def has(self, key: Key) -> bool:
         """Whether a part is stored or queued."""
         self._check_open()
         try:
-            return self._writer.get(key) is not None or self._layers.has(key)
+            return self.writer.get(key) is not None or self._layers.has(key)
         except StoreError as error:
             self._read_failed(error)
             return False
@@ -157,7 +146,7 @@ class Database:
     def look(self, key: Key) -> tuple[Place, int] | None:
         """Return where a part would be found and its size, without reading or counting it; None for a miss."""
         self._check_open()
-        queued = self._writer.get(key)
+        queued = self.writer.get(key)
         if queued is not None:
             return Place.MEMORY, sum(array.nbytes for array in queued.values())
         held_nbytes = self.memory.size(key)
@@ -178,11 +167,11 @@ class Database:
         self.tally.add("num_computed_tokens", sum(origin.num_tokens for origin in origins.values()))
         self.tally.add("computed_seconds", sum(origin.compute_seconds for origin in origins.values()))
         if not self.readonly:
-            self._writer.put(parts)
+            self.writer.put(parts)
 
     def when_written(self, then: Callable[[], None]) -> None:
         """Call `then`, which must not raise, as soon as all that was put by now is stored, or given up."""
-        self._writer.when_done(then)
+        self.writer.when_done(then)
 
     def discard(self, key: Key) -> None:
         """Remove a stored part that turned out to be unusable, and count it as quarantined."""
@@ -207,9 +196,9 @@ class Database:
         """Wait until everything that was put is on disk. Raises the first `StoreError` since the last flush."""
         self._check_open()
         try:
-            self._writer.flush()
+            self.writer.flush()
         finally:
-            self._files.record_uses()
+            self._resources.record_uses()
 
     def close(self) -> None:
         """Write what is queued and release the files. Closing twice is allowed.
@@ -220,11 +209,11 @@ class Database:
             return
         self._is_closed = True
         try:
-            self._files.close()
+            self._resources.close()
         finally:
             self.memory.close()
         if self.strict:
-            self._writer.flush()
+            self.writer.flush()
 
     def __enter__(self) -> Database:
         return self
@@ -243,7 +232,7 @@ class Database:
         Arrays in memory are what `take` makes of them, those in the store what `read` does. What fails is a miss.
         """
         self._check_open()
-        known: Arrays | None = self._writer.get(key) or self.memory.get(key)
+        known: Arrays | None = self.writer.get(key) or self.memory.get(key)
         taken = None
         try:
             taken = read(key) if known is None else take(known)
@@ -306,6 +295,53 @@ def _restore(arrays: Arrays, span: KVSpan) -> KVSpan:
     return span
 
 
+class Resources:
+    """What a database has open. It knows no `Database`, so it keeps none alive, and lives on until all is written."""
+
+    def __init__(
+        self, store: Store, directory: Path | None, *, readonly: bool, fidelity: Fidelity, base: Path | None
+    ) -> None:
+        self.uses: Counter[Address] = Counter()
+        """How often each representation was used since the uses were last recorded."""
+        self.tally = Tally(store)
+        limits = Limits(directory)
+        self.catalogs = Catalogs(directory, limits=limits, readonly=readonly, base=base)
+        own = own_store(store)  # what lies below a layered one is not this database's to remove
+        self.evictor = Evictor(own, self.catalogs, directory=directory, limits=limits, tally=self.tally)
+        self.writer = Writer(store, self.catalogs, self.evictor, fidelity=fidelity, tally=self.tally)
+        self._store = store
+
+    def record_uses(self) -> None:
+        """Enter the uses, and what was counted, in the catalog, best effort."""
+        uses, self.uses = +self.uses, Counter()
+        if self.catalogs.readonly or not (uses or self.tally.has_news()) or self.catalogs.own is None:
+            return
+        self.tally.record(self.catalogs.own)
+        try:
+            self.catalogs.own.touch(uses, at=time.time())
+        except CatalogError as error:
+            logger.warning("the catalog missed %d uses: %s", len(uses), error)
+
+    def close(self) -> None:
+        """Write what is queued, then close everything."""
+        try:
+            self.writer.close()
+            self.record_uses()
+        finally:
+            self.catalogs.close()
+            self._store.close()
+
+    def close_soon(self) -> None:
+        """Do what `close` does on a thread of its own, for which the interpreter's exit waits.
+
+        For finalisers: they run at any moment in any thread, which may hold the very lock that closing waits for.
+        """
+        try:
+            threading.Thread(target=self.close, name="backprompt-db closing").start()
+        except RuntimeError:  # no more threads: the writer goes on until the interpreter's exit
+            logger.warning("a database that nobody holds any more could not be closed yet: no thread can be started")
+
+
 def writable_catalog(db: Database) -> Catalog:
     """Return the catalog to set something in. Raises `StoreReadOnly` or `CatalogError` where there is none."""
     if db.readonly:
@@ -333,7 +369,7 @@ def _close_all() -> None:
 def _after_fork_in_child() -> None:
     # What the parent used is the parent's to record.
     for database in list(_open_databases):
-        database._files.uses = Counter()
+        database._resources.uses = Counter()
         database.memory.after_fork_in_child()
     at_end_of_forked_process(_close_all)
 

@@ -1,9 +1,9 @@
-"""The collector: keeps a database below its limit by removing what is worth least.
+"""The evictor: keeps a database below its limit by removing what is worth least.
 
-A collection begins when a group of parts would not fit below the high water mark, and ends when the low one is reached.
-Of all processes one collects at a time. It asks the catalog what to remove, a batch at a time, and looks again with
-nobody writing: what was pinned or built upon meanwhile stays. Blobs go first, in transactions of their own, then the
-rows, so a collection that is killed can be repeated, and goes on where it was.
+An eviction begins when a group of parts would not fit below the high water mark, and ends when the low one is reached.
+Of all processes one evicts at a time. It asks the catalog what to remove, a batch at a time, and looks again while
+nobody writes: what was pinned or built upon meanwhile stays. Blobs go first, in transactions of their own, then the
+rows, so an eviction that is killed can be repeated, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backprompt_db.codec.origins import read_origin
+from backprompt_db.database.catalogs import Catalogs
 from backprompt_db.database.config import Limits
 from backprompt_db.database.counters import Tally
-from backprompt_db.database.journal import WriteJournal, keys_of_mark
+from backprompt_db.database.journal import WriteJournal, keys_of_entry
+from backprompt_db.database.location import EVICTION_LOCK
 from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.store.contract import Key, Store, beyond_limit
 from backprompt_db.store.files import locked
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOCK = "collect.lock"
 _WAIT_SECONDS = 60.0
 _VICTIMS_PER_CHOICE = 100_000
 _BATCH_NUM_PARTS = 500
@@ -49,15 +50,15 @@ _MAX_FILE_SHARE = 1.15
 
 
 @dataclass(frozen=True, slots=True)
-class Collection:
-    """What a collection removed."""
+class Eviction:
+    """What an eviction removed."""
 
     num_parts: int = 0
     nbytes: int = 0
-    """Of the parts: what is given back to be used again may be a little more or less."""
+    """The size of the parts; what is given back to be used again may be a little more or less."""
 
-    def __add__(self, other: Collection) -> Collection:
-        return Collection(self.num_parts + other.num_parts, self.nbytes + other.nbytes)
+    def __add__(self, other: Eviction) -> Eviction:
+        return Eviction(self.num_parts + other.num_parts, self.nbytes + other.nbytes)
 
 
 class Evictor:
@@ -66,16 +67,17 @@ class Evictor:
     def __init__(
         self,
         store: Store,
-        catalog: Callable[[], Catalog | None],
+        catalogs: Catalogs,
         *,
         directory: Path | None,
+        limits: Limits,
         tally: Tally,
     ) -> None:
-        self.limits = Limits(directory)
-        self.journal = WriteJournal(directory, self.limits)
+        self.limits = limits
+        self.journal = WriteJournal(directory, limits)
         self._store = store
-        self._catalog = catalog
-        self._lock_path = None if directory is None else directory / _LOCK
+        self._catalogs = catalogs
+        self._lock_path = None if directory is None else directory / EVICTION_LOCK
         self._has_looked_for_more = False
         self._tally = tally
 
@@ -90,18 +92,18 @@ class Evictor:
         return self._share(self.limits.config.low_water)
 
     def begin(self) -> None:
-        """Do what a process does before it writes for the first time: enter what was left, remove what is expired."""
+        """Do what a process does before its first write: enter what killed ones have left, remove what is expired."""
         try:
             self.catch_up()
             if self.limits.config.ttl_seconds is not None:
-                self.collect()
+                self.evict()
         except Exception as error:  # noqa: BLE001 - the thread that writes must not die of it
-            logger.info("nothing was collected: %s", error)
+            logger.info("nothing was evicted: %s", error)
 
     def make_room(self, nbytes: int, *, spare_nbytes: int = 0) -> None:
         """Remove parts until `nbytes` more may be live, and if there is as much to remove `spare_nbytes` more.
 
-        For one who is `alone`. Raises `StoreFull` where there is no room, `StoreLocked` when others have been writing
+        Called within `alone`. Raises `StoreFull` where there is no room, `StoreLocked` when others have been writing
         for too long, and `CatalogError` where nobody knows what to remove.
         """
         high, low = self.max_live_nbytes, self.low_live_nbytes
@@ -111,37 +113,37 @@ class Evictor:
             raise beyond_limit(high)
         if self._live_nbytes() + nbytes + spare_nbytes <= high:  # somebody has made room meanwhile
             return
-        removed = self._collect(min(low, max(0, high - nbytes - spare_nbytes)), None)
+        removed = self._evict(min(low, max(0, high - nbytes - spare_nbytes)), None)
         self._shrink()
         # Where others have taken the room that was made, there is more to be made.
         if not removed.num_parts and self._live_nbytes() + nbytes > high:
             raise beyond_limit(high)
 
-    def collect(self, *, to_nbytes: int | None = None, selection: Selection | None = None) -> Collection:
+    def evict(self, *, to_nbytes: int | None = None, selection: Selection | None = None) -> Eviction:
         """Remove what is expired, then the least valuable of what is selected until no more than `to_nbytes` are live.
 
         Raises the same errors as `make_room` and `alone`.
         """
         with self.alone():
-            return self._collect(self._live_nbytes() if to_nbytes is None else to_nbytes, selection)
+            return self._evict(self._live_nbytes() if to_nbytes is None else to_nbytes, selection)
 
     def catch_up(self) -> None:
-        """Enter what killed processes have stored and not recorded: something of it may build on what would go."""
-        if not self.journal.leftovers():
+        """Record what killed processes have stored and not recorded: it may build on what would be removed."""
+        if not self.journal.entries():
             return
         catalog = self._required_catalog()
         with self.journal.nobody_writing():
-            for mark in self.journal.leftovers():
-                keys = keys_of_mark(mark)
-                if keys is None:  # somebody else will
+            for entry in self.journal.entries():
+                keys = keys_of_entry(entry)
+                if keys is None:  # another user's, who will record it
                     continue
-                self._enter(catalog, keys)
+                self._record(catalog, keys)
                 with contextlib.suppress(OSError):
-                    mark.unlink()
+                    entry.unlink()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Let nobody else collect in the block. Raises `StoreLocked` when somebody has been at it for too long."""
+        """Let nobody else evict in the block. Raises `StoreLocked` when somebody has been at it for too long."""
         if self._lock_path is None:
             yield
             return
@@ -152,10 +154,10 @@ class Evictor:
         max_nbytes = self.limits.config.max_nbytes
         return None if max_nbytes is None else int(share * max_nbytes)
 
-    def _collect(self, goal_nbytes: int, selection: Selection | None) -> Collection:
+    def _evict(self, goal_nbytes: int, selection: Selection | None) -> Eviction:
         self.catch_up()
         self._look_for_more()
-        total = Collection()
+        total = Eviction()
         while victims := self._victims(max(0, self._live_nbytes() - goal_nbytes), selection):
             removed = [self._remove(batch) for batch in _batches(victims)]
             if not any(each.num_parts for each in removed):  # others have removed them, or built on them
@@ -164,9 +166,10 @@ class Evictor:
         return total
 
     def _look_for_more(self) -> None:
-        """Enter what is stored and not listed when that is most of it: the catalog was deleted, or is of a newer store.
+        """Record what is stored and not listed, when that is most of it: the catalog was deleted or replaced.
 
-        Else what is listed would go again and again, to make room beside what nobody knows of. Once, as it takes time.
+        Otherwise what is listed would be removed again and again, to make room beside what nobody knows of. Done once,
+        because it takes time.
         """
         if self._has_looked_for_more:
             return
@@ -197,7 +200,7 @@ class Evictor:
             limit=_VICTIMS_PER_CHOICE,
         )
 
-    def _remove(self, victims: Sequence[Victim]) -> Collection:
+    def _remove(self, victims: Sequence[Victim]) -> Eviction:
         catalog = self._required_catalog()
         with self.journal.nobody_writing():
             removable = catalog.removable([(victim.address, victim.part) for victim in victims])
@@ -205,12 +208,12 @@ class Evictor:
             self._store.delete(Key(victim.address, victim.part) for victim in gone)
             reach("collect.deleted")
             catalog.evict([(victim.address, victim.part) for victim in gone], at=time.time())
-        removed = Collection(len(gone), sum(victim.nbytes for victim in gone))
+        removed = Eviction(len(gone), sum(victim.nbytes for victim in gone))
         self._tally.add("num_evicted", removed.num_parts)
         self._tally.add("num_evicted_nbytes", removed.nbytes)
         return removed
 
-    def _enter(self, catalog: Catalog, keys: Sequence[Key]) -> None:
+    def _record(self, catalog: Catalog, keys: Sequence[Key]) -> None:
         from backprompt_db.catalog.records import StoredPart
 
         blobs = ((key, self._store.get(key)) for key in keys)
@@ -220,7 +223,7 @@ class Evictor:
         catalog.record(parts, at=time.time())
 
     def _required_catalog(self) -> Catalog:
-        catalog = self._catalog()
+        catalog = self._catalogs.own
         if catalog is None:
             raise CatalogError(
                 "without the catalog nobody knows what to remove", hint="Mend it with `backprompt-db reindex`."

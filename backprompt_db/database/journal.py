@@ -1,9 +1,9 @@
-"""Between store and catalog: who is writing, and what was stored that the catalog has not been told of.
+"""The write journal, between store and catalog: which groups of parts are being stored and are not recorded yet.
 
-A collector goes by the catalog, so it must know all that is stored: else it would remove what something builds on that
-it does not know of. Writers of all processes share a lock while they store a group and record it, which a collector
-holds alone while it removes one. A file stands for each group meanwhile; one that is left says what a killed process
-has stored and not recorded.
+The evictor goes by the catalog, so the catalog must list all that is stored: else the evictor would remove parts on
+which unlisted ones build. Writers of all processes share a lock while they store a group and record it; the evictor
+holds it alone while it removes one. Meanwhile the journal has an entry for each group, a file with the keys of its
+parts. An entry that is left says what a killed process has stored and not recorded.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from backprompt_db.database.config import Limits
+from backprompt_db.database.location import JOURNAL, TURNSTILE_LOCK, WRITING_LOCK
 from backprompt_db.errors import StoreError, StoreLocked
 from backprompt_db.prompt.ids import ID_NBYTES, Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.files import Modes, locked, make_directory
 
-_TURNSTILE, _GATE = "turnstile.lock", "writing.lock"
-_MARKS = "pending"
 _WAIT_SECONDS = 30.0
 _KEY_NBYTES = ID_NBYTES + 1
-_MAX_MARK_NBYTES = 1 << 24
+_MAX_ENTRY_NBYTES = 1 << 24
 
 _numbers = itertools.count()
 
@@ -44,10 +43,10 @@ class WriteJournal:
 
     @contextlib.contextmanager
     def writing(self, keys: Iterable[Key]) -> Iterator[None]:
-        """Store parts, then record them, in the block; when they are not recorded, a mark stays that says which.
+        """Store parts, then record them, in the block; the entry stays when they were stored and not recorded.
 
-        Who holds the lock for longer than it may be waited for is not waited for: at worst something is removed that
-        these parts build on, which costs a computation.
+        When somebody holds the lock for too long, the block runs without it: at worst something is removed that these
+        parts build on, which costs a computation.
         """
         if self._directory is None:
             yield
@@ -55,13 +54,13 @@ class WriteJournal:
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(StoreLocked), self._turnstile(is_alone=False):
                 stack.enter_context(self._gate(is_alone=False))
-            mark = self._make_mark(keys)
+            entry = self._make_entry(keys)
             try:
                 yield
             except StoreError:  # nothing was stored
-                _remove(mark)
+                _remove(entry)
                 raise
-            _remove(mark)
+            _remove(entry)
 
     @contextlib.contextmanager
     def nobody_writing(self) -> Iterator[None]:
@@ -73,54 +72,57 @@ class WriteJournal:
         with self._turnstile(is_alone=True), self._gate(is_alone=True):
             yield
 
-    def leftovers(self) -> list[Path]:
-        """Return the marks; while nobody is writing, those of processes that were killed or had no catalog."""
+    def entries(self) -> list[Path]:
+        """Return the entries; while nobody writes, they are those of processes that were killed or had no catalog."""
         if self._directory is None:
             return []
         try:
-            return sorted(each for each in (self._directory / _MARKS).iterdir() if each.is_file())
+            return sorted(each for each in (self._directory / JOURNAL).iterdir() if each.is_file())
         except OSError:
             return []
 
     def _turnstile(self, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
-        return self._lock(_TURNSTILE, is_alone=is_alone)
+        return self._lock(TURNSTILE_LOCK, is_alone=is_alone)
 
     def _gate(self, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
-        return self._lock(_GATE, is_alone=is_alone)
+        return self._lock(WRITING_LOCK, is_alone=is_alone)
 
     def _lock(self, name: str, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
         assert self._directory is not None  # noqa: S101 - the callers have looked
         path, mode = self._directory / name, self._limits.modes.lock
         return locked(path, is_alone=is_alone, mode=mode, timeout_seconds=_WAIT_SECONDS)
 
-    def _make_mark(self, keys: Iterable[Key]) -> Path | None:
-        """Write down what is about to be stored; None on a full disk: a mark is not worth failing for."""
+    def _make_entry(self, keys: Iterable[Key]) -> Path | None:
+        """Write down what is about to be stored; None on a full disk: an entry is not worth failing for."""
         assert self._directory is not None  # noqa: S101 - the caller has looked
-        mark = self._directory / _MARKS / f"{os.getpid()}-{os.urandom(4).hex()}-{next(_numbers)}"
+        entry = self._directory / JOURNAL / f"{os.getpid()}-{os.urandom(4).hex()}-{next(_numbers)}"
         content = b"".join(key.address + key.part.value for key in keys)
         try:
-            _write_new(mark, content, mode=self._limits.modes.file)
+            _write_new(entry, content, mode=self._limits.modes.file)
         except FileNotFoundError:
             with contextlib.suppress(OSError, StoreError):
-                make_marks_directory(self._directory, self._limits.modes)
-                _write_new(mark, content, mode=self._limits.modes.file)
-                return mark
+                make_journal(self._directory, self._limits.modes)
+                _write_new(entry, content, mode=self._limits.modes.file)
+                return entry
             return None
         except OSError:
             return None
-        return mark
+        return entry
 
 
-def make_marks_directory(directory: Path, modes: Modes) -> None:
-    """Make the place for marks in a database, if it has none yet."""
-    make_directory(directory / _MARKS, modes.directory)
+def make_journal(directory: Path, modes: Modes) -> None:
+    """Make the directory of a database's journal, if it has none yet."""
+    make_directory(directory / JOURNAL, modes.directory)
 
 
-def keys_of_mark(mark: Path) -> list[Key] | None:
-    """Return what a mark says, nothing for one that is cut off or is none, or gone; None where it may not be read."""
+def keys_of_entry(entry: Path) -> list[Key] | None:
+    """Return the keys in an entry: none of one that is malformed or gone, those before the end of one that is cut off.
+
+    None for one that this user may not read.
+    """
     try:
-        with mark.open("rb") as file:
-            content = file.read(_MAX_MARK_NBYTES)
+        with entry.open("rb") as file:
+            content = file.read(_MAX_ENTRY_NBYTES)
     except PermissionError:
         return None
     except OSError:
@@ -132,10 +134,10 @@ def keys_of_mark(mark: Path) -> list[Key] | None:
     ]
 
 
-def _remove(mark: Path | None) -> None:
-    if mark is not None:
+def _remove(entry: Path | None) -> None:
+    if entry is not None:
         with contextlib.suppress(OSError):
-            mark.unlink()
+            entry.unlink()
 
 
 def _write_new(path: Path, content: bytes, *, mode: int) -> None:

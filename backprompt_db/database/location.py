@@ -1,4 +1,4 @@
-"""Who may use the files of a database: what each should be like, and what keeps this user from using one."""
+"""The files of a database: their names, who may use them, and on which filesystems they can be."""
 
 from __future__ import annotations
 
@@ -15,16 +15,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backprompt_db.errors import StoreReadOnly, UnsafeLocation
-from backprompt_db.store.files import Modes, Sharing
+from backprompt_db.store.files import DATA, READERS, Modes, Sharing
 
-_STORE = "store"
-_FOLDERS = frozenset({_STORE, "pending"})
-_DATA, _LOCK = "data.mdb", "lock.mdb"
-_CATALOG = "catalog.sqlite"
-_NAMES = ("manifest.json", "config.json", "CACHEDIR.TAG", _CATALOG, _DATA, _LOCK)
+MANIFEST = "manifest.json"
+"""What the database is. It is written last: a directory without it is none."""
+CONFIG = "config.json"
+"""What may be changed about it."""
+CACHE_TAG = "CACHEDIR.TAG"
+"""Tells backup programs that everything here can be computed again."""
+CATALOG = "catalog.sqlite"
+STORE = "store"
+"""The directory of the store."""
+JOURNAL = "pending"
+"""The directory of the write journal."""
+
+MANIFEST_LOCK = "manifest.lock"
+"""Held alone while a database is made."""
+FLIGHTS_LOCK = "flights.lock"
+"""A byte for each representation that a process computes (`SingleFlight`)."""
+WRITING_LOCK, TURNSTILE_LOCK = "writing.lock", "turnstile.lock"
+"""Shared while a group of parts is written; held alone while one is removed (`WriteJournal`)."""
+EVICTION_LOCK = "collect.lock"
+"""Held alone while room is made (`Evictor`)."""
+REINDEX_LOCK = "reindex.lock"
+
+_FOLDERS = frozenset({STORE, JOURNAL})
+_NAMES = (MANIFEST, CONFIG, CACHE_TAG, CATALOG, DATA, READERS)
 """How the names of the files begin that the library makes; its other locks end with `.lock`."""
 
-_NEEDED_TO_READ = frozenset({"manifest.json", "config.json", _STORE, _DATA})
+_NEEDED_TO_READ = frozenset({MANIFEST, CONFIG, STORE, DATA})
 _MOMENT_SECONDS = 0.01
 """Longer than a file that another process is making is without its mode."""
 
@@ -134,7 +153,7 @@ def _obstacle(files: list[_File], sharing: Sharing, *, readonly: bool) -> StoreR
     for fault in _faults(files, sharing):
         name = fault.path.name
         is_needed = not readonly or name in _NEEDED_TO_READ or fault.status is root
-        if is_needed and not _is_usable(fault, write=is_writer or (name == _LOCK and not readonly)):
+        if is_needed and not _is_usable(fault, write=is_writer or (name == READERS and not readonly)):
             return _unusable(fault, directory, _PROMISES[sharing].format(group=_group(root.st_gid)))
     return None
 
@@ -174,8 +193,8 @@ def _files(directory: Path) -> Iterator[_File]:
     """Yield the directory, then what has one of our names in it and in its store. What is inside a link is not ours."""
     yield _File(str(directory), "", directory.stat())
     yield from _known(directory)
-    if not (directory / _STORE).is_symlink():
-        yield from _known(directory / _STORE)
+    if not (directory / STORE).is_symlink():
+        yield from _known(directory / STORE)
 
 
 def _known(folder: Path) -> Iterator[_File]:
@@ -201,8 +220,8 @@ def _visible_files(directory: Path) -> list[_File]:
 def _mode(file: _File, modes: Modes) -> int:
     if file.is_folder:
         return modes.directory
-    is_lock = file.name == _LOCK or file.name.endswith(".lock")
-    return modes.lock if is_lock and not file.name.startswith(_CATALOG) else modes.file  # readers take no lock there
+    is_lock = file.name == READERS or file.name.endswith(".lock")
+    return modes.lock if is_lock and not file.name.startswith(CATALOG) else modes.file  # readers take no lock there
 
 
 def _owners(uid: int, gid: int) -> str:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from backprompt_db.codec.fidelity import Fidelity
+from backprompt_db.database.location import CACHE_TAG, CONFIG, JOURNAL, MANIFEST, MANIFEST_LOCK, STORE
 from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
 from backprompt_db.prompt.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.files import replace_file
 from backprompt_db.store.records import CHUNK_NBYTES, Digest, keyed_blake3, xxh3_128
-
-NAME = "manifest.json"
 
 XXH3 = "xxh3-128"
 """The digest that finds damage."""
@@ -24,14 +25,33 @@ XXH3 = "xxh3-128"
 KEYED = "blake3-keyed"
 """The digest that only those can make who know the database's secret."""
 
-_REPLACED = ("CACHEDIR.TAG", "config.json", NAME)
-_UNFINISHED = ("manifest.lock", "store", "pending", *_REPLACED[:-1], *(f".{name}." for name in _REPLACED))
+_UNFINISHED = (
+    MANIFEST_LOCK,
+    STORE,
+    JOURNAL,
+    CACHE_TAG,
+    CONFIG,
+    *(f".{name}." for name in (CACHE_TAG, CONFIG, MANIFEST)),
+)
 """What a process that was killed while it created a database may leave; creation starts over."""
 
 _CACHE_TAG = """Signature: 8a477f597d28d172789f06886806bc55
 # This directory is a backprompt-db database. Everything in it can be computed again.
 # For information about cache directory tags see https://bford.info/cachedir/
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What the store is laid out by."""
+
+    generation: int
+    """LMDB's file format generation."""
+    chunk_nbytes: int
+    """The size of chunks, in bytes."""
+
+
+_OURS = Geometry(LMDB_GENERATION, CHUNK_NBYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +66,17 @@ class Manifest:
     """What every chunk is digested with."""
     secret_id: str | None = None
     """Which secret digests are keyed with; None where they are not."""
-    lmdb: dict[str, int] = field(default_factory=lambda: {"generation": LMDB_GENERATION, "chunk_nbytes": CHUNK_NBYTES})
-    """LMDB's file format generation and the size of chunks, in bytes."""
+    lmdb: Geometry = _OURS
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """UTC time of creation, ISO 8601."""
+
+
+class _Header(msgspec.Struct):
+    """What says whether this version can read the rest: anything may stand where a newer version knows more."""
+
+    format: Annotated[int, msgspec.Meta(ge=1)]
+    fidelity: Any = Fidelity.EXACT
+    digest: Any = XXH3
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -60,35 +87,37 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     try:
         content = _read(directory)
-        return None if content is None else _from_json(json.loads(content), directory)
+        return None if content is None else _from_json(content, directory)
     except NotADirectoryError:
         raise UnsafeLocation(f"{directory} is a file", hint="Give a directory for the database.") from None
     except PermissionError:
         raise StoreReadOnly(f"{directory} cannot be read", hint="Ask its owner for permission to read it.") from None
     except OSError as error:
         raise UnsafeLocation(f"{directory} cannot be read: {error}", hint="Give another directory.") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FormatError(f"{directory / NAME} cannot be read ({error})", hint="Restore it from a backup.") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FormatError(
+            f"{directory / MANIFEST} cannot be read ({error})", hint="Restore it from a backup."
+        ) from None
 
 
 def write_manifest(directory: Path, manifest: Manifest, *, mode: int = 0o600) -> None:
     """Write `manifest.json` and `CACHEDIR.TAG`, each whole or not at all, with the permissions `mode`."""
     fields = {name: value for name, value in asdict(manifest).items() if value is not None}
-    replace_file(directory / "CACHEDIR.TAG", _CACHE_TAG, mode=mode)
-    replace_file(directory / NAME, json.dumps(fields, indent=2) + "\n", mode=mode)
+    replace_file(directory / CACHE_TAG, _CACHE_TAG, mode=mode)
+    replace_file(directory / MANIFEST, json.dumps(fields, indent=2) + "\n", mode=mode)
 
 
 def _read(directory: Path) -> bytes | None:
     """Return the bytes of the manifest; None where no database is, `UnsafeLocation` where something else is."""
     try:
-        return _bytes_of(directory / NAME)
+        return _bytes_of(directory / MANIFEST)
     except FileNotFoundError:
         names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    if NAME in names:  # another process has just finished it
-        return _bytes_of(directory / NAME)
+    if MANIFEST in names:  # another process has just finished it
+        return _bytes_of(directory / MANIFEST)
     if not all(name.startswith(_UNFINISHED) for name in names):
         raise UnsafeLocation(
-            f"{directory} holds files but no {NAME}: it is not a backprompt-db database",
+            f"{directory} holds files but no {MANIFEST}: it is not a backprompt-db database",
             hint="Give an empty or a new directory.",
         )
     return None
@@ -100,25 +129,25 @@ def _bytes_of(path: Path) -> bytes:
         return file.read()
 
 
-def _from_json(fields: Any, directory: Path) -> Manifest:
-    if not isinstance(fields, dict) or type(fields.get("format")) is not int or fields["format"] < 1:
-        raise ValueError("it has no format version")
-    if fields["format"] > FORMAT:
+def _from_json(content: bytes, directory: Path) -> Manifest:
+    header = msgspec.json.decode(content, type=_Header)
+    if header.format > FORMAT:
         raise FormatTooNew(
-            f"{directory} has format {fields['format']}, this version reads up to {FORMAT}",
+            f"{directory} has format {header.format}, this version reads up to {FORMAT}",
             hint="Upgrade backprompt-db, or use another directory.",
         )
-    known = {name: value for name, value in fields.items() if name in Manifest.__dataclass_fields__}
-    manifest = Manifest(**known)
-    geometry = {"generation": manifest.lmdb["generation"], "chunk_nbytes": manifest.lmdb["chunk_nbytes"]}
-    is_known = manifest.fidelity in tuple(Fidelity)  # a set would want anything to be hashable
-    is_known &= manifest.digest == (XXH3 if manifest.secret_id is None else KEYED)
-    if not is_known or geometry != Manifest().lmdb:
-        raise FormatTooNew(
-            f"{directory} uses {manifest.fidelity}, {manifest.digest}, {manifest.lmdb}, unknown to this version",
-            hint="Upgrade backprompt-db, or use another directory.",
-        )
-    return replace(manifest, fidelity=Fidelity(manifest.fidelity))
+    if header.fidelity not in tuple(Fidelity) or header.digest not in (XXH3, KEYED):
+        raise _unknown(directory, f"{header.fidelity} and {header.digest}")
+    manifest = msgspec.json.decode(content, type=Manifest)
+    if manifest.digest != (XXH3 if manifest.secret_id is None else KEYED) or manifest.lmdb != _OURS:
+        raise _unknown(directory, f"{manifest.digest} and {manifest.lmdb}")
+    return manifest
+
+
+def _unknown(directory: Path, what: str) -> FormatTooNew:
+    return FormatTooNew(
+        f"{directory} uses {what}, unknown to this version", hint="Upgrade backprompt-db, or use another directory."
+    )
 
 
 VARIABLE = "BACKPROMPT_DB_SECRET"

@@ -1,4 +1,4 @@
-"""The memory tier: what was used last stays in memory, within a budget of bytes that all models of a database share."""
+"""The memory cache: what was used last stays, within a budget of bytes that all models of a database share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class MemoryCache:
         """
         with self._lock:
             self._remove(key)
-            if nbytes > self.budget_nbytes or not self.budget_nbytes:  # a closed tier keeps not even what is empty
+            if nbytes > self.budget_nbytes or not self.budget_nbytes:  # a closed cache keeps not even what is empty
                 return
             self._entries[key] = _Entry(value, nbytes, group)
             if group is not None:
@@ -91,7 +91,7 @@ class MemoryCache:
     def take_best(self, group: Hashable, rank: Callable[[Any], tuple[int, ...] | None]) -> Any | None:
         """Remove and return the value of a group that `rank` puts highest; None where it gives None for all.
 
-        `rank` is called with the tier locked: it must be quick and not use the tier.
+        `rank` is called with the cache locked: it must be quick and not use the cache.
         """
         with self._lock:
             ranked = [(rank(value), key) for key, value in self._groups.get(group, {}).items()]

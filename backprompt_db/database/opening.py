@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import grp
 import logging
 import os
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import platformdirs
 
 from backprompt_db.codec.fidelity import Fidelity
-from backprompt_db.database.config import default_config, sharing_of, write_config
+from backprompt_db.database.config import sharing_of
+from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import MEMORY, Database
-from backprompt_db.database.journal import make_marks_directory
-from backprompt_db.database.location import access_problem, require_local
-from backprompt_db.database.manifest import (
-    KEYED,
-    Manifest,
-    digest_of,
-    find_secret,
-    read_manifest,
-    secret_id,
-    write_manifest,
-)
+from backprompt_db.database.location import CATALOG, FLIGHTS_LOCK, STORE, access_problem, require_local
+from backprompt_db.database.manifest import Manifest, digest_of, read_manifest
 from backprompt_db.database.single_flight import SingleFlight
 from backprompt_db.errors import BackpromptError, CatalogError, FormatError, PromptError, UnsafeLocation
 from backprompt_db.store.contract import Store
-from backprompt_db.store.files import Sharing, make_directory
+from backprompt_db.store.files import DATA
 from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
 from backprompt_db.store.records import Digest
-from backprompt_db.system.failpoints import reach
-from backprompt_db.system.locks import file_lock
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -46,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 READ, APPEND = "r", "a"
 """The modes of opening: for reading only, and for reading and writing."""
-
-_FLIGHTS = "flights.lock"
 
 
 def default_location() -> Path:
@@ -123,7 +107,7 @@ def _open(directory: Path, manifest: Manifest, below: _Below | None, *, readonly
 
 
 def _single_flight(directory: Path) -> SingleFlight:
-    return SingleFlight(directory / _FLIGHTS, mode=sharing_of(directory).modes.lock)
+    return SingleFlight(directory / FLIGHTS_LOCK, mode=sharing_of(directory).modes.lock)
 
 
 class _Below(NamedTuple):
@@ -179,7 +163,7 @@ def _may_write(directory: Path, mode: str) -> bool:
     if mode == READ:
         return False
     problem = access_problem(directory, sharing, readonly=False)
-    may_write = all(os.access(path, os.W_OK) for path in (directory, directory / STORE / "data.mdb"))
+    may_write = all(os.access(path, os.W_OK) for path in (directory, directory / STORE / DATA))
     if problem is not None or not may_write:
         why = f": {problem}" if problem is not None else ""
         logger.warning("%s is not writable: reading what is there, keeping nothing new%s", directory, why)
@@ -218,87 +202,6 @@ def _fidelity(name: str) -> Fidelity:
         raise FormatError(f"there is no fidelity {name!r}", hint=f"Give one of {known}.") from None
 
 
-STORE = "store"
-_LOCK = "manifest.lock"
-_NO_GROUP = 2**32 - 1
-"""The first number that no group can have: it asks the kernel to change nothing."""
-
-
-def create_database(
-    directory: Path,
-    *,
-    sharing: Sharing = Sharing.PRIVATE,
-    group: str | None = None,
-    fidelity: Fidelity = Fidelity.EXACT,
-    limits: Mapping[str, Any] = MappingProxyType({}),
-) -> Manifest:
-    """Make an empty database and return its manifest; of several processes one does, the others take what it made.
-
-    `group` is a group's name or number, for the ways of sharing that have one; without it, the group that the directory
-    has. `limits` are fields of `Config` that differ from the default: a limit of 50 GB, or of a quarter of the free
-    space if that is less. With a secret in the environment, digests are keyed with it.
-
-    Raises `UnsafeLocation` where no database can be, or may be made by this user.
-    """
-    require_local(directory)
-    gid = None if group is None else group_id(group)
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _give(directory, sharing, gid)
-        with file_lock(directory / _LOCK, mode=sharing.modes.lock):
-            return read_manifest(directory) or _fill(directory, sharing, fidelity, limits)
-    except OSError as error:
-        raise UnsafeLocation(
-            f"no database can be made in {directory} ({error.strerror})", hint="Give a directory that you may write to."
-        ) from error
-
-
-def group_id(name: str) -> int:
-    """Return the number of a group, given by name or number. Raises `UnsafeLocation` for an unknown one."""
-    try:
-        return _checked(int(name)) if name.isdecimal() else grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise UnsafeLocation(f"there is no group {name!r}", hint="`getent group` lists the groups.") from None
-
-
-def _checked(number: int) -> int:
-    if number >= _NO_GROUP:
-        raise KeyError(number)
-    return number
-
-
-def _give(directory: Path, sharing: Sharing, gid: int | None) -> None:
-    """Give the directory to those who shall share it."""
-    try:
-        if gid is not None:
-            os.chown(directory, -1, gid)
-        make_directory(directory, sharing.modes.directory)
-    except PermissionError as error:
-        given = f"the mode {sharing.modes.directory:04o}" + ("" if gid is None else f" and the group {gid}")
-        raise UnsafeLocation(
-            f"{directory} cannot be given {given}",
-            hint="Only its owner may do that, for a group of which they are a member; or give a new directory.",
-        ) from error
-
-
-def _fill(directory: Path, sharing: Sharing, fidelity: Fidelity, limits: Mapping[str, Any]) -> Manifest:
-    """Make everything in the directory, the manifest last: without it, creation starts over."""
-    secret = find_secret(directory)
-    manifest = Manifest(fidelity=fidelity)
-    if secret is not None:
-        manifest = Manifest(fidelity=fidelity, digest=KEYED, secret_id=secret_id(secret))
-    LmdbStore.create(directory / STORE, digest=digest_of(manifest, directory), modes=sharing.modes).close()
-    reach("create.store")
-    make_marks_directory(directory, sharing.modes)
-    write_config(directory, replace(default_config(directory, sharing=sharing), **limits))
-    reach("create.manifest")
-    write_manifest(directory, manifest, mode=sharing.modes.file)
-    return manifest
-
-
-CATALOG = "catalog.sqlite"
-
-
 def manifest_of(directory: Path) -> Manifest:
     """Return the manifest of the database in `directory`; raises `UnsafeLocation` where there is none."""
     manifest = read_manifest(directory)
@@ -312,17 +215,12 @@ def manifest_of(directory: Path) -> Manifest:
 
 def open_existing(directory: Path) -> Database:
     """Open the database in `directory`; raises `UnsafeLocation` where there is none."""
-    from backprompt_db.database.opening import open_database
-
     manifest_of(directory)
     return open_database(directory)
 
 
 def open_store(directory: Path) -> LmdbStore:
     """Open the store of the database in `directory` for reading; damaged parts are counted and stay where they are."""
-    from backprompt_db.database.manifest import digest_of
-    from backprompt_db.store.lmdb import LmdbStore
-
     manifest = manifest_of(directory)
     return LmdbStore(directory / STORE, readonly=True, digest=digest_of(manifest, directory))
 

@@ -1,4 +1,7 @@
-"""The writer: a thread that encodes queued parts and stores them in groups, while the caller goes on."""
+"""The writer: encodes queued parts on a thread of its own, while the caller goes on, and commits them in groups.
+
+A group is stored in one transaction, then recorded in the catalog; where it would not fit, room is made for it first.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.codec.blob import encode_pieces
 from backprompt_db.codec.fidelity import Fidelity, reduce
+from backprompt_db.database.catalogs import Catalogs
 from backprompt_db.database.counters import Tally
 from backprompt_db.database.eviction import Evictor
 from backprompt_db.errors import BackpromptError, StoreClosed, StoreFull
@@ -26,7 +30,6 @@ from backprompt_db.store.contract import Blob, Key, Store, needs_of
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
 
-
 logger = logging.getLogger(__name__)
 
 MAX_QUEUED_NBYTES = 512 << 20
@@ -34,6 +37,18 @@ MAX_QUEUED_NBYTES = 512 << 20
 
 _GROUP_NBYTES = 128 << 20
 """A store transaction takes queued parts up to this size, and at least one."""
+
+_GROUPS_PER_LIMIT = 16
+"""No group is larger than this share of what may be live: room is made in small steps."""
+
+_NUM_TRIES = 8
+"""How often room is made for a group: others, who need not make any, may take it."""
+
+_SECONDS_BETWEEN_COUNTS = 1.0
+"""How often the catalog is told what was counted, while parts are stored."""
+
+_RECORD_NBYTES = 128
+"""What a small part takes up beside its bytes."""
 
 _PRIORITY = 10
 """The niceness of the thread that writes."""
@@ -56,17 +71,29 @@ class NewPart:
         return sum(array.nbytes for array in self.arrays.values()) + _OVERHEAD_NBYTES
 
 
-class Writer:
-    """Stores queued parts on a thread of its own, several to a transaction; the catalog's rows follow, best effort.
+class CatalogMissed(Exception):
+    """Parts were stored, and could not be recorded; the cause says why, unless there is no catalog."""
 
-    What is queued can be read with `get`, so a caller finds at once what it just put.
+    def __init__(self, new: set[Key]) -> None:
+        super().__init__(new)
+        self.new = new
+
+
+class Writer:
+    """Keeps the store and its catalog in step and below the limit. For any number of threads and processes.
+
+    Parts that are `put` are stored on a thread of its own, several to a transaction; until then `get` finds them.
+    Blobs that come from elsewhere are stored at once with `commit`.
     """
 
-    def __init__(self, storage: Storage, *, fidelity: Fidelity, tally: Tally) -> None:
-        self._storage = storage
+    def __init__(self, store: Store, catalogs: Catalogs, evictor: Evictor, *, fidelity: Fidelity, tally: Tally) -> None:
+        self._store = store
+        self._catalogs = catalogs
+        self._evictor = evictor
         self._fidelity = fidelity
         self._tally = tally
         self._has_failed = False
+        self._tell_at = 0.0
         self._reset()
         _writers.add(self)
 
@@ -143,7 +170,7 @@ class Writer:
 
     def _run(self) -> None:
         _yield_to_others()
-        self._storage.evictor.begin()
+        self._evictor.begin()
         while self._run_once():
             pass
 
@@ -175,7 +202,7 @@ class Writer:
         with self._mutex:
             self._changed.wait_for(lambda: self._queue or self._is_closing or self._thread is None)
             group, nbytes = list[NewPart](), 0
-            max_nbytes = self._storage.max_group_nbytes(_GROUP_NBYTES)
+            max_nbytes = self.max_group_nbytes(_GROUP_NBYTES)
             for part in self._queue.values():
                 if group and nbytes + part.nbytes > max_nbytes:
                     break
@@ -188,7 +215,7 @@ class Writer:
         origins = {part.key: part.origin for part in group}
         try:
             if blobs:
-                self._storage.keep(blobs, origins)
+                self.commit(blobs, origins)
         except CatalogMissed as error:
             if error.__cause__ is not None:  # that there is no catalog was logged
                 logger.warning("the catalog missed %d parts (`reindex` adds them): %s", len(blobs), error.__cause__)
@@ -212,6 +239,75 @@ class Writer:
         self._tally.add("num_write_failures", num_parts)
         self._tally.report("write-failure", str(error))
         self._failure = self._failure or error
+
+    def max_group_nbytes(self, nbytes: int) -> int:
+        """Return how much to store at once: `nbytes`, but only a small share of what may be live at all."""
+        max_live_nbytes = self._evictor.max_live_nbytes
+        return nbytes if max_live_nbytes is None else min(nbytes, max_live_nbytes // _GROUPS_PER_LIMIT)
+
+    def commit(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
+        """Store and record blobs and return the keys that were new. Where they would not fit, room is made for them.
+
+        Raises the `StoreError` that fits, and then nothing was stored, or `CatalogMissed`, and then everything was.
+        """
+        try:
+            return self._store_and_record(blobs, origins)
+        except StoreFull as error:
+            if _is_disk_full(error):
+                raise
+        return self._make_room_and_commit(blobs, origins)
+
+    def _make_room_and_commit(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
+        nbytes = sum(blob.nbytes + _RECORD_NBYTES for blob in blobs)
+        with self._evictor.alone():  # until the room is used: of several who make room, each would take the others'
+            for num_tries in range(1, _NUM_TRIES + 1):
+                # Pages are not filled to the brim.
+                self._evictor.make_room(nbytes, spare_nbytes=(num_tries - 1) * nbytes // _NUM_TRIES)
+                try:
+                    return self._store_and_record(blobs, origins)
+                except StoreFull as error:
+                    if _is_disk_full(error) or num_tries == _NUM_TRIES:
+                        raise
+        raise AssertionError("the last try returns or raises")
+
+    def _store_and_record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
+        with self._evictor.journal.writing([blob.key for blob in blobs]):
+            new = set(self._store.put(blobs, max_nbytes=self._evictor.max_live_nbytes))
+            self._count(blobs, new)
+            self._record([blob for blob in blobs if blob.key in new], origins)
+        return new
+
+    def _count(self, blobs: Sequence[Blob], new: set[Key]) -> None:
+        self._tally.add("num_stored", len(new))
+        self._tally.add("num_stored_nbytes", sum(blob.nbytes for blob in blobs if blob.key in new))
+        self._tally.add("num_orphaned", sum(not self._store.has(blob.key) for blob in blobs if blob.key not in new))
+
+    def _record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> None:
+        if not blobs:
+            return
+        catalog = self._catalogs.own
+        if catalog is None and self._evictor.journal.is_shared:  # a process that has a catalog will enter them
+            raise CatalogMissed({blob.key for blob in blobs})
+        try:
+            if catalog is not None:
+                from backprompt_db.catalog.records import StoredPart
+
+                stored = [StoredPart(*blob.key, blob.nbytes, origins[blob.key]) for blob in blobs]
+                catalog.record(stored, at=time.time())
+                self._tell_counts(catalog)
+        except Exception as error:  # no hit needs the catalog
+            raise CatalogMissed({blob.key for blob in blobs}) from error
+
+    def _tell_counts(self, catalog: Catalog) -> None:
+        """Tell what was counted, but not with each of many groups: it takes a transaction of its own."""
+        now = time.monotonic()
+        if now >= self._tell_at:
+            self._tell_at = now + _SECONDS_BETWEEN_COUNTS
+            self._tally.record(catalog)
+
+
+def _is_disk_full(error: StoreFull) -> bool:
+    return error.__cause__ is not None
 
 
 def _yield_to_others() -> None:
@@ -250,104 +346,3 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-_GROUPS_PER_LIMIT = 16
-"""No group is larger than this share of what may be live: room is made in small steps."""
-
-_NUM_TRIES = 8
-"""How often room is made for a group: others, who need not make any, may take it."""
-
-_SECONDS_BETWEEN_COUNTS = 1.0
-"""How often the catalog is told what was counted, while parts are stored."""
-
-_RECORD_NBYTES = 128
-"""What a small part takes up beside its bytes."""
-
-
-class CatalogMissed(Exception):
-    """Parts were stored, and could not be recorded; the cause says why, unless there is no catalog."""
-
-    def __init__(self, new: set[Key]) -> None:
-        super().__init__(new)
-        self.new = new
-
-
-class Storage:
-    """A store and its catalog, kept in step and below the limit. For any number of threads and processes."""
-
-    def __init__(self, store: Store, catalog: Callable[[], Catalog | None], evictor: Evictor, *, tally: Tally) -> None:
-        self.evictor = evictor
-        self._store = store
-        self._catalog = catalog
-        self._tally = tally
-        self._tell_at = 0.0
-
-    def max_group_nbytes(self, nbytes: int) -> int:
-        """Return how much to store at once: `nbytes`, but only a small share of what may be live at all."""
-        max_live_nbytes = self.evictor.max_live_nbytes
-        return nbytes if max_live_nbytes is None else min(nbytes, max_live_nbytes // _GROUPS_PER_LIMIT)
-
-    def keep(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
-        """Store and record blobs and return the keys that were new. Where they would not fit, room is made for them.
-
-        Raises the `StoreError` that fits, and then nothing was stored, or `CatalogMissed`, and then everything was.
-        """
-        try:
-            return self._store_and_record(blobs, origins)
-        except StoreFull as error:
-            if _is_disk_full(error):
-                raise
-        return self._make_room_and_keep(blobs, origins)
-
-    def _make_room_and_keep(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
-        nbytes = sum(blob.nbytes + _RECORD_NBYTES for blob in blobs)
-        with self.evictor.alone():  # until the room is used: of several who make room, each would take the others'
-            for num_tries in range(1, _NUM_TRIES + 1):
-                # Pages are not filled to the brim.
-                self.evictor.make_room(nbytes, spare_nbytes=(num_tries - 1) * nbytes // _NUM_TRIES)
-                try:
-                    return self._store_and_record(blobs, origins)
-                except StoreFull as error:
-                    if _is_disk_full(error) or num_tries == _NUM_TRIES:
-                        raise
-        raise AssertionError("the last try returns or raises")
-
-    def _store_and_record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
-        with self.evictor.journal.writing([blob.key for blob in blobs]):
-            new = set(self._store.put(blobs, max_nbytes=self.evictor.max_live_nbytes))
-            self._count(blobs, new)
-            self._record([blob for blob in blobs if blob.key in new], origins)
-        return new
-
-    def _count(self, blobs: Sequence[Blob], new: set[Key]) -> None:
-        self._tally.add("num_stored", len(new))
-        self._tally.add("num_stored_nbytes", sum(blob.nbytes for blob in blobs if blob.key in new))
-        self._tally.add("num_orphaned", sum(not self._store.has(blob.key) for blob in blobs if blob.key not in new))
-
-    def _record(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> None:
-        if not blobs:
-            return
-        catalog = self._catalog()
-        if catalog is None and self.evictor.journal.is_shared:  # a process that has a catalog will enter them
-            raise CatalogMissed({blob.key for blob in blobs})
-        try:
-            if catalog is not None:
-                from backprompt_db.catalog.records import StoredPart
-
-                stored = [StoredPart(*blob.key, blob.nbytes, origins[blob.key]) for blob in blobs]
-                catalog.record(stored, at=time.time())
-                self._tell_counts(catalog)
-        except Exception as error:  # no hit needs the catalog
-            raise CatalogMissed({blob.key for blob in blobs}) from error
-
-    def _tell_counts(self, catalog: Catalog) -> None:
-        """Tell what was counted, but not with each of many groups: it takes a transaction of its own."""
-        now = time.monotonic()
-        if now >= self._tell_at:
-            self._tell_at = now + _SECONDS_BETWEEN_COUNTS
-            self._tally.record(catalog)
-
-
-def _is_disk_full(error: StoreFull) -> bool:
-    return error.__cause__ is not None

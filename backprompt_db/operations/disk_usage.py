@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backprompt_db.database.config import read_config
-from backprompt_db.database.opening import STORE
+from backprompt_db.database.location import STORE
 from backprompt_db.errors import FormatError, StoreError
 
 

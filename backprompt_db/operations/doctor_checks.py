@@ -21,15 +21,16 @@ from typing import NamedTuple
 
 from backprompt_db.catalog.connection import catalog_flaws
 from backprompt_db.database.config import sharing_of
-from backprompt_db.database.location import Fault, faults, filesystem_of, require_local
+from backprompt_db.database.creating import group_id
+from backprompt_db.database.location import CATALOG, STORE, Fault, faults, filesystem_of, require_local
 from backprompt_db.database.manifest import Manifest, digest_of
-from backprompt_db.database.opening import CATALOG, STORE, group_id, open_catalog, open_existing, open_store
+from backprompt_db.database.opening import open_catalog, open_existing, open_store
 from backprompt_db.database.reconcile import differences
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreError, StoreLocked, StoreReadOnly, UnsafeLocation
 from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION
-from backprompt_db.store.files import Sharing
+from backprompt_db.store.files import DATA, READERS, Sharing
 from backprompt_db.store.registry import release, shared_environment
 
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
@@ -43,7 +44,7 @@ _IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > ? OR last_
 
 def writing(subject: Subject) -> Finding:
     """Whether this user can write, and gets a turn."""
-    if not os.access(subject.directory, os.W_OK) or not os.access(subject.directory / STORE / "data.mdb", os.W_OK):
+    if not os.access(subject.directory, os.W_OK) or not os.access(subject.directory / STORE / DATA, os.W_OK):
         return Finding(
             Status.WARNING,
             "This user may only read: what is missing is computed each time.",
@@ -279,7 +280,7 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
 
     Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
     """
-    if not (store / "lock.mdb").exists():  # which LMDB would make with whatever permissions the umask leaves
+    if not (store / READERS).exists():  # which LMDB would make with whatever permissions the umask leaves
         release(shared_environment(store, readonly=False))
     command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
     try:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.codec.origins import read_origin
 from backprompt_db.database.database import writable_catalog
-from backprompt_db.database.eviction import Collection
-from backprompt_db.database.opening import CATALOG
+from backprompt_db.database.eviction import Eviction
+from backprompt_db.database.location import CATALOG
 from backprompt_db.database.reconcile import differences
 from backprompt_db.errors import PromptError, StoreReadOnly
 from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
@@ -49,18 +49,18 @@ def victims(db: Database, *, to_nbytes: int | None, selection: Selection) -> Seq
     )
 
 
-def evict(db: Database, *, to_nbytes: int | None, selection: Selection) -> Collection:
+def evict(db: Database, *, to_nbytes: int | None, selection: Selection) -> Eviction:
     """Remove what is expired, then the least valuable of what is selected until no more than `to_nbytes` are live.
 
     Without `to_nbytes`, all that is selected goes, and without a selection what is above the low water mark. Pinned
     representations stay, and keys and values on which others build.
 
-    Raises `StoreReadOnly` where nothing may be removed, `StoreLocked` when another process has been collecting for too
+    Raises `StoreReadOnly` where nothing may be removed, `StoreLocked` when another process has been evicting for too
     long, `PromptError` for a selection that means nothing, `CatalogError` without a catalog to go by.
     """
     writable_catalog(db)
     db.flush()
-    return db.evictor.collect(to_nbytes=_goal_nbytes(db, to_nbytes, selection), selection=selection)
+    return db.evictor.evict(to_nbytes=_goal_nbytes(db, to_nbytes, selection), selection=selection)
 
 
 def _goal_nbytes(db: Database, to_nbytes: int | None, selection: Selection) -> int | None:

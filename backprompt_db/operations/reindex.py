@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.database import Database
-from backprompt_db.database.opening import CATALOG, open_catalog
+from backprompt_db.database.location import CATALOG, REINDEX_LOCK
+from backprompt_db.database.opening import open_catalog
 from backprompt_db.database.reconcile import Reindexing, reconcile
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
 from backprompt_db.store.files import locked
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from backprompt_db.store.contract import Store
 
 
-_LOCK = "reindex.lock"
 _SIDE_FILES = ("", "-journal", "-wal", "-shm")
 """A journal left behind would be played back into the new catalog."""
 
@@ -77,7 +77,7 @@ def _alone(directory: Path, *, mode: int) -> Iterator[None]:
     """Keep a second process from moving aside what the first has just rebuilt."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(directory / _LOCK, mode=mode, timeout_seconds=0))
+            stack.enter_context(locked(directory / REINDEX_LOCK, mode=mode, timeout_seconds=0))
         except StoreLocked:
             raise StoreLocked(f"another process is reindexing {directory}", hint="Wait until it is done.") from None
         yield

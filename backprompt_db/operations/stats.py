@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backprompt_db.database.counters import NAMES_IN_CATALOG
-from backprompt_db.database.opening import CATALOG, manifest_of, open_store
+from backprompt_db.database.location import CATALOG
+from backprompt_db.database.opening import manifest_of, open_store
 from backprompt_db.errors import CatalogError
 from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.prompt.ids import Address, WeightsId

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backprompt_db.catalog.connection import catalog_flaws
-from backprompt_db.database.opening import CATALOG, STORE, open_catalog
+from backprompt_db.database.location import CATALOG, STORE
+from backprompt_db.database.opening import open_catalog
 from backprompt_db.database.reconcile import Difference, differences
 from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.operations.inspection import Inspection, Kind, Problem, inspect

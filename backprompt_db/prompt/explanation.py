@@ -24,7 +24,7 @@ class Place(enum.Enum):
     """Where a part was found. The value is its name in tables and JSON."""
 
     MEMORY = "memory"
-    """Still queued for writing, or kept by the memory tier."""
+    """Still queued for writing, or kept by the memory cache."""
     DISK = "disk"
     BASE = "base"
     """In the database below, of a layered one."""

@@ -17,6 +17,9 @@ from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
 
+DATA, READERS = "data.mdb", "lock.mdb"
+"""LMDB's two files: everything that is stored, and its table of readers."""
+
 
 class Modes(NamedTuple):
     """Permission bits of what a database consists of."""
@@ -63,7 +66,7 @@ def create_files(directory: Path, modes: Modes) -> None:
     """
     with store_errors(directory):
         make_directory(directory, modes.directory)
-        for name, mode in (("data.mdb", modes.file), ("lock.mdb", modes.lock)):
+        for name, mode in ((DATA, modes.file), (READERS, modes.lock)):
             descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             os.fchmod(descriptor, mode)
             if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # of the data: the disk was full, and LMDB takes no half

@@ -47,5 +47,5 @@ def test_a_process_that_has_the_database_open_follows_a_change_of_sharing(tmp_pa
         (place / "writing.lock").unlink()
         put_prompts(db, [1])
         assert (place / "writing.lock").stat().st_mode & 0o777 == 0o660
-        db.evictor.collect(to_nbytes=0)
+        db.evictor.evict(to_nbytes=0)
         assert (place / "collect.lock").stat().st_mode & 0o777 == 0o660

@@ -145,7 +145,7 @@ class TestReasons:
         before = time.time()
         lm.db.memory.clear()
         tip = key_of(lm, prompt(lm), Part.KV)
-        lm.db.evictor.collect(to_nbytes=0, selection=Selection(address_prefix=tip.address.hex()))
+        lm.db.evictor.evict(to_nbytes=0, selection=Selection(address_prefix=tip.address.hex()))
         found = prompt(lm).explain()
         assert reasons(found) == [None, None, Reason.EVICTED]
         at = last_miss(found).at

@@ -288,7 +288,7 @@ def test_a_full_disk_costs_what_does_not_fit_and_nothing_else(
 ) -> None:
     disk, preexec = small_disk
     script = (
-        "from backprompt_db.database.opening import create_database\nfrom backprompt_db.errors import StoreFull\n"
+        "from backprompt_db.database.creating import create_database\nfrom backprompt_db.errors import StoreFull\n"
         "create_database(Path(place), limits={'max_nbytes': None})\n"
         "db = bp.open(place)\ndb.put([new_part('a')])\ndb.flush()\nfull = 0\n"
         "for number in range(4):\n    db.put([new_part(str(number), num_values=700_000)])\n"

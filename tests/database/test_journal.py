@@ -17,7 +17,7 @@ import pytest
 import backprompt_db as bp
 from backprompt_db.database.config import Limits, read_config, write_config
 from backprompt_db.database.database import Database
-from backprompt_db.database.journal import WriteJournal, keys_of_mark
+from backprompt_db.database.journal import WriteJournal, keys_of_entry
 from backprompt_db.errors import StoreError, StoreLocked, UnsafeLocation
 from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Part
@@ -48,7 +48,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "db"
 
 
-def marks(place: Path) -> list[Path]:
+def entries(place: Path) -> list[Path]:
     return sorted((place / "pending").iterdir())
 
 
@@ -66,24 +66,24 @@ class TestKilled:
     @pytest.mark.parametrize("point", POINTS)
     def test_the_next_writer_enters_what_was_stored(self, place: Path, point: str) -> None:
         die(place, point)
-        [mark] = marks(place)
-        assert set(keys_of_mark(mark) or ()) <= set(keys_of(prompt(0, author="who dies")))
+        [entry] = entries(place)
+        assert set(keys_of_entry(entry) or ()) <= set(keys_of(prompt(0, author="who dies")))
         with bp.open(place) as db:
-            assert set() < stored(db) - recorded(db) <= set(keys_of_mark(mark) or ())
+            assert set() < stored(db) - recorded(db) <= set(keys_of_entry(entry) or ())
             put_prompts(db, [1])
             assert recorded(db) == stored(db)
-            assert marks(place) == []
+            assert entries(place) == []
             assert verify(db).is_clean
             assert_reads_back(db, [0, 1])
 
     def test_before_the_store_has_committed_there_is_nothing_to_enter(self, place: Path) -> None:
         die(place, "store.put.before-commit")
-        assert len(marks(place)) == 1
+        assert len(entries(place)) == 1
         with bp.open(place) as db:
             before = recorded(db)
             db.evictor.catch_up()
             assert recorded(db) == before == stored(db)
-        assert marks(place) == []
+        assert entries(place) == []
 
     @pytest.mark.parametrize("point", POINTS)
     def test_a_collector_knows_what_was_built_and_not_recorded(self, tmp_path: Path, point: str) -> None:
@@ -97,21 +97,21 @@ class TestKilled:
             child = address_of(segments("Before", " after.")[1])
             db.evictor.catch_up()
             db.catalog.pin([child])
-            db.evictor.collect(to_nbytes=0)
+            db.evictor.evict(to_nbytes=0)
             assert dangling(db) == []
             assert set(keys_of(segments("Before", " after.")[1:])) <= stored(db)
             assert stored(db) - set(keys_of(segments("Before", " after.")[1:])) == set(
                 keys_of(segments("Before"), [Part.KV])
             )
 
-    def test_marks_do_not_accumulate(self, place: Path) -> None:
+    def test_entries_do_not_accumulate(self, place: Path) -> None:
         for _ in range(3):
             die(place, "store.put.after")
-        assert 1 <= len(marks(place)) <= 3
+        assert 1 <= len(entries(place)) <= 3
         with bp.open(place) as db:
             for number in range(20):
                 put_prompts(db, [number])
-                assert marks(place) == []
+                assert entries(place) == []
 
     def test_what_another_user_of_no_catalog_stored_is_entered_by_one_who_has_it(self, place: Path) -> None:
         shutil.move(place / "catalog.sqlite", place / "aside")
@@ -120,19 +120,19 @@ class TestKilled:
         with bp.open(place) as db:
             put_prompts(db, [1, 2])
             assert db.counters.num_write_failures == 0
-        assert len(marks(place)) > 0
+        assert len(entries(place)) > 0
         shutil.move(place / "aside", place / "catalog.sqlite")
         with bp.open(place) as db:
             put_prompts(db, [3])
             assert recorded(db) == stored(db)
             assert_reads_back(db, [0, 1, 2, 3])
-        assert marks(place) == []
+        assert entries(place) == []
 
-    def test_a_failure_that_stores_nothing_leaves_no_mark(self, place: Path) -> None:
+    def test_a_failure_that_stores_nothing_leaves_no_entry(self, place: Path) -> None:
         journal = WriteJournal(place, Limits(place))
         with pytest.raises(StoreError), journal.writing(keys_of(prompt(0))):
             raise StoreError("nothing was stored", hint="Wait.")
-        assert marks(place) == []
+        assert entries(place) == []
 
 
 class TestStopped:
@@ -144,27 +144,27 @@ class TestStopped:
         monkeypatch.setattr("backprompt_db.database.eviction._WAIT_SECONDS", 0.3)
 
     def test_writers_go_on_beside_a_collector_that_is_stopped(self, place: Path) -> None:
-        script = "print('begin', flush=True)\ndb = bp.open(place)\ndb.evictor.collect(to_nbytes=0)\n"
+        script = "print('begin', flush=True)\ndb = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\n"
         with stopped(script, place, "collect.deleted"), bp.open(place) as db:
             put_prompts(db, [1])
             assert db.counters.num_write_failures == 0
             assert_reads_back(db, [1])
             with pytest.raises(StoreLocked, match=r"another process holds .*collect\.lock.*Try again"):
-                db.evictor.collect(to_nbytes=0)
-        assert marks(place) == []
+                db.evictor.evict(to_nbytes=0)
+        assert entries(place) == []
 
     def test_a_collector_gives_up_on_a_writer_that_is_stopped_and_others_write(self, place: Path) -> None:
         with stopped("print('begin', flush=True)\n" + WRITE, place, "store.put.after"), bp.open(place) as db:
             before = stored(db)
             with pytest.raises(StoreLocked, match=r"another process holds .*writing\.lock"):
-                db.evictor.collect(to_nbytes=0)
+                db.evictor.evict(to_nbytes=0)
             assert stored(db) == before
             put_prompts(db, [1])
             assert_reads_back(db, [0, 1])
         with bp.open(place) as db:
             db.evictor.catch_up()
             assert recorded(db) == stored(db)
-        assert marks(place) == []
+        assert entries(place) == []
 
     def test_a_full_database_says_that_it_waited_in_vain(self, place: Path) -> None:
         with stopped("print('begin', flush=True)\n" + WRITE, place, "store.put.after"), bp.open(place) as db:
@@ -181,7 +181,7 @@ class TestStopped:
                 put_prompts(db, [1])
             process.send_signal(signal.SIGCONT)
             assert process.wait(60) == 0
-        assert marks(place) == []
+        assert entries(place) == []
         with bp.open(place) as db:
             assert recorded(db) == stored(db)
 
@@ -250,11 +250,11 @@ def folder(place: Path) -> None:
 @pytest.mark.parametrize(
     "plant", [garbage, cut_off, unknown_keys, empty, link_to_a_file, link_to_nowhere, fifo, link_to_a_fifo, folder]
 )
-def test_what_others_planted_among_the_marks_does_no_harm(place: Path, plant: Callable[[Path], None]) -> None:
+def test_what_others_planted_among_the_entries_does_no_harm(place: Path, plant: Callable[[Path], None]) -> None:
     plant(place)
     with bp.open(place) as db:
         put_prompts(db, [1])
-        db.evictor.collect(to_nbytes=0)
+        db.evictor.evict(to_nbytes=0)
         assert db.counters.num_evicted == len(set(keys_of(prompt(0) + prompt(1))))
         put_prompts(db, [0, 1])
         assert_reads_back(db, [0, 1])
@@ -265,7 +265,7 @@ def test_what_others_planted_among_the_marks_does_no_harm(place: Path, plant: Ca
     assert not (place.parent / "nowhere").exists()
 
 
-def test_a_link_in_the_place_of_the_marks_is_refused(place: Path) -> None:
+def test_a_link_in_the_place_of_the_journal_is_refused(place: Path) -> None:
     elsewhere = place.parent / "elsewhere"
     shutil.move(place / "pending", elsewhere)
     (place / "pending").symlink_to(elsewhere)
@@ -274,9 +274,9 @@ def test_a_link_in_the_place_of_the_marks_is_refused(place: Path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
-def test_a_database_of_an_earlier_version_gets_its_place_for_marks(place: Path) -> None:
+def test_a_database_of_an_earlier_version_gets_its_journal(place: Path) -> None:
     (place / "pending").rmdir()
     with bp.open(place) as db:
         put_prompts(db, [1])
         assert_whole(db, prompt(1))
-    assert ((place / "pending").stat().st_mode & 0o7777, marks(place)) == (0o700, [])
+    assert ((place / "pending").stat().st_mode & 0o7777, entries(place)) == (0o700, [])

@@ -187,7 +187,7 @@ class TestParts:
     def test_that_are_evicted_from_the_base_meanwhile_are_misses(self, base: Path, mine: Path) -> None:
         with bp.open(mine, base=base, memory_nbytes=0) as db:
             assert_whole(db, prompt(0))
-            script = "db = bp.open(place)\nprint(db.evictor.collect(to_nbytes=0).num_parts)"
+            script = "db = bp.open(place)\nprint(db.evictor.evict(to_nbytes=0).num_parts)"
             assert run(script, base)[0] == ["18"]
             assert db.fetch({keys_of(prompt(0))[0].address: list(Part)}) == {}
             assert (db.counters.num_misses, db.counters.num_read_failures) == (1, 0)

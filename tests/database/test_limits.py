@@ -351,7 +351,7 @@ class TestTogether:
                 put(db, prompt(number))
             num_parts = len(stored(db))
         script = TOGETHER + (
-            "db = bp.open(place)\ndone = db.evictor.collect(to_nbytes=0)\n"
+            "db = bp.open(place)\ndone = db.evictor.evict(to_nbytes=0)\n"
             "print(done.num_parts, db.counters.num_evicted)\n"
         )
         ends = run_together(script, script, place=place)
@@ -372,7 +372,7 @@ class TestTogether:
                 assert next_line(writer) == "put"
                 while not list((place / "pending").iterdir()):
                     time.sleep(0.01)
-                db.evictor.collect(to_nbytes=0, selection=_prefix("Before"))
+                db.evictor.evict(to_nbytes=0, selection=_prefix("Before"))
                 assert writer.wait(60) == 0
             assert db.counters.num_evicted == 6, "the child, then what it follows"
             assert stored(db) == set()
@@ -382,7 +382,7 @@ class TestTogether:
     ) -> None:
         chain = segments("Before", " after.", " and more.")
         put(db, chain[:1])
-        db.evictor.collect(to_nbytes=0)
+        db.evictor.evict(to_nbytes=0)
         with caplog.at_level(logging.WARNING):
             put(db, chain[1:])
         assert (db.counters.num_orphaned, db.counters.num_write_failures) == (2, 0)

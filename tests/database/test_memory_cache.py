@@ -1,4 +1,4 @@
-"""The memory tier: within its budget, the least recently used goes first; what is there is what was put."""
+"""The memory cache: within its budget, the least recently used goes first; what is there is what was put."""
 
 from __future__ import annotations
 

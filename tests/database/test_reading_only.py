@@ -203,7 +203,7 @@ class TestBesideWriters:
         with reader(place) as db:
             assert_whole(db, prompt(0))
             script = (
-                "db = bp.open(place)\ndb.evictor.collect(to_nbytes=0)\ndb.store.compact()\nput_prompts(db, [1])\n"
+                "db = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\ndb.store.compact()\nput_prompts(db, [1])\n"
                 "print('done')\n"
             )
             with child(script, place) as writer:
@@ -224,7 +224,7 @@ class TestBesideWriters:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 def test_members_of_a_group_of_readers_read_together_with_the_owner_writing(tmp_path: Path) -> None:
-    from backprompt_db.database.opening import create_database
+    from backprompt_db.database.creating import create_database
     from tests.support.faults import IN_OTHER_SHOES, public_directory
 
     member = (

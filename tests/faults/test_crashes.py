@@ -46,7 +46,7 @@ for _ in range(2):
 DELETE = "def work():\n    db.store.delete(keys_of(garbage()))\n    db.catalog.forget(keys_of(garbage()))"
 EVICT = (
     "from backprompt_db.catalog.records import Selection\n"
-    "def work():\n    db.evictor.collect(to_nbytes=0, selection=Selection(text_prefix='Nobody'))"
+    "def work():\n    db.evictor.evict(to_nbytes=0, selection=Selection(text_prefix='Nobody'))"
 )
 COMPACT = "def work():\n    db.store.compact()"
 REINDEX = "def work():\n    reindex(db)"
@@ -106,7 +106,7 @@ def step(work):
 
 def lose_rows(db): db.catalog.forget(keys_of(prompt(0)))
 def migrate(db): assert db.catalog is not None
-def evict(db): db.evictor.collect(to_nbytes=0, selection=Selection(text_prefix="Nobody"))
+def evict(db): db.evictor.evict(to_nbytes=0, selection=Selection(text_prefix="Nobody"))
 def delete(db): db.store.delete(keys_of(garbage()))
 def compact(db): db.store.compact()
 

@@ -21,9 +21,9 @@ from alembic.config import Config as Alembic
 import backprompt_db as bp
 from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.records import Selection
+from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
 from backprompt_db.database.location import faults
-from backprompt_db.database.opening import create_database
 from backprompt_db.errors import BackpromptError
 from backprompt_db.operations.bundles.transfer import export_bundle
 from backprompt_db.operations.doctor import diagnose

@@ -16,6 +16,7 @@ WHAT_A_CATALOG_NEEDS = [
     "alembic",
     "blake3",
     "lmdb",
+    "msgspec",
     "numpy",
     "platformdirs",
     "prometheus-client",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import backprompt_db as bp
+from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
-from backprompt_db.database.opening import create_database
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key

@@ -187,7 +187,7 @@ def _compact(worker: Worker) -> None:
 
 def _collect(worker: Worker) -> None:
     live_nbytes = worker.db.store.usage().live_nbytes
-    worker.db.evictor.collect(to_nbytes=int(live_nbytes * worker.dice.uniform(0.5, 1.0)))
+    worker.db.evictor.evict(to_nbytes=int(live_nbytes * worker.dice.uniform(0.5, 1.0)))
 
 
 CHORES: dict[str, Callable[[Worker], object]] = {

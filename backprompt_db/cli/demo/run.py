@@ -54,10 +54,12 @@ def run_demo(
 
 @contextmanager
 def _new_database(directory: Path | None) -> Iterator[Path]:
+    from backprompt_db.database.location import MANIFEST
+
     if directory is None:
         with tempfile.TemporaryDirectory(prefix="backprompt-db-demo-") as temporary:
             yield Path(temporary) / "db"
-    elif (directory / "manifest.json").exists():
+    elif (directory / MANIFEST).exists():
         raise UnsafeLocation(
             f"{directory} holds a database already, and the demo begins with none", hint="Give another directory."
         )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backprompt_db.catalog.records import ModelRecord
     from backprompt_db.compute.inference.outline import Outline
     from backprompt_db.compute.inference.runner import ModelRunner
-    from backprompt_db.database.metadata import ModelMetadata
+    from backprompt_db.database.catalogs import ModelMetadata
 
 
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ class ModelRunner:
 
     @cached_property
     def _device_memory(self) -> MemoryCache:
-        """What the memory tier of a database is to the processor, for a device with memory of its own."""
+        """What the memory cache of a database is to the processor, for a device with memory of its own."""
         is_cuda = self.device.type == "cuda"
         free_nbytes = torch.cuda.mem_get_info(self.device)[0] if is_cuda else 0
         return MemoryCache(free_nbytes // 8)

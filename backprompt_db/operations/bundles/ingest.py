@@ -57,7 +57,7 @@ class Intake:
         self._db = db
         self._batch: list[CheckedPart] = []
         self._batch_nbytes = 0
-        self._max_batch_nbytes = db.storage.max_group_nbytes(_BATCH_NBYTES)
+        self._max_batch_nbytes = db.writer.max_group_nbytes(_BATCH_NBYTES)
         self._notes: dict[Address, tuple[SegmentId, Note]] = {}
         self._num_stored = self._nbytes_stored = self._num_known = self._num_orphaned = 0
         self._catalog_problem: str | None = None
@@ -104,7 +104,7 @@ class Intake:
         if self._db.directory is not None and self._db.catalog is None:
             self._catalog_problem = "the catalog cannot be used"
         try:
-            return self._db.storage.keep(blobs, {part.key: part.origin for part in batch})
+            return self._db.writer.commit(blobs, {part.key: part.origin for part in batch})
         except CatalogMissed as missed:
             if missed.__cause__ is not None:
                 self._catalog_problem = getattr(missed.__cause__, "message", str(missed.__cause__))

@@ -1,20 +1,26 @@
-"""What catalogs remember of models, their files, strings and prompts. Best effort: it can all be found out again."""
+"""The catalogs of a database: its own and that of the database below it, and what they remember of models.
+
+No hit needs a catalog, and all that is in one can be found out again: what fails here is logged, and costs time.
+"""
 
 from __future__ import annotations
 
 import hmac
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from backprompt_db.database.config import Limits
+from backprompt_db.database.location import CATALOG
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.catalog.catalog import Catalog
     from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
-    from backprompt_db.database.resources import Resources
     from backprompt_db.prompt.ids import Address, TokenizerId
     from backprompt_db.store.records import Digest
 
@@ -30,20 +36,69 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
 logger = logging.getLogger(__name__)
 
 
+class Catalogs:
+    """The catalogs that a database may use, each of which is opened when something first needs it.
+
+    Those that can be read come in the order in which they are asked: its own, then that of the database below.
+    """
+
+    def __init__(self, directory: Path | None, *, limits: Limits, readonly: bool, base: Path | None) -> None:
+        self.readonly = readonly
+        self._limits = limits
+        self._directory = directory
+        self._base = base
+
+    @cached_property
+    def own(self) -> Catalog | None:
+        """Its own; None for a database in memory, and where the catalog cannot be used, which is logged."""
+        if self._directory is None:
+            return None
+        from backprompt_db.catalog.catalog import Catalog
+
+        try:
+            return Catalog.open(self._directory / CATALOG, readonly=self.readonly, mode=self._limits.modes.file)
+        except CatalogError as error:
+            logger.warning("working without the catalog: %s", error)
+            return None
+
+    @cached_property
+    def base(self) -> Catalog | None:
+        """The one of the database below, for reading; None where there is none that can be read."""
+        if self._base is None:
+            return None
+        from backprompt_db.catalog.catalog import Catalog
+
+        try:
+            return Catalog.open(self._base / CATALOG, readonly=True)
+        except CatalogError as error:
+            logger.info("working without the catalog of the base: %s", error)
+            return None
+
+    def __iter__(self) -> Iterator[Catalog]:
+        return (catalog for catalog in (self.own, self.base) if catalog is not None)
+
+    def close(self) -> None:
+        """Close those that were opened."""
+        for name in ("own", "base"):
+            catalog = vars(self).get(name)  # one that nothing needed is not opened now
+            if catalog is not None:
+                catalog.close()
+
+
 class ModelMetadata:
-    """What the catalog of a database remembers, read also from that of the database below it.
+    """What catalogs remember of models, their files, strings and prompts.
 
     With a secret, records are signed; unsigned ones are ignored. `seal` is the keyed digest that signs them.
     """
 
-    def __init__(self, resources: Resources, *, seal: Digest | None) -> None:
-        self._resources = resources
+    def __init__(self, catalogs: Catalogs, *, seal: Digest | None) -> None:
+        self._catalogs = catalogs
         self._seal = seal
 
     def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
         """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or is forged."""
-        for catalog in (self._resources.catalog, self._resources.base_catalog):
-            found = None if catalog is None else _read(catalog, read)
+        for catalog in self._catalogs:
+            found = _read(catalog, read)
             if found is not None and not _is_empty(found) and self._is_genuine(found):
                 return found
         return None
@@ -51,23 +106,23 @@ class ModelMetadata:
     def greedy_paths(self, addresses: Collection[Address]) -> dict[Address, tuple[int, ...]]:
         """Return the likeliest tokens after prompts that end with these representations, as far as they are known."""
         paths: dict[Address, tuple[int, ...]] = {}
-        for catalog in (self._resources.base_catalog, self._resources.catalog):
-            found = None if catalog is None else _read(catalog, lambda catalog: catalog.greedy_paths(addresses))
+        for catalog in reversed(list(self._catalogs)):
+            found = _read(catalog, lambda catalog: catalog.greedy_paths(addresses))
             paths |= {path.address: path.token_ids for path in (found or {}).values() if self._is_genuine(path)}
         return paths
 
     def save(self, *records: Known) -> None:
         """Save records, all in one transaction."""
         try:
-            if self._resources.catalog is not None and not self._resources.readonly:
-                self._resources.catalog.save(*map(self._signed, records))
+            if self._catalogs.own is not None and not self._catalogs.readonly:
+                self._catalogs.own.save(*map(self._signed, records))
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)
 
     def describe(self, tokenizer_id: TokenizerId, description: Callable[[], TokenizerRecord]) -> None:
-        """Save what is to be said of a tokenizer, unless it was said before. Calling `description` takes a while."""
-        catalog = self._resources.catalog
-        if catalog is not None and not self._resources.readonly:
+        """Save a tokenizer's description, unless there is one. Calling `description` takes a while."""
+        catalog = self._catalogs.own
+        if catalog is not None and not self._catalogs.readonly:
             is_described = _read(catalog, lambda catalog: catalog.has_definition(tokenizer_id))
             if is_described is False:
                 self.save(description())
