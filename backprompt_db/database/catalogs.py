@@ -146,7 +146,7 @@ class ModelMetadata:
 
 
 def _is_empty(found: ModelRecord | Source | CutsRecord) -> bool:
-    """Whether nothing is known of a model but that there are representations: the catalog below may know more."""
+    """Whether only the existence of a model is recorded: the catalog below may know more."""
     return getattr(found, "verdict", None) == "unchecked"
 
 

@@ -1,4 +1,4 @@
-"""What may be changed about a database while it exists: `config.json`, replaced whole."""
+"""The settings of a database that may be changed while it exists: `config.json`, which is replaced whole."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Config:
     low_water: float = 0.85
     """An eviction ends when no more than this share is in use."""
     ttl_seconds: float | None = None
-    """What was not used for longer goes at the next eviction, whether or not there is room; None to keep it."""
+    """What was not used for longer is removed at the next eviction, whether or not there is room; None to keep it."""
     grace_seconds: float = 10.0
-    """What was made or used more recently goes only when nothing else is left."""
+    """What was made or used more recently than this is removed only when nothing else is left."""
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -48,9 +48,9 @@ class Config:
 
 
 def default_config(directory: Path, *, sharing: Sharing = Sharing.PRIVATE) -> Config:
-    """Return what a new database gets: a limit of 50 GB, or of a quarter of the free space if that is less.
+    """Return the settings of a new database: a limit of 50 GB, or of a quarter of the free space if that is less.
 
-    On a disk that is nearly full it is 64 MB: there may be more room when they are needed.
+    On a disk that is nearly full the limit is 64 MB: there may be more room when it is needed.
     """
     max_nbytes = min(_MAX_NBYTES, shutil.disk_usage(directory).free // _SHARE_OF_FREE_SPACE)
     return Config(sharing=sharing, max_nbytes=max(_MIN_NBYTES, max_nbytes))
@@ -63,7 +63,7 @@ def read_config(directory: Path) -> Config:
         return msgspec.json.decode(path.read_bytes(), type=Config)
     except FileNotFoundError:
         return Config()
-    except (OSError, msgspec.DecodeError, RecursionError, FormatError) as error:
+    except (OSError, ValueError, RecursionError, FormatError) as error:
         reason = error.message if isinstance(error, FormatError) else error
         raise FormatError(
             f"{path} cannot be read ({reason})", hint="Write it anew with `backprompt-db config --max-size SIZE`."
@@ -92,7 +92,7 @@ class Limits:
 
     @property
     def modes(self) -> Modes:
-        """The permissions that files get which are made now."""
+        """The permissions of files that are made now."""
         return self.config.sharing.modes
 
     @property
@@ -125,7 +125,7 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 def _problem(config: Config) -> str | None:
-    """Return what is wrong with values of the right types: decoding has seen to these."""
+    """Return what is wrong with the values. Their types are right: decoding checks them."""
     if config.max_nbytes is not None and config.max_nbytes <= 0:
         return f"max_nbytes={config.max_nbytes} is not a positive number of bytes"
     if not 0 < config.low_water < config.high_water <= 1:

@@ -1,7 +1,7 @@
 """Counting: what one database handle did, and what went wrong, in its own memory and then in the catalog.
 
-The catalog keeps the sums over all processes. What was counted since it was last told is told when a group was stored,
-at a flush and at the end, so that a process that is killed loses no more than that.
+The catalog keeps the sums over all processes. It is told what was counted when a group was stored, at a flush and at
+the end, so a process that is killed loses only what was counted since.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ NAMES_IN_CATALOG = {
     "num_computed_tokens": "computed_tokens",
     "computed_seconds": "computed_seconds",
 }
-"""What the catalog keeps the sums of, and under which name."""
+"""The counters of which the catalog keeps sums, and the names of those."""
 
 _MAX_INCIDENTS_PER_SECOND = 5
 _MAX_INCIDENTS = 100
-"""Of those that the catalog was not told yet. All of them are counted."""
+"""How many incidents are remembered until the catalog is told. All of them are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class Counters:
     """
 
     num_hits: int = 0
-    """Representations of which every part that was asked for was found."""
+    """Representations whose wanted parts were all found."""
     num_misses: int = 0
-    """Representations of which a part that was asked for was not found."""
+    """Representations with a wanted part that was not found."""
     num_stored: int = 0
     """Parts written."""
     num_stored_nbytes: int = 0
@@ -133,7 +133,7 @@ class Tally:
             self._counts[name] = self._counts.get(name, 0) + number
 
     def report(self, kind: str, detail: str, *, address: Address | None = None) -> None:
-        """Remember something that went wrong for the catalog's list; what is too much for it is left out."""
+        """Remember something that went wrong, for the catalog's list; more than a few per second are left out."""
         now = time.monotonic()
         with self._lock:
             if len(self._latest) == self._latest.maxlen and now - self._latest[0] < 1:
@@ -173,16 +173,16 @@ class Tally:
             logger.warning("the catalog missed counts or events: %s", error)
 
     def after_fork_in_child(self) -> None:
-        """What was counted until now is the parent's to tell, one of whose threads may have held the lock."""
+        """Leave to the parent what was counted until now; one of its threads may have held the lock."""
         self._lock = threading.Lock()
         self._incidents.clear()
         self._recorded = self._totals()
 
     def _totals(self) -> dict[str, float]:
-        """Return all counts. The tiers below are told apart by what the store says of its base."""
+        """Return all counts. The store says how many parts were read from the database below."""
         totals = dict(self._counts)
         num_base_hits = getattr(self._store, "num_base_hits", 0)
-        # The store counts first, and what others than this handle's reads have found too.
+        # The store counts before the tally does, and also what other handles have found.
         totals["num_disk_hits"] = max(0, totals.get("num_disk_hits", 0) - num_base_hits)
         totals["num_base_hits"] = num_base_hits
         totals["num_quarantined"] = totals.get("num_quarantined", 0) + self._store.num_quarantined

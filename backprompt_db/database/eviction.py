@@ -37,13 +37,16 @@ _WAIT_SECONDS = 60.0
 _VICTIMS_PER_CHOICE = 100_000
 _BATCH_NUM_PARTS = 500
 _BATCH_NBYTES = 8 << 20
-"""What is removed in one transaction, while nobody else writes: up to these two, and at least one part.
+"""Up to so many parts and bytes, and at least one part, are removed in one transaction, while nobody else writes.
 
 Pages that the latest transaction has freed are used again only by the one after the next, so batches are small.
 """
 
 _LISTED_SHARE = 0.3
-"""What is listed is less than what is live, by all that storing it takes, but for tiny parts not by so much."""
+"""Where less than this share of the live bytes is listed, parts are missing from the list.
+
+The listed sizes are always smaller than the live pages that hold the parts, but only tiny parts take so much more.
+"""
 
 _MAX_FILE_SHARE = 1.15
 """A file beyond this share of the limit is compacted: much of it is free, in pieces too small to be used again."""

@@ -1,4 +1,4 @@
-"""Segments with all their ancestors, out of what the parts of a store say they were computed from."""
+"""Lineage: segments with all their ancestors, rebuilt from what stored parts say of their origin."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key, Store
 
 Ids = tuple[WeightsId, TokenizerId]
-"""Those of one model and one tokenizer."""
+"""The ids of one model and of one tokenizer."""
 
 
 def origin_of(store: Store, where: Address) -> Origin | None:
@@ -29,7 +29,7 @@ class Lineage:
 
     def __init__(self, store: Store, ids: Ids) -> None:
         self.num_tokens: dict[Segment, int] = {}
-        """Of every segment that was rebuilt."""
+        """The number of tokens of every segment that was rebuilt."""
         self._store = store
         self._ids = ids
         self._segments: dict[SegmentId, Segment] = {}
@@ -68,20 +68,20 @@ class Lineage:
 
 
 def _parents(origin: Origin) -> tuple[SegmentId, ...]:
-    """Return the ids of the segments before it: a namespace is none."""
+    """Return the ids of the segments before it; the namespace, a parent of first segments, is left out."""
     root = namespace_id(origin.namespace)
     return () if root is not None and origin.parents == (root,) else origin.parents
 
 
 Origins = Callable[[Address], Origin | None]
-"""Tells what the representation at an address was computed from, None where nothing tells it."""
+"""A function that returns what the representation at an address was computed from; None where that is not known."""
 
 
 def closure(origin_of: Origins, wanted: Iterable[Address]) -> Iterator[Address]:
-    """Yield the wanted addresses and those of all that they follow, under the same ids, each after what it follows.
+    """Yield the wanted addresses and those of all their ancestors, each once, and each after its ancestors.
 
-    The parts themselves are asked and not the catalog: an address follows from what is found under it. Each address
-    comes once; there may be nothing under it.
+    The stored parts are asked and not the catalog: an address follows from what is found under it. Nothing may be
+    stored under an address.
     """
     done = set[Address]()
     for each in wanted:
@@ -100,6 +100,6 @@ def closure(origin_of: Origins, wanted: Iterable[Address]) -> Iterator[Address]:
 
 
 def _following(origin_of: Origins, at: Address, done: set[Address]) -> list[Address]:
-    """Return the addresses that one directly follows and that have not come yet."""
+    """Return the addresses that this one directly follows and that were not yielded yet."""
     origin = None if at in done else origin_of(at)
     return [] if origin is None else [each for each in origin.parent_addresses if each not in done]

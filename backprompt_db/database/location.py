@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backprompt_db.errors import StoreReadOnly, UnsafeLocation
-from backprompt_db.store.files import DATA, READERS, Modes, Sharing
+from backprompt_db.store.files import DATA, READER_TABLE, Modes, Sharing
 
 MANIFEST = "manifest.json"
 """What the database is. It is written last: a directory without it is none."""
@@ -40,12 +40,12 @@ EVICTION_LOCK = "collect.lock"
 REINDEX_LOCK = "reindex.lock"
 
 _FOLDERS = frozenset({STORE, JOURNAL})
-_NAMES = (MANIFEST, CONFIG, CACHE_TAG, CATALOG, DATA, READERS)
+_NAMES = (MANIFEST, CONFIG, CACHE_TAG, CATALOG, DATA, READER_TABLE)
 """How the names of the files begin that the library makes; its other locks end with `.lock`."""
 
 _NEEDED_TO_READ = frozenset({MANIFEST, CONFIG, STORE, DATA})
 _MOMENT_SECONDS = 0.01
-"""Longer than a file that another process is making is without its mode."""
+"""How long a file that another process makes may be without its mode, and longer."""
 
 _PROMISES = {
     Sharing.PRIVATE: "the database is private, and its owner reads and writes all of it",
@@ -100,7 +100,7 @@ class _File(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is what the library makes under this name. Of the first, the directory, the name says nothing."""
+        """Whether it is what the library makes under this name. The name of the directory itself is empty."""
         return self.is_folder if self.name in ("", *_FOLDERS) else stat.S_ISREG(self.status.st_mode)
 
 
@@ -127,7 +127,7 @@ def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> Stor
 
 
 def _danger(file: _File) -> UnsafeLocation | None:
-    """Return how strangers could have us write where they like."""
+    """Return what would let strangers have us write where they like; or None."""
     mode = stat.S_IMODE(file.status.st_mode)
     if stat.S_ISLNK(file.status.st_mode):
         return UnsafeLocation(
@@ -153,7 +153,7 @@ def _obstacle(files: list[_File], sharing: Sharing, *, readonly: bool) -> StoreR
     for fault in _faults(files, sharing):
         name = fault.path.name
         is_needed = not readonly or name in _NEEDED_TO_READ or fault.status is root
-        if is_needed and not _is_usable(fault, write=is_writer or (name == READERS and not readonly)):
+        if is_needed and not _is_usable(fault, write=is_writer or (name == READER_TABLE and not readonly)):
             return _unusable(fault, directory, _PROMISES[sharing].format(group=_group(root.st_gid)))
     return None
 
@@ -190,7 +190,7 @@ def _unusable(fault: Fault, directory: str, promise: str) -> StoreReadOnly:
 
 
 def _files(directory: Path) -> Iterator[_File]:
-    """Yield the directory, then what has one of our names in it and in its store. What is inside a link is not ours."""
+    """Yield the directory, then what has one of our names in it and in its store. Links are not followed."""
     yield _File(str(directory), "", directory.stat())
     yield from _known(directory)
     if not (directory / STORE).is_symlink():
@@ -210,7 +210,7 @@ def _is_known(name: str) -> bool:
 
 
 def _visible_files(directory: Path) -> list[_File]:
-    """Return as many of them as this user may look at; none where nothing is."""
+    """Return as many of these files as this user may look at."""
     files: list[_File] = []
     with contextlib.suppress(OSError):
         files.extend(_files(directory))  # and keeps what came before an error
@@ -220,7 +220,7 @@ def _visible_files(directory: Path) -> list[_File]:
 def _mode(file: _File, modes: Modes) -> int:
     if file.is_folder:
         return modes.directory
-    is_lock = file.name == READERS or file.name.endswith(".lock")
+    is_lock = file.name == READER_TABLE or file.name.endswith(".lock")
     return modes.lock if is_lock and not file.name.startswith(CATALOG) else modes.file  # readers take no lock there
 
 

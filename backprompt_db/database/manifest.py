@@ -1,4 +1,4 @@
-"""What a database directory is: `manifest.json`, written once, read before anything in the directory is opened."""
+"""What a database is: `manifest.json`, written once and read before anything else is opened, and the secret."""
 
 from __future__ import annotations
 
@@ -25,14 +25,8 @@ XXH3 = "xxh3-128"
 KEYED = "blake3-keyed"
 """The digest that only those can make who know the database's secret."""
 
-_UNFINISHED = (
-    MANIFEST_LOCK,
-    STORE,
-    JOURNAL,
-    CACHE_TAG,
-    CONFIG,
-    *(f".{name}." for name in (CACHE_TAG, CONFIG, MANIFEST)),
-)
+_REPLACED = (CACHE_TAG, CONFIG, MANIFEST)
+_UNFINISHED = (MANIFEST_LOCK, STORE, JOURNAL, *_REPLACED[:-1], *(f".{name}." for name in _REPLACED))
 """What a process that was killed while it created a database may leave; creation starts over."""
 
 _CACHE_TAG = """Signature: 8a477f597d28d172789f06886806bc55
@@ -65,14 +59,14 @@ class Manifest:
     digest: str = XXH3
     """What every chunk is digested with."""
     secret_id: str | None = None
-    """Which secret digests are keyed with; None where they are not."""
+    """Which secret keys the digests; None where they have no key."""
     lmdb: Geometry = _OURS
     created_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """UTC time of creation, ISO 8601."""
 
 
 class _Header(msgspec.Struct):
-    """What says whether this version can read the rest: anything may stand where a newer version knows more."""
+    """What tells whether this version can read the rest; a newer one may know other values, of any type."""
 
     format: Annotated[int, msgspec.Meta(ge=1)]
     fidelity: Any = Fidelity.EXACT
@@ -80,7 +74,7 @@ class _Header(msgspec.Struct):
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """Return the manifest of `directory`; None where nothing is, or an empty directory.
+    """Return the manifest of `directory`; None where there is no directory, or an empty one.
 
     Raises `UnsafeLocation` for a file or a directory that is not a database, `FormatTooNew` for one that a newer
     version wrote, `FormatError` for a manifest that cannot be read.
@@ -94,7 +88,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise StoreReadOnly(f"{directory} cannot be read", hint="Ask its owner for permission to read it.") from None
     except OSError as error:
         raise UnsafeLocation(f"{directory} cannot be read: {error}", hint="Give another directory.") from error
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(
             f"{directory / MANIFEST} cannot be read ({error})", hint="Restore it from a backup."
         ) from None
@@ -124,7 +118,7 @@ def _read(directory: Path) -> bytes | None:
 
 
 def _bytes_of(path: Path) -> bytes:
-    """Return what is in a file, and never in one that a symbolic link leads to."""
+    """Return the content of a file; never through a symbolic link."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         return file.read()
 
@@ -163,9 +157,8 @@ _CONTEXT = "backprompt-db 2026 id of a secret, format 1"
 def digest_of(manifest: Manifest, directory: Path) -> Digest:
     """Return what digests the chunks of the database in `directory`.
 
-    Raises `FormatError` where the secret that it needs is not at hand, and where one is given that is not its own: with
-    a wrong one every part would look forged, and a database without one may be what a forger has put in the place of
-    another.
+    Raises `FormatError` where the secret of the database is not given, or another one is: with a wrong secret every
+    part would look forged, and a database without one may be a forger's, in the place of the true one.
     """
     secret = find_secret(directory)
     given = None if secret is None else secret_id(secret)
@@ -186,8 +179,8 @@ _HINT = f"Set or unset ${VARIABLE} or ${FILE_VARIABLE}, or give another director
 def find_secret(directory: Path) -> bytes | None:
     """Return the secret that the environment gives for the database in `directory`; None where it gives none.
 
-    Raises `FormatError` for one that is too short to keep anybody out, and where its file cannot be read, and
-    `UnsafeLocation` for a file inside the directory, where everybody who could forge parts would find it.
+    Raises `FormatError` for one that is too short to be safe and for a file that cannot be read, and `UnsafeLocation`
+    for a file inside the directory: whoever could forge parts would find it there.
     """
     secret, source = os.environ.get(VARIABLE, "").encode(errors="surrogateescape"), f"${VARIABLE}"
     if not secret and (name := os.environ.get(FILE_VARIABLE)):
@@ -203,7 +196,7 @@ def find_secret(directory: Path) -> bytes | None:
 
 
 def secret_id(secret: bytes) -> str:
-    """Return what tells secrets apart, and tells nothing else about them: 16 bytes of BLAKE3, in hex."""
+    """Return the id of a secret, which tells nothing else about it: 16 bytes of BLAKE3, in hex."""
     import blake3
 
     return blake3.blake3(secret, derive_key_context=_CONTEXT).hexdigest(16)

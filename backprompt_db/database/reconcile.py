@@ -1,4 +1,4 @@
-"""Where the store and the catalog disagree about what there is."""
+"""Reconciling: where the store and the catalog disagree about which parts there are, the store is right."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Difference(NamedTuple):
-    """A part that is on one side only."""
+    """A part that only the store or only the catalog has."""
 
     key: Key
     nbytes: int | None
@@ -65,7 +65,7 @@ _PARTS_PER_TRANSACTION = 5_000
 
 
 _CHARACTERS_PER_TRANSACTION = 16 << 20
-"""Of texts, which are in memory until they are entered."""
+"""How many characters of texts are in memory until they are recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Reindexing:
 
 
 def reconcile(store: Store, catalog: Catalog) -> Reindexing:
-    """Enter in a whole catalog what it lacks, and forget what the store lacks."""
+    """Record what the catalog lacks, and forget what the store lacks. The catalog must not be damaged."""
     num_added = num_forgotten = num_unreadable = 0
     for batch in _batches(differences(store, catalog)):
         missing = {key: nbytes for key, nbytes in batch if nbytes is not None}
@@ -99,7 +99,7 @@ def _add(store: Store, catalog: Catalog, sizes: Mapping[Key, int]) -> int:
     num_added = 0
     for parts in _by_length(_read(store, sizes)):
         catalog.record(parts, at=time.time())
-        # Those that were evicted since they were read may have been forgotten before they were recorded.
+        # A part that was evicted after it was read may have been forgotten before it was recorded.
         _forget(store, catalog, [Key(part.address, part.part) for part in parts])
         num_added += len(parts)
     return num_added
@@ -115,7 +115,7 @@ def _read(store: Store, sizes: Mapping[Key, int]) -> Iterator[StoredPart]:
 
 
 def _by_length(parts: Iterable[StoredPart]) -> Iterator[list[StoredPart]]:
-    """Divide parts into lists, of which each holds texts of about as many characters as may be in memory, or fewer."""
+    """Divide parts into lists, each with texts of about as many characters as may be in memory, or fewer."""
     some: list[StoredPart] = []
     num_characters = 0
     for part in parts:

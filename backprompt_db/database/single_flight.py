@@ -1,8 +1,8 @@
 """Single flight: of several processes that miss the same representation at once, one computes it and the others wait.
 
-Who is computing what stands in locks of the kernel, a byte of one lock file for each address, which are gone with the
-process that held them. Nothing but time depends on them: who cannot take part, or has waited for long enough, computes
-for itself, and the store keeps what comes first.
+A lock of the kernel says that a representation is being computed: a byte of one lock file for each address. It is gone
+with the process that held it. Only time depends on these locks: a process that cannot use them, or has waited for long
+enough, computes for itself, and the store keeps what comes first.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _FIRST_PAUSE_SECONDS = 0.001
 _LONGEST_PAUSE_SECONDS = 0.05
 
 _MAX_WATCHED = 16
-"""Of the addresses that are waited for, so many are looked at in turn; one that is free is enough."""
+"""How many of the addresses that are waited for are looked at in turn; one that is free is enough."""
 
 _MAX_LOCKS = 2048
-"""With more than this to be written, nothing is claimed: for each byte the kernel looks through all that are locked."""
+"""With more than this to be written, nothing is claimed: for each byte the kernel looks through all locked ones."""
 
 _MAX_OPEN_FILES = 64
-"""Calls whose parts are not written yet each have a descriptor, of which a process may not have many."""
+"""Each call whose parts are not written yet has a descriptor, and a process may not have many."""
 
 
 class SingleFlight:
-    """The computations that all processes with one database have under way. Without a `path` nobody waits for anybody.
+    """What all processes that use one database are computing. Without a `path`, nobody waits for anybody.
 
     The lock file is made with the permissions `mode` when the first of them begins.
     """
@@ -56,11 +56,11 @@ class SingleFlight:
         self._has_failed = False
         self._open: weakref.WeakSet[Claims] = weakref.WeakSet()
         self._queued: set[Address] = set()
-        """What this process has computed and not written yet: waiting for itself would be for nothing."""
-        _all_flights.add(self)
+        """What this process has computed and not written yet: it must not wait for itself."""
+        _instances.add(self)
 
     def claims(self) -> Claims:
-        """Return what one call can claim representations with; to be closed at its end."""
+        """Return the claims of one call, which closes them at its end."""
         return Claims(self)
 
     def _open_locks(self) -> ByteLocks | None:
@@ -88,7 +88,7 @@ class Claims:
     """The addresses that one call computes: while it holds one, no other call in any process can take it."""
 
     def __init__(self, single_flight: SingleFlight) -> None:
-        self._flights = single_flight
+        self._single_flight = single_flight
         self._locks: ByteLocks | None = None
         self._is_alone = False
         self._num_users = 1
@@ -96,7 +96,7 @@ class Claims:
 
     def take(self, address: Address) -> bool:
         """Claim a representation; False where another call is computing it."""
-        queued = self._flights._queued
+        queued = self._single_flight._queued
         if self._is_alone or address in queued or len(queued) >= _MAX_LOCKS:
             return True
         if self._locks is None and not self._open():
@@ -105,7 +105,7 @@ class Claims:
         try:
             return self._locks.try_lock(_offset(address))
         except OSError as error:  # such as too many locks
-            self._flights._report(error)
+            self._single_flight._report(error)
             self.go_alone()
             return True
 
@@ -117,15 +117,15 @@ class Claims:
                     self._locks.unlock(_offset(address))
 
     def promise(self, addresses: Sequence[Address]) -> Callable[[], None]:
-        """Keep these, even beyond `close`, until the returned function is called: once they are written, or given up.
+        """Keep these, even after `close`, until the returned function is called, when they are written or given up.
 
-        Nobody else can find them any sooner.
+        Nobody else can find them before that.
         """
         if self._locks is None:
             return _nothing
         with self._mutex:
             self._num_users += 1
-        self._flights._queued.update(addresses)
+        self._single_flight._queued.update(addresses)
         return partial(self._fulfil, addresses)
 
     def wait_for_any(self, addresses: Sequence[Address], *, seconds: float) -> bool:
@@ -154,14 +154,14 @@ class Claims:
             self._num_users -= 1
             is_last = not self._num_users
         if is_last and self._locks is not None:
-            self._flights._open.discard(self)
+            self._single_flight._open.discard(self)
             self._locks.close()
 
     def _open(self) -> bool:
-        self._locks = self._flights._open_locks()
+        self._locks = self._single_flight._open_locks()
         self._is_alone = self._locks is None
         if not self._is_alone:
-            self._flights._open.add(self)
+            self._single_flight._open.add(self)
         return not self._is_alone
 
     def _is_free(self, address: Address) -> bool:
@@ -171,23 +171,23 @@ class Claims:
         return is_free
 
     def _fulfil(self, addresses: Sequence[Address]) -> None:
-        self._flights._queued.difference_update(addresses)
+        self._single_flight._queued.difference_update(addresses)
         self.give_back(addresses)
         self.close()
 
     def _forget(self) -> None:
-        """Hold nothing any more, and give nothing back: the parent of this process holds it still."""
+        """Hold nothing any more, and give nothing back: the parent of this process still holds it."""
         self._locks = None
         self._is_alone = True
         self._mutex = threading.Lock()
 
 
 def _nothing() -> None:
-    """What there is to do when addresses that nobody has claimed are written."""
+    """Do nothing: the addresses that were written had not been claimed."""
 
 
 def _offset(address: Address) -> int:
-    """Return the byte that stands for an address; 2^62 of them suffice for no two to meet."""
+    """Return the byte that stands for an address; with 2^62 of them, no two addresses meet."""
     return int.from_bytes(address[:8], "big") >> 2
 
 
@@ -200,11 +200,11 @@ def _patience_seconds() -> float:
         return _PATIENCE_SECONDS
 
 
-_all_flights: weakref.WeakSet[SingleFlight] = weakref.WeakSet()
+_instances: weakref.WeakSet[SingleFlight] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    for single_flight in list(_all_flights):
+    for single_flight in list(_instances):
         single_flight._after_fork_in_child()
 
 

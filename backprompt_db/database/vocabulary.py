@@ -1,7 +1,7 @@
-"""A tokenizer out of the catalog: token ids as strings, without the tokenizer's files, its library's, or a model.
+"""The vocabulary of a tokenizer, from the catalog: token ids as strings, without the tokenizer's files or a model.
 
-A definition is named by its own digest, the tokenizer id, so one that is forged or damaged is told from a true one
-without a secret. It is there to show and to count tokens; no prompt that is run is tokenised with it.
+A definition is named by its own digest, the tokenizer id, so a forged or damaged one is found out without a secret. It
+serves to show and to count tokens; no prompt that is run is tokenised with it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 MAX_NBYTES = 1 << 27
-"""Longer definitions are neither kept nor read; the longest known, of 256,000 tokens, have a third of it."""
+"""Longer definitions are neither kept nor read. The longest known, of 256,000 tokens, have a third of this size."""
 
 _UNKNOWN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _ANCHOR = "a"
 
 
 def packed(definition: str) -> bytes:
-    """Return a definition as the catalog keeps it; of one that is too long, nothing."""
+    """Return a definition as the catalog keeps it; nothing for one that is too long."""
     raw = definition.encode()
     return zlib.compress(raw) if len(raw) <= MAX_NBYTES else b""
 
@@ -43,13 +43,13 @@ def open_vocabulary(catalog: Catalog, tokenizer_id: TokenizerId) -> Vocabulary |
 
 
 def open_tokenizer(catalog: Catalog, tokenizer_id: TokenizerId) -> Tokenizer | None:
-    """Return a tokenizer itself, with what it puts before a prompt; `None` and errors as of `open_vocabulary`."""
+    """Return the tokenizer itself, with what it puts before a prompt; `None` and errors as for `open_vocabulary`."""
     facts = _recorded_facts(catalog, tokenizer_id)
     return None if facts is None else _tokenizer(facts, facts["tokenizer"])
 
 
 def vocabulary_of(definition: str) -> Vocabulary | None:
-    """Return the tokens of the tokenizer that a definition, of all of it, defines; `None` where it cannot be made."""
+    """Return the tokens of the tokenizer that a whole definition describes; `None` where it cannot be made."""
     return _vocabulary(json.loads(definition))
 
 
@@ -78,7 +78,7 @@ def _tokenizer(facts: Mapping[str, Any], serialised: Mapping[str, Any]) -> Token
 
     try:
         tokenizer = Tokenizer.from_str(json.dumps(serialised))
-    except Exception:  # noqa: BLE001 - the library raises no other, for a definition that another version of it wrote
+    except Exception:  # noqa: BLE001 - the library's only class, for a definition that another version wrote
         return None
     tokenizer.encode_special_tokens = facts["split_special_tokens"]
     return tokenizer
@@ -96,9 +96,9 @@ class Vocabulary:
     def pieces(self, text: str, ids: Sequence[int]) -> list[str]:
         """Return one string for each token of `text`.
 
-        Where `ids` are the text's own tokens these are slices of it, which join to the text; the first of the tokens
-        that share a character has it, and the others have nothing. Start tokens before it have their names. Ids that
-        this text would not be given are turned into strings one by one.
+        Where `ids` are the text's own tokens, the strings are slices of the text, which join to it; of tokens that
+        share a character the first one has it, and the others are empty. Start tokens have their names. Ids that the
+        tokenizer would not give this text are turned into strings one by one.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids, start = list(ids), len(self._start_ids)
@@ -128,7 +128,7 @@ class Vocabulary:
 
 
 def _slices(text: str, encoding: Encoding) -> list[str]:
-    """Cut a text where its tokens end. What lies between two tokens, as spaces may, goes to the one after it."""
+    """Cut a text where its tokens end. What lies between two tokens, such as spaces, goes to the later one."""
     ends = list(itertools.accumulate((end for _, end in encoding.offsets), max))
     if ends:
         ends[-1] = len(text)

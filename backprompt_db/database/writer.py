@@ -42,7 +42,7 @@ _GROUPS_PER_LIMIT = 16
 """No group is larger than this share of what may be live: room is made in small steps."""
 
 _NUM_TRIES = 8
-"""How often room is made for a group: others, who need not make any, may take it."""
+"""How often room is made for a group: other processes may take it, without making any."""
 
 _SECONDS_BETWEEN_COUNTS = 1.0
 """How often the catalog is told what was counted, while parts are stored."""
@@ -54,7 +54,7 @@ _PRIORITY = 10
 """The niceness of the thread that writes."""
 
 _OVERHEAD_NBYTES = 4096
-"""What a part costs beside its arrays, roughly: millions of tiny ones must not pass for nothing."""
+"""What a part costs beside its arrays, roughly: millions of tiny ones must count for something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +106,27 @@ class Writer:
         self._num_queued = 0
         self._num_done = 0
         self._awaited: deque[tuple[int, Callable[[], None]]] = deque()
-        """Whom to tell when so many are done."""
+        """Whom to tell when how many are done."""
         self._failure: BackpromptError | None = None
         self._thread: threading.Thread | None = None
         self._is_closing = False
+
+    def max_group_nbytes(self, nbytes: int) -> int:
+        """Return how much to store at once: `nbytes`, but no more than a small share of the limit."""
+        max_live_nbytes = self._evictor.max_live_nbytes
+        return nbytes if max_live_nbytes is None else min(nbytes, max_live_nbytes // _GROUPS_PER_LIMIT)
+
+    def commit(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
+        """Store and record blobs and return the keys that were new. Where they would not fit, room is made for them.
+
+        Raises the `StoreError` that fits, and then nothing was stored, or `CatalogMissed`, and then everything was.
+        """
+        try:
+            return self._store_and_record(blobs, origins)
+        except StoreFull as error:
+            if _is_disk_full(error):
+                raise
+        return self._make_room_and_commit(blobs, origins)
 
     def get(self, key: Key) -> Arrays | None:
         """Return the arrays of a part that is still queued; None for any other."""
@@ -240,26 +257,9 @@ class Writer:
         self._tally.report("write-failure", str(error))
         self._failure = self._failure or error
 
-    def max_group_nbytes(self, nbytes: int) -> int:
-        """Return how much to store at once: `nbytes`, but only a small share of what may be live at all."""
-        max_live_nbytes = self._evictor.max_live_nbytes
-        return nbytes if max_live_nbytes is None else min(nbytes, max_live_nbytes // _GROUPS_PER_LIMIT)
-
-    def commit(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
-        """Store and record blobs and return the keys that were new. Where they would not fit, room is made for them.
-
-        Raises the `StoreError` that fits, and then nothing was stored, or `CatalogMissed`, and then everything was.
-        """
-        try:
-            return self._store_and_record(blobs, origins)
-        except StoreFull as error:
-            if _is_disk_full(error):
-                raise
-        return self._make_room_and_commit(blobs, origins)
-
     def _make_room_and_commit(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
         nbytes = sum(blob.nbytes + _RECORD_NBYTES for blob in blobs)
-        with self._evictor.alone():  # until the room is used: of several who make room, each would take the others'
+        with self._evictor.alone():  # until the room is used: several who make room would take each other's
             for num_tries in range(1, _NUM_TRIES + 1):
                 # Pages are not filled to the brim.
                 self._evictor.make_room(nbytes, spare_nbytes=(num_tries - 1) * nbytes // _NUM_TRIES)
@@ -286,7 +286,7 @@ class Writer:
         if not blobs:
             return
         catalog = self._catalogs.own
-        if catalog is None and self._evictor.journal.is_shared:  # a process that has a catalog will enter them
+        if catalog is None and self._evictor.journal.is_shared:  # a process that has a catalog will record them
             raise CatalogMissed({blob.key for blob in blobs})
         try:
             if catalog is not None:
@@ -299,7 +299,7 @@ class Writer:
             raise CatalogMissed({blob.key for blob in blobs}) from error
 
     def _tell_counts(self, catalog: Catalog) -> None:
-        """Tell what was counted, but not with each of many groups: it takes a transaction of its own."""
+        """Tell the catalog what was counted, but not after each of many groups: it takes a transaction of its own."""
         now = time.monotonic()
         if now >= self._tell_at:
             self._tell_at = now + _SECONDS_BETWEEN_COUNTS
@@ -311,9 +311,9 @@ def _is_disk_full(error: StoreFull) -> bool:
 
 
 def _yield_to_others() -> None:
-    """Let this thread alone run when processors are idle, or a tenth of the time: a model's pass needs them all.
+    """Give this thread alone a low priority: it runs when processors are idle, or a tenth of the time.
 
-    A pass waits for its slowest thread, so each moment that the writer takes from one of them is lost to all.
+    A model's pass waits for its slowest thread, so what the writer takes from one of its threads is lost to all.
     """
     if sys.platform != "linux":  # elsewhere priorities belong to processes
         return
@@ -326,13 +326,13 @@ _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
 
 @atexit.register
 def _finish_all() -> None:
-    """At interpreter exit, after databases were closed, wait for the queues of those that nobody held any more."""
+    """At interpreter exit, after databases were closed, wait for the queues of those that nobody holds any more."""
     for writer in list(_writers):
         writer.close()
 
 
 def at_end_of_forked_process(finish: Callable[[], None]) -> None:
-    """Call `finish` when a process of multiprocessing ends that is being forked: it leaves without running `atexit`."""
+    """Call `finish` when the process that is being forked ends: one of multiprocessing does not run `atexit`."""
     util = sys.modules.get("multiprocessing.util")
     if util is not None:  # in time: it forgets its parent's finalisers, then calls what is registered here
         util.register_after_fork(finish, lambda finish: util.Finalize(None, finish, exitpriority=0))

@@ -30,7 +30,7 @@ from backprompt_db.errors import CatalogError, CatalogTooNew, StoreError, StoreL
 from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION
-from backprompt_db.store.files import DATA, READERS, Sharing
+from backprompt_db.store.files import DATA, READER_TABLE, Sharing
 from backprompt_db.store.registry import release, shared_environment
 
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
@@ -280,7 +280,7 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
 
     Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
     """
-    if not (store / READERS).exists():  # which LMDB would make with whatever permissions the umask leaves
+    if not (store / READER_TABLE).exists():  # which LMDB would make with whatever permissions the umask leaves
         release(shared_environment(store, readonly=False))
     command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
     try:

@@ -17,7 +17,7 @@ from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
 
-DATA, READERS = "data.mdb", "lock.mdb"
+DATA, READER_TABLE = "data.mdb", "lock.mdb"
 """LMDB's two files: everything that is stored, and its table of readers."""
 
 
@@ -66,7 +66,7 @@ def create_files(directory: Path, modes: Modes) -> None:
     """
     with store_errors(directory):
         make_directory(directory, modes.directory)
-        for name, mode in ((DATA, modes.file), (READERS, modes.lock)):
+        for name, mode in ((DATA, modes.file), (READER_TABLE, modes.lock)):
             descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             os.fchmod(descriptor, mode)
             if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # of the data: the disk was full, and LMDB takes no half
