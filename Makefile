@@ -25,7 +25,7 @@ docs: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
-# Writers, readers, a collector and whoever kills them, on one directory after the other.
+# Writers, readers, an evictor and whoever kills them, on one directory after the other.
 MINUTES ?= 20
 
 torture: $(READY)

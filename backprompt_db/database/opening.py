@@ -1,4 +1,4 @@
-"""Opening a database: where it is, what it is made as, and what may be done there."""
+"""Opening a database: where it is, whether it may be written to, and what is opened in front of what."""
 
 from __future__ import annotations
 
@@ -53,14 +53,16 @@ def open_database(
     """Open the database in a directory, making it if there is none, and return it.
 
     `location` defaults to `$BACKPROMPT_DB`, else a directory in the platform's user cache directory; `":memory:"` keeps
-    everything in memory. With `mode="r"` nothing is ever written, and there must be one; `"a"` reads and writes. `base`
-    is another database, which is only read: what it has is found, what it lacks is kept here, in front of it. Both have
-    the same fidelity, and a new one gets it from its base.
-    `namespace` separates tenants: nothing stored in one is ever found in another. `strict` raises
-    the errors of the store instead of computing what it could not give. `fidelity` says how closely a new database
-    keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`. What was used last stays in memory, up to
-    `memory_nbytes`; the default is an eighth of the memory that is free. With `single_flight`, what another process is
-    computing already is waited for; `$BACKPROMPT_DB_SINGLE_FLIGHT` turns it off when it is 0, and
+    everything in memory. With `mode="r"` the database must exist, and nothing is ever written; `"a"` reads and writes.
+    `namespace` separates tenants: nothing stored in one is ever found in another.
+
+    `base` is another database, which is only read: what it has is found, and what it lacks is kept here, in front of
+    it. Both have the same fidelity; a new database gets that of its base. `fidelity` says how closely a new database
+    keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`.
+
+    `strict` raises the errors of the store; without it, what the store could not give is computed. What was used last
+    stays in memory, up to `memory_nbytes`; the default is an eighth of the free memory. With `single_flight`, what
+    another process is computing is waited for; `$BACKPROMPT_DB_SINGLE_FLIGHT` turns this off when it is 0, and
     `$BACKPROMPT_DB_FLIGHT_SECONDS` says how long to wait without progress, 60 if not set.
 
     A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
@@ -78,7 +80,7 @@ def open_database(
     if mode not in (READ, APPEND):
         raise PromptError(f"there is no mode {mode!r}", hint='Give "r" to read only, or "a" to read and write.')
     asked = None if fidelity is None else _fidelity(fidelity)
-    below = None if base is None else _below(_absolute(base), asked)
+    below = None if base is None else _look_at(_absolute(base), asked)
     default = Fidelity.EXACT if below is None else below.manifest.fidelity
     options: dict[str, Any] = {"namespace": namespace, "strict": strict, "memory_nbytes": memory_nbytes}
     options["base"] = None if below is None else below.directory
@@ -94,7 +96,7 @@ def open_database(
     return _open(directory, manifest, below, readonly=readonly, **options)
 
 
-def _open(directory: Path, manifest: Manifest, below: _Below | None, *, readonly: bool, **options: Any) -> Database:
+def _open(directory: Path, manifest: Manifest, below: _Base | None, *, readonly: bool, **options: Any) -> Database:
     digest = digest_of(manifest, directory)
     return Database(
         _layered(LmdbStore(directory / STORE, readonly=readonly, digest=digest), below),
@@ -110,7 +112,7 @@ def _single_flight(directory: Path) -> SingleFlight:
     return SingleFlight(directory / FLIGHTS_LOCK, mode=sharing_of(directory).modes.lock)
 
 
-class _Below(NamedTuple):
+class _Base(NamedTuple):
     """The database in front of which another one is opened."""
 
     directory: Path
@@ -119,16 +121,16 @@ class _Below(NamedTuple):
 
     @property
     def seal(self) -> Digest | None:
-        """What signs its notes, and those in front of it."""
+        """What signs the records of its catalog, and of the catalog in front of it."""
         return None if self.manifest.secret_id is None else self.digest
 
 
-def _below(directory: Path, asked: Fidelity | None) -> _Below:
-    """Look at a base, before anything is made in front of it."""
+def _look_at(directory: Path, asked: Fidelity | None) -> _Base:
+    """Read what a base is, before anything is made in front of it."""
     manifest = _manifest(directory, asked, default=None)
     digest = digest_of(manifest, directory)
     _may_write(directory, READ)
-    return _Below(directory, manifest, digest)
+    return _Base(directory, manifest, digest)
 
 
 def _absolute(location: str | os.PathLike[str]) -> Path:
@@ -155,7 +157,7 @@ def _manifest(directory: Path, asked: Fidelity | None, *, default: Fidelity | No
 
 
 def _may_write(directory: Path, mode: str) -> bool:
-    """Whether to write: where this user may not, it is said why. Raises for what cannot be read, or not be trusted."""
+    """Whether to write; where this user may not, the reason is logged. Raises for what cannot be read or trusted."""
     sharing = sharing_of(directory)
     unreadable = access_problem(directory, sharing, readonly=True)
     if unreadable is not None:
@@ -170,7 +172,7 @@ def _may_write(directory: Path, mode: str) -> bool:
     return problem is None and may_write
 
 
-def _require_match(directory: Path, manifest: Manifest, below: _Below | None) -> None:
+def _require_match(directory: Path, manifest: Manifest, below: _Base | None) -> None:
     """Raise `FormatError` for a base of another fidelity, and `PromptError` where it is the database itself."""
     if below is None:
         return
@@ -183,7 +185,7 @@ def _require_match(directory: Path, manifest: Manifest, below: _Below | None) ->
         )
 
 
-def _layered(own: Store, below: _Below | None) -> Store:
+def _layered(own: Store, below: _Base | None) -> Store:
     """Put a store in front of that of the database below, if there is one."""
     if below is None:
         return own

@@ -86,7 +86,7 @@ class TestKilled:
         assert entries(place) == []
 
     @pytest.mark.parametrize("point", POINTS)
-    def test_a_collector_knows_what_was_built_and_not_recorded(self, tmp_path: Path, point: str) -> None:
+    def test_an_evictor_knows_what_was_built_and_not_recorded(self, tmp_path: Path, point: str) -> None:
         place = tmp_path / "db"
         with bp.open(place) as db:
             put(db, segments("Before"))
@@ -143,7 +143,7 @@ class TestStopped:
         monkeypatch.setattr("backprompt_db.database.journal._WAIT_SECONDS", 0.3)
         monkeypatch.setattr("backprompt_db.database.eviction._WAIT_SECONDS", 0.3)
 
-    def test_writers_go_on_beside_a_collector_that_is_stopped(self, place: Path) -> None:
+    def test_writers_go_on_beside_an_evictor_that_is_stopped(self, place: Path) -> None:
         script = "print('begin', flush=True)\ndb = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\n"
         with stopped(script, place, "collect.deleted"), bp.open(place) as db:
             put_prompts(db, [1])
@@ -153,7 +153,7 @@ class TestStopped:
                 db.evictor.evict(to_nbytes=0)
         assert entries(place) == []
 
-    def test_a_collector_gives_up_on_a_writer_that_is_stopped_and_others_write(self, place: Path) -> None:
+    def test_an_evictor_gives_up_on_a_writer_that_is_stopped_and_others_write(self, place: Path) -> None:
         with stopped("print('begin', flush=True)\n" + WRITE, place, "store.put.after"), bp.open(place) as db:
             before = stored(db)
             with pytest.raises(StoreLocked, match=r"another process holds .*writing\.lock"):

@@ -344,7 +344,7 @@ class TestConfiguration:
 
 
 class TestTogether:
-    def test_two_collectors_at_once_remove_nothing_twice(self, tmp_path: Path) -> None:
+    def test_two_evictors_at_once_remove_nothing_twice(self, tmp_path: Path) -> None:
         place = make_limited(tmp_path / "db", max_nbytes=None)
         with bp.open(place) as db:
             for number in range(20):
@@ -361,7 +361,7 @@ class TestTogether:
             assert stored(db) == set()
             assert verify(db).is_clean
 
-    def test_a_collector_waits_for_one_who_is_writing_and_then_knows_what_it_built(self, tmp_path: Path) -> None:
+    def test_an_evictor_waits_for_one_who_is_writing_and_then_knows_what_it_built(self, tmp_path: Path) -> None:
         place, chain = make_limited(tmp_path / "db"), segments("Before", " after.")
         with bp.open(place) as db:
             put(db, chain[:1])

@@ -92,7 +92,7 @@ def interrupt(name: str) -> None:
 
 
 class Vanishing:
-    """A store from which a collector takes every third part when it was just read."""
+    """A store from which an evictor takes every third part when it was just read."""
 
     def __init__(self, store: Store) -> None:
         self.store = store

@@ -156,7 +156,7 @@ def _in_child(worker: Worker, work: Callable[[], None]) -> None:
 
 
 def tidy(worker: Worker) -> None:
-    """Verify, reindex, compact, collect, look at statistics: whatever comes up."""
+    """Verify, reindex, compact, evict, look at statistics: whatever comes up."""
     chores = CHORES | CHORES_THAT_LOSE if worker.is_limited else CHORES
     while True:
         name, chore = worker.dice.choice(list(chores.items()))
