@@ -53,26 +53,12 @@ class Catalogs:
         """Its own; None for a database in memory, and where the catalog cannot be used, which is logged."""
         if self._directory is None:
             return None
-        from backprompt_db.catalog.catalog import Catalog
-
-        try:
-            return Catalog.open(self._directory / CATALOG, readonly=self.readonly, mode=self._limits.modes.file)
-        except CatalogError as error:
-            logger.warning("working without the catalog: %s", error)
-            return None
+        return _opened(self._directory, readonly=self.readonly, mode=self._limits.modes.file)
 
     @cached_property
     def base(self) -> Catalog | None:
         """The one of the database below, for reading; None where there is none that can be read."""
-        if self._base is None:
-            return None
-        from backprompt_db.catalog.catalog import Catalog
-
-        try:
-            return Catalog.open(self._base / CATALOG, readonly=True)
-        except CatalogError as error:
-            logger.info("working without the catalog of the base: %s", error)
-            return None
+        return None if self._base is None else _opened(self._base, of=" of the base", level=logging.INFO)
 
     def __iter__(self) -> Iterator[Catalog]:
         return (catalog for catalog in (self.own, self.base) if catalog is not None)
@@ -83,6 +69,18 @@ class Catalogs:
             catalog = vars(self).get(name)  # one that nothing needed is not opened now
             if catalog is not None:
                 catalog.close()
+
+
+def _opened(
+    directory: Path, *, readonly: bool = True, mode: int = 0o600, of: str = "", level: int = logging.WARNING
+) -> Catalog | None:
+    from backprompt_db.catalog.catalog import Catalog
+
+    try:
+        return Catalog.open(directory / CATALOG, readonly=readonly, mode=mode)
+    except CatalogError as error:
+        logger.log(level, "working without the catalog%s: %s", of, error)
+        return None
 
 
 class ModelMetadata:

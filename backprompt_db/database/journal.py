@@ -52,8 +52,8 @@ class WriteJournal:
             yield
             return
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(StoreLocked), self._turnstile(is_alone=False):
-                stack.enter_context(self._gate(is_alone=False))
+            with contextlib.suppress(StoreLocked), self._lock(TURNSTILE_LOCK, is_alone=False):
+                stack.enter_context(self._lock(WRITING_LOCK, is_alone=False))
             entry = self._make_entry(keys)
             try:
                 yield
@@ -68,8 +68,8 @@ class WriteJournal:
         if self._directory is None:
             yield
             return
-        # Without the turnstile, writers that take turns would never leave the gate free.
-        with self._turnstile(is_alone=True), self._gate(is_alone=True):
+        # Without the turnstile, writers that take turns would never leave the other lock free.
+        with self._lock(TURNSTILE_LOCK, is_alone=True), self._lock(WRITING_LOCK, is_alone=True):
             yield
 
     def entries(self) -> list[Path]:
@@ -80,12 +80,6 @@ class WriteJournal:
             return sorted(each for each in (self._directory / JOURNAL).iterdir() if each.is_file())
         except OSError:
             return []
-
-    def _turnstile(self, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
-        return self._lock(TURNSTILE_LOCK, is_alone=is_alone)
-
-    def _gate(self, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
-        return self._lock(WRITING_LOCK, is_alone=is_alone)
 
     def _lock(self, name: str, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
         assert self._directory is not None  # noqa: S101 - the callers have looked

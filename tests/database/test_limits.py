@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import shutil
 import sqlite3
@@ -16,9 +17,9 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.database.config import read_config, write_config
+from backprompt_db.database.config import Config, read_config, write_config
 from backprompt_db.database.database import Database
-from backprompt_db.errors import CatalogError, StoreFull
+from backprompt_db.errors import CatalogError, FormatError, StoreFull
 from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.store.contract import Key
@@ -314,6 +315,34 @@ class TestConfiguration:
         assert found.sharing is Sharing.PRIVATE
         assert found.max_nbytes == pytest.approx(default_nbytes(tmp_path), rel=0.01)
         assert (found.ttl_seconds, found.grace_seconds) == (None, 10.0)
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *(b"", b"{", b"[]", b"null", b"\xff", b"{} {}", b"[" * 100_000, b'{"mood": ' + b"[" * 100_000),
+            *(b'{"max_nbytes": %s}' % each for each in (b"0", b"-1", b"true", b"1.5", b"1e3", b'"1"', b"[1]", b"NaN")),
+            *(b'{"ttl_seconds": %s}' % each for each in (b"-1", b"NaN", b"Infinity", b"1e999", b"true", b'"1"')),
+            *(b'{"grace_seconds": %s}' % each for each in (b"-1", b"null", b"false")),
+            *(b'{"low_water": %s}' % each for each in (b"0", b"0.95", b'"0.5"', b"true", b"null")),
+            *(b'{"high_water": %s}' % each for each in (b"1.1", b"0.85", b"null")),
+            *(b'{"sharing": %s}' % each for each in (b'"world"', b"null", b"1", b"[]")),
+        ],
+    )
+    def test_one_that_means_nothing_is_refused(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(FormatError, match=r"config\.json cannot be read .* config --max-size"):
+            read_config(tmp_path)
+
+    def test_what_a_newer_version_adds_is_ignored_and_what_an_older_one_lacks_has_its_default(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.json").write_text('{"mood": {"sunny": [1]}, "max_nbytes": 5, "ttl_seconds": 60}')
+        assert read_config(tmp_path) == Config(max_nbytes=5, ttl_seconds=60)
+        write_config(tmp_path, Config(max_nbytes=5, sharing=Sharing.GROUP))
+        assert json.loads((tmp_path / "config.json").read_text()) == {
+            "sharing": "group", "max_nbytes": 5, "high_water": 0.95, "low_water": 0.85, "ttl_seconds": None,
+            "grace_seconds": 10.0,
+        }  # fmt: skip
 
     def test_an_open_database_follows_a_change(self, db: Database) -> None:
         change(db, max_nbytes=None)
