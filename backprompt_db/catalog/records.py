@@ -170,8 +170,8 @@ class Order(enum.Enum):
     """The most seconds of computation."""
 
 
-class Victim(NamedTuple):
-    """A part that may be evicted."""
+class EvictionCandidate(NamedTuple):
+    """A part that may be evicted, and what decides when."""
 
     address: Address
     part: Part
@@ -182,6 +182,11 @@ class Victim(NamedTuple):
     """When it was last used, or made if it never was."""
     reason: str
     """`"expired"`: not used for longer than the time to live; `"value"`: the least seconds per byte, and old."""
+
+    @property
+    def key(self) -> tuple[Address, Part]:
+        """What names the part."""
+        return self.address, self.part
 
 
 class Event(NamedTuple):

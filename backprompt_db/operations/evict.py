@@ -20,14 +20,11 @@ from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
-    from backprompt_db.catalog.records import Selection, Victim
+    from backprompt_db.catalog.records import EvictionCandidate, Selection
     from backprompt_db.database.database import Database
 
 
-_VICTIMS_PER_CHOICE = 100_000
-
-
-def victims(db: Database, *, to_nbytes: int | None, selection: Selection) -> Sequence[Victim]:
+def eviction_order(db: Database, *, to_nbytes: int | None, selection: Selection) -> Sequence[EvictionCandidate]:
     """Return what `evict` would remove now, in order, and why. Nothing is removed.
 
     Sizes are those of the parts; what is given back to be used again may be a little more or less. Raises the same
@@ -45,7 +42,6 @@ def victims(db: Database, *, to_nbytes: int | None, selection: Selection) -> Seq
         grace_seconds=config.grace_seconds,
         ttl_seconds=config.ttl_seconds,
         selection=selection,
-        limit=_VICTIMS_PER_CHOICE,
     )
 
 
