@@ -17,12 +17,12 @@ import backprompt_db as bp
 from backprompt_db.catalog import connection as catalog_connection
 from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.codec.blob import encode
+from backprompt_db.database import reconcile
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.database.opening import open_catalog, open_existing
 from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.database.writer import NewPart
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
-from backprompt_db.operations import reindex as reindexing
 from backprompt_db.operations.doctor_checks import share
 from backprompt_db.operations.inspection import Kind, Problem
 from backprompt_db.operations.reindex import reindex
@@ -196,7 +196,7 @@ class TestReindex:
             assert FOREIGN not in {address for address, _ in catalog.keys()}
 
     def test_more_parts_than_fit_into_one_transaction(self, db: bp.Database, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(reindexing, "_PARTS_PER_TRANSACTION", 250)
+        monkeypatch.setattr(reconcile, "_PARTS_PER_TRANSACTION", 250)
         db.put([scores_of(f"text {number}") for number in range(700)])
         db.flush()
         assert db.directory is not None
@@ -207,7 +207,7 @@ class TestReindex:
     def test_texts_that_are_too_long_to_be_in_memory_together(
         self, db: bp.Database, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(reindexing, "_CHARACTERS_PER_TRANSACTION", 100)
+        monkeypatch.setattr(reconcile, "_CHARACTERS_PER_TRANSACTION", 100)
         db.put([scores_of(f"{number} " * length) for number, length in enumerate((1, 100, 1, 1, 20, 20, 1))])
         db.flush()
         assert db.directory is not None
@@ -262,8 +262,8 @@ class TestReindex:
         db.flush()
         assert db.directory is not None
         catalog_of(db.directory).unlink()
-        monkeypatch.setattr(reindexing, "reach", interrupt)
-        monkeypatch.setattr(reindexing, "_PARTS_PER_TRANSACTION", 250)
+        monkeypatch.setattr(reconcile, "reach", interrupt)
+        monkeypatch.setattr(reconcile, "_PARTS_PER_TRANSACTION", 250)
         with pytest.raises(KeyboardInterrupt):
             reindex(db)
         monkeypatch.undo()

@@ -17,6 +17,7 @@ WHAT_A_CATALOG_NEEDS = [
     "blake3",
     "filelock",
     "lmdb",
+    "msgspec",
     "numpy",
     "platformdirs",
     "prometheus-client",
