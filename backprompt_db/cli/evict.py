@@ -118,7 +118,7 @@ def purge(
     What follows a text goes with it, because keys and values hold what they were computed from. Bundles, backups and
     databases that were merged from this one are not touched. Needs room for a second copy of what stays.
     """
-    from backprompt_db.operations import evict as purging
+    from backprompt_db.operations import purge as purging
 
     selection = selected(
         text_prefix=text_prefix,

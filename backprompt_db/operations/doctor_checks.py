@@ -1,4 +1,7 @@
-"""Examinations of what is in a database: whether it can be written, leftovers, limit, secret, catalog, clock."""
+"""What the doctor looks at, one function for each: the machine, the files and who may use them, the catalog, the clock.
+
+They come in the order in which `doctor.py` calls them. `share` sets the permissions that `permissions` looks at.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,167 @@ from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.files import Sharing
 from backprompt_db.store.registry import release, shared_environment
 
+_NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
+_NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
+
+_LITTLE_NBYTES = 1 << 30
+_NUM_SHOWN = 3
+_SECONDS = 10.0
+
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
 _LEFT_SECONDS = 3600
-"""What nobody has changed for so long, nobody is at work on."""
+"""Nobody is at work on what nobody has changed for so long."""
 
 _FUTURE_SECONDS = 60
 """By how much clocks of several machines may differ."""
 _IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > ? OR last_used_at > ?"
+
+
+class Status(enum.Enum):
+    """How something is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    """It works, but not for long, or not as well as it could."""
+    PROBLEM = "problem"
+    """Something does not work, or not for everybody."""
+
+
+class Subject(NamedTuple):
+    """The database that is examined."""
+
+    directory: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """How one thing is, and what can be done about it."""
+
+    status: Status
+    what: str
+    remedy: str | None = None
+    mend: Callable[[], object] | None = None
+    """Does it, where it can be done without a loss and without asking."""
+
+
+def fine(what: str) -> Finding:
+    """Return that there is nothing to be done."""
+    return Finding(Status.OK, what)
+
+
+def python(_: Subject) -> Finding:
+    """Which interpreter and machine this is."""
+    return fine(f"{platform.python_implementation()} {platform.python_version()} on {platform.platform()}.")
+
+
+def libraries(_: Subject) -> Finding:
+    """Which libraries there are. Nothing is imported for that."""
+    import lmdb
+
+    versions = {name: _version(name) for name in (*_NEEDED, *_NEEDED_TO_COMPUTE)}
+    engine = ".".join(map(str, lmdb.version()))
+    listed = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
+    what = f"{listed}, SQLite {sqlite3.sqlite_version}, LMDB {engine}."
+    missing = [name for name in _NEEDED_TO_COMPUTE if versions[name] is None]
+    if missing:
+        return Finding(
+            Status.WARNING,
+            what,
+            f"What is stored can be read; to compute what is missing, run `pip install {' '.join(missing)}`.",
+        )
+    return fine(what)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def filesystem(subject: Subject) -> Finding:
+    """Whether the filesystem is one whose locks and maps work between all who use it."""
+    try:
+        require_local(subject.directory)
+    except UnsafeLocation as error:
+        return Finding(Status.PROBLEM, f"{error.message}.", error.hint)
+    return fine(f"{subject.directory} is on {filesystem_of(subject.directory)}.")
+
+
+def free_space(subject: Subject) -> Finding:
+    """Whether the disk has room up to the limit."""
+    free, room = shutil.disk_usage(subject.directory).free, room_of(subject.directory)
+    to_come = None if room.max_nbytes is None else room.max_nbytes - (room.live_nbytes or 0)
+    what = f"{free:,} bytes are free" + ("." if to_come is None else f", {max(0, to_come):,} may still be added.")
+    if free < min(_LITTLE_NBYTES, _LITTLE_NBYTES if to_come is None else to_come):
+        return Finding(
+            Status.WARNING, what, "Free some space, or lower the limit: `backprompt-db config --max-size SIZE`."
+        )
+    return fine(what)
+
+
+def directory(subject: Subject) -> Finding:
+    """Whether strangers can put files into the directory."""
+    mode = stat.S_IMODE(subject.directory.stat().st_mode)
+    if not mode & stat.S_IWOTH:
+        return fine(f"{subject.directory} has the mode {mode:04o}.")
+    is_sticky = bool(mode & stat.S_ISVTX)
+    return Finding(
+        Status.WARNING if is_sticky else Status.PROBLEM,
+        f"Everybody may put files into {subject.directory} ({mode:04o})"
+        + ("." if is_sticky else ", and delete or replace those of others."),
+        f"Run `chmod o-w {subject.directory}`.",
+        mend=lambda: _chmod(subject.directory, mode & ~stat.S_IWOTH),
+    )
+
+
+def permissions(subject: Subject) -> Finding:
+    """Whether every file has the owner, the group and the mode that the way of sharing asks for."""
+    sharing = sharing_of(subject.directory)
+    found = list(faults(subject.directory, sharing))
+    if not found:
+        return fine(f"All files are as {sharing.value} sharing needs them.")
+    shown = [str(fault) for fault in found[:_NUM_SHOWN]]
+    more = [f"{len(found) - _NUM_SHOWN} more"] if len(found) > _NUM_SHOWN else []
+    return Finding(
+        Status.PROBLEM,
+        f"{'; '.join(shown + more)}.",
+        "Run `backprompt-db doctor --fix` as their owner, or as root: it sets owner, group and mode.",
+        mend=lambda: _mend(found),
+    )
+
+
+def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
+    """Give a database and all its files the permissions of a way of sharing, and the directory's group, or `group`.
+
+    Raises `StoreReadOnly` where this user may not.
+    """
+    try:
+        if group is not None:
+            os.chown(directory, -1, group_id(group))
+        _mend(faults(directory, sharing))
+    except PermissionError as error:
+        raise StoreReadOnly(
+            f"{error.filename or directory} cannot be given other permissions",
+            hint="Only its owner may, and only for a group of which they are a member; or root.",
+        ) from error
+
+
+def _mend(found: Iterable[Fault]) -> None:
+    for path, status, uid, gid, mode in found:
+        if (status.st_uid, status.st_gid) != (uid, gid):
+            os.chown(path, uid, gid, follow_symlinks=False)
+        _chmod(path, mode)  # after: a new owner costs the setgid bit
+
+
+def _chmod(path: Path, mode: int) -> None:
+    # Not by opening it as other files: closing that would give up the locks that this process has on it.
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        Path(f"/proc/self/fd/{descriptor}").chmod(mode)
+    finally:
+        os.close(descriptor)
 
 
 def writing(subject: Subject) -> Finding:
@@ -52,6 +209,39 @@ def writing(subject: Subject) -> Finding:
     num_cleared = probe(subject.directory / STORE)
     readers = f" {num_cleared} slots of dead readers were cleared." if num_cleared else ""
     return fine(f"This user may write, and got a turn.{readers}")
+
+
+_SCRIPT = """
+import lmdb, sys
+from backprompt_db.store.locks import give_turn, take_turn
+with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
+    num_cleared = environment.reader_check()
+    turn = take_turn(sys.argv[1])
+    environment.begin(write=True).abort()
+    give_turn(turn)
+print(num_cleared)
+"""
+
+
+def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
+    """Take the turn of a writer in a store, and return how many slots of dead readers were cleared.
+
+    Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
+    """
+    if not (store / "lock.mdb").exists():  # which LMDB would make with whatever permissions the umask leaves
+        release(shared_environment(store, readonly=False))
+    command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise StoreLocked(
+            f"somebody has been writing to {store} for {timeout_seconds:g} s or longer",
+            hint="Look for a process that is stopped or hangs, and end it: what it was writing is undone.",
+        ) from None
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["it was killed"]
+        raise StoreError(f"nothing can be written to {store}: {lines[-1]}", hint="Mend what the message says.")
+    return int(done.stdout)
 
 
 def leftovers(subject: Subject) -> Finding:
@@ -160,192 +350,3 @@ def clock(subject: Subject) -> Finding:
             "Set the clocks of all machines. Ages count as 0 until then, and such parts are evicted late.",
         )
     return fine("Nothing was made or used in the future.")
-
-
-class Status(enum.Enum):
-    """How something is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    """It works, but not for long, or not as well as it could."""
-    PROBLEM = "problem"
-    """Something does not work, or not for everybody."""
-
-
-class Subject(NamedTuple):
-    """The database that is examined."""
-
-    directory: Path
-    manifest: Manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """How one thing is, and what can be done about it."""
-
-    status: Status
-    what: str
-    remedy: str | None = None
-    mend: Callable[[], object] | None = None
-    """Does it, where it can be done without a loss and without asking."""
-
-
-def fine(what: str) -> Finding:
-    """Return that there is nothing to be done."""
-    return Finding(Status.OK, what)
-
-
-_NUM_SHOWN = 3
-
-
-def directory(subject: Subject) -> Finding:
-    """Whether strangers can put files into the directory."""
-    mode = stat.S_IMODE(subject.directory.stat().st_mode)
-    if not mode & stat.S_IWOTH:
-        return fine(f"{subject.directory} has the mode {mode:04o}.")
-    is_sticky = bool(mode & stat.S_ISVTX)
-    return Finding(
-        Status.WARNING if is_sticky else Status.PROBLEM,
-        f"Everybody may put files into {subject.directory} ({mode:04o})"
-        + ("." if is_sticky else ", and delete or replace those of others."),
-        f"Run `chmod o-w {subject.directory}`.",
-        mend=lambda: _chmod(subject.directory, mode & ~stat.S_IWOTH),
-    )
-
-
-def permissions(subject: Subject) -> Finding:
-    """Whether every file has the owner, the group and the mode that the way of sharing asks for."""
-    sharing = sharing_of(subject.directory)
-    found = list(faults(subject.directory, sharing))
-    if not found:
-        return fine(f"All files are as {sharing.value} sharing needs them.")
-    shown = [str(fault) for fault in found[:_NUM_SHOWN]]
-    more = [f"{len(found) - _NUM_SHOWN} more"] if len(found) > _NUM_SHOWN else []
-    return Finding(
-        Status.PROBLEM,
-        f"{'; '.join(shown + more)}.",
-        "Run `backprompt-db doctor --fix` as their owner, or as root: it sets owner, group and mode.",
-        mend=lambda: _mend(found),
-    )
-
-
-def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
-    """Give a database and all its files the permissions of a way of sharing, and the directory's group, or `group`.
-
-    Raises `StoreReadOnly` where this user may not.
-    """
-    try:
-        if group is not None:
-            os.chown(directory, -1, group_id(group))
-        _mend(faults(directory, sharing))
-    except PermissionError as error:
-        raise StoreReadOnly(
-            f"{error.filename or directory} cannot be given other permissions",
-            hint="Only its owner may, and only for a group of which they are a member; or root.",
-        ) from error
-
-
-def _mend(found: Iterable[Fault]) -> None:
-    for path, status, uid, gid, mode in found:
-        if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(path, uid, gid, follow_symlinks=False)
-        _chmod(path, mode)  # after: a new owner costs the setgid bit
-
-
-def _chmod(path: Path, mode: int) -> None:
-    # Not by opening it as other files: closing that would give up the locks that this process has on it.
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        Path(f"/proc/self/fd/{descriptor}").chmod(mode)
-    finally:
-        os.close(descriptor)
-
-
-_SECONDS = 10.0
-_SCRIPT = """
-import lmdb, sys
-from backprompt_db.store.locks import give_turn, take_turn
-with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
-    num_cleared = environment.reader_check()
-    turn = take_turn(sys.argv[1])
-    environment.begin(write=True).abort()
-    give_turn(turn)
-print(num_cleared)
-"""
-
-
-def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
-    """Take the turn of a writer in a store, and return how many slots of dead readers were cleared.
-
-    Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
-    """
-    if not (store / "lock.mdb").exists():  # which LMDB would make with whatever permissions the umask leaves
-        release(shared_environment(store, readonly=False))
-    command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
-    except subprocess.TimeoutExpired:
-        raise StoreLocked(
-            f"somebody has been writing to {store} for {timeout_seconds:g} s or longer",
-            hint="Look for a process that is stopped or hangs, and end it: what it was writing is undone.",
-        ) from None
-    if done.returncode:
-        lines = done.stderr.splitlines() or ["it was killed"]
-        raise StoreError(f"nothing can be written to {store}: {lines[-1]}", hint="Mend what the message says.")
-    return int(done.stdout)
-
-
-_NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
-_NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
-_LITTLE_NBYTES = 1 << 30
-
-
-def python(_: Subject) -> Finding:
-    """Which interpreter and machine this is."""
-    return fine(f"{platform.python_implementation()} {platform.python_version()} on {platform.platform()}.")
-
-
-def libraries(_: Subject) -> Finding:
-    """Which libraries there are. Nothing is imported for that."""
-    import lmdb
-
-    versions = {name: _version(name) for name in (*_NEEDED, *_NEEDED_TO_COMPUTE)}
-    engine = ".".join(map(str, lmdb.version()))
-    listed = ", ".join(f"{name} {found or 'missing'}" for name, found in versions.items())
-    what = f"{listed}, SQLite {sqlite3.sqlite_version}, LMDB {engine}."
-    missing = [name for name in _NEEDED_TO_COMPUTE if versions[name] is None]
-    if missing:
-        return Finding(
-            Status.WARNING,
-            what,
-            f"What is stored can be read; to compute what is missing, run `pip install {' '.join(missing)}`.",
-        )
-    return fine(what)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def filesystem(subject: Subject) -> Finding:
-    """Whether the filesystem is one whose locks and maps work between all who use it."""
-    try:
-        require_local(subject.directory)
-    except UnsafeLocation as error:
-        return Finding(Status.PROBLEM, f"{error.message}.", error.hint)
-    return fine(f"{subject.directory} is on {filesystem_of(subject.directory)}.")
-
-
-def free_space(subject: Subject) -> Finding:
-    """Whether the disk has room up to the limit."""
-    free, room = shutil.disk_usage(subject.directory).free, room_of(subject.directory)
-    to_come = None if room.max_nbytes is None else room.max_nbytes - (room.live_nbytes or 0)
-    what = f"{free:,} bytes are free" + ("." if to_come is None else f", {max(0, to_come):,} may still be added.")
-    if free < min(_LITTLE_NBYTES, _LITTLE_NBYTES if to_come is None else to_come):
-        return Finding(
-            Status.WARNING, what, "Free some space, or lower the limit: `backprompt-db config --max-size SIZE`."
-        )
-    return fine(what)

@@ -16,7 +16,8 @@ from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.errors import FormatTooNew, PromptError, StoreReadOnly, UnsafeLocation
 from backprompt_db.operations.annotate import pin
-from backprompt_db.operations.evict import compact, evict, eviction_order, purge
+from backprompt_db.operations.evict import compact, evict, eviction_order
+from backprompt_db.operations.purge import purge
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Part

@@ -14,7 +14,8 @@ from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.database.manifest import read_manifest
 from backprompt_db.errors import CatalogError, FormatError, FormatTooNew, PromptError, UnsafeLocation
-from backprompt_db.operations.evict import compact, evict, eviction_order, purge
+from backprompt_db.operations.evict import compact, evict, eviction_order
+from backprompt_db.operations.purge import purge
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.stats import gather
 from backprompt_db.operations.verify import verify
