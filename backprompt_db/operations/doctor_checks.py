@@ -44,10 +44,10 @@ _SECONDS = 10.0
 
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
 _LEFT_SECONDS = 3600
-"""Nobody is at work on what nobody has changed for so long."""
+"""A file that nobody has changed for so long is not in use."""
 
 _FUTURE_SECONDS = 60
-"""By how much clocks of several machines may differ."""
+"""How far the clocks of several machines may be apart."""
 _IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > ? OR last_used_at > ?"
 
 
@@ -76,21 +76,21 @@ class Finding:
     what: str
     remedy: str | None = None
     mend: Callable[[], object] | None = None
-    """Does it, where it can be done without a loss and without asking."""
+    """Does what the remedy says; None where that would lose something, or where people must decide."""
 
 
 def fine(what: str) -> Finding:
-    """Return that there is nothing to be done."""
+    """Return the finding that all is well."""
     return Finding(Status.OK, what)
 
 
 def python(_: Subject) -> Finding:
-    """Which interpreter and machine this is."""
+    """Tell which interpreter and machine this is."""
     return fine(f"{platform.python_implementation()} {platform.python_version()} on {platform.platform()}.")
 
 
 def libraries(_: Subject) -> Finding:
-    """Which libraries there are. Nothing is imported for that."""
+    """Check that all libraries are installed, without importing them."""
     import lmdb
 
     versions = {name: _version(name) for name in (*_NEEDED, *_NEEDED_TO_COMPUTE)}
@@ -115,7 +115,7 @@ def _version(name: str) -> str | None:
 
 
 def filesystem(subject: Subject) -> Finding:
-    """Whether the filesystem is one whose locks and maps work between all who use it."""
+    """Check that locks and memory maps on this filesystem work for all who use it."""
     try:
         require_local(subject.directory)
     except UnsafeLocation as error:
@@ -124,7 +124,7 @@ def filesystem(subject: Subject) -> Finding:
 
 
 def free_space(subject: Subject) -> Finding:
-    """Whether the disk has room up to the limit."""
+    """Check that the disk has room up to the limit."""
     free, room = shutil.disk_usage(subject.directory).free, room_of(subject.directory)
     to_come = None if room.max_nbytes is None else room.max_nbytes - (room.live_nbytes or 0)
     what = f"{free:,} bytes are free" + ("." if to_come is None else f", {max(0, to_come):,} may still be added.")
@@ -136,7 +136,7 @@ def free_space(subject: Subject) -> Finding:
 
 
 def directory(subject: Subject) -> Finding:
-    """Whether strangers can put files into the directory."""
+    """Check that strangers cannot put files into the directory."""
     mode = stat.S_IMODE(subject.directory.stat().st_mode)
     if not mode & stat.S_IWOTH:
         return fine(f"{subject.directory} has the mode {mode:04o}.")
@@ -151,7 +151,7 @@ def directory(subject: Subject) -> Finding:
 
 
 def permissions(subject: Subject) -> Finding:
-    """Whether every file has the owner, the group and the mode that the way of sharing asks for."""
+    """Check that every file has the owner, the group and the mode that the way of sharing asks for."""
     sharing = sharing_of(subject.directory)
     found = list(faults(subject.directory, sharing))
     if not found:
@@ -167,7 +167,9 @@ def permissions(subject: Subject) -> Finding:
 
 
 def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
-    """Give a database and all its files the permissions of a way of sharing, and the directory's group, or `group`.
+    """Give a database and all its files the permissions of a way of sharing, and the group of its directory.
+
+    With `group`, the directory gets that group first.
 
     Raises `StoreReadOnly` where this user may not.
     """
@@ -186,11 +188,11 @@ def _mend(found: Iterable[Fault]) -> None:
     for path, status, uid, gid, mode in found:
         if (status.st_uid, status.st_gid) != (uid, gid):
             os.chown(path, uid, gid, follow_symlinks=False)
-        _chmod(path, mode)  # after: a new owner costs the setgid bit
+        _chmod(path, mode)  # afterwards: a new owner clears the setgid bit
 
 
 def _chmod(path: Path, mode: int) -> None:
-    # Not by opening it as other files: closing that would give up the locks that this process has on it.
+    # Not by opening it for reading: closing it would give up the locks that this process has on it.
     descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         Path(f"/proc/self/fd/{descriptor}").chmod(mode)
@@ -199,7 +201,7 @@ def _chmod(path: Path, mode: int) -> None:
 
 
 def writing(subject: Subject) -> Finding:
-    """Whether this user can write, and gets a turn."""
+    """Check that this user can write, and gets a turn to do so."""
     if not os.access(subject.directory, os.W_OK) or not os.access(subject.directory / STORE / "data.mdb", os.W_OK):
         return Finding(
             Status.WARNING,
@@ -224,7 +226,7 @@ print(num_cleared)
 
 
 def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
-    """Take the turn of a writer in a store, and return how many slots of dead readers were cleared.
+    """Take a writer's turn in a store, and return how many slots of dead readers were cleared.
 
     Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
     """
@@ -245,7 +247,7 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
 
 
 def leftovers(subject: Subject) -> Finding:
-    """Whether killed processes have left files that nobody needs."""
+    """Look for files that killed processes have left and nobody needs."""
     found = list(_leftovers(subject.directory))
     if not found:
         return fine("Nothing was left by processes that were killed.")
@@ -266,7 +268,7 @@ def _leftovers(directory: Path) -> list[Path]:
 def _changed_at(path: Path) -> float:
     with contextlib.suppress(OSError):
         return max(each.lstat().st_mtime for each in (path, *path.glob("*")))
-    return time.time()  # it is gone, and so somebody is at work
+    return time.time()  # it has vanished, so somebody is at work on it
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -278,7 +280,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def limit(subject: Subject) -> Finding:
-    """Whether the limit is known, and kept."""
+    """Check that the limit is known, and kept."""
     room = room_of(subject.directory)
     if room.config_problem is not None:
         remedy = "Write it anew with `backprompt-db config --max-size SIZE`."
@@ -292,14 +294,14 @@ def limit(subject: Subject) -> Finding:
 
 
 def secret(subject: Subject) -> Finding:
-    """Whether the secret is the one that digests are keyed with; nobody can open the database otherwise."""
-    digest_of(subject.manifest, subject.directory)  # which says what is wrong, as for one who opens it
+    """Check that the secret is the one that digests are keyed with: the database cannot be opened with another."""
+    digest_of(subject.manifest, subject.directory)  # raises what opening the database would raise
     is_keyed = subject.manifest.secret_id is not None
     return fine("Digests are keyed with a secret." if is_keyed else "Digests find damage; they are not keyed.")
 
 
 def catalog(subject: Subject) -> Finding:
-    """Whether the catalog is there, of a schema that is known, and whole."""
+    """Check that there is a catalog, that its schema is known, and that it is whole."""
     try:
         open_catalog(subject.directory).close()
     except CatalogTooNew as error:
@@ -313,7 +315,7 @@ def catalog(subject: Subject) -> Finding:
 
 
 def catalog_lag(subject: Subject) -> Finding:
-    """Whether the catalog lists what the store holds."""
+    """Check that the catalog lists what the store holds."""
     try:
         with contextlib.closing(open_store(subject.directory)) as store, open_catalog(subject.directory) as opened:
             found = Counter(difference.is_stored for difference in differences(store, opened))
@@ -335,7 +337,7 @@ def _reindex(subject: Subject) -> None:
 
 
 def clock(subject: Subject) -> Finding:
-    """Whether something was made or used in the future."""
+    """Check that nothing was made or used in the future."""
     latest = time.time() + _FUTURE_SECONDS
     uri = f"{(subject.directory / CATALOG).absolute().as_uri()}?mode=ro"
     try:

@@ -28,17 +28,17 @@ _PARTS_PER_TRANSACTION = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Purged:
-    """What is gone."""
+    """How much was removed."""
 
     num_representations: int
     num_parts: int
 
 
 def doomed(db: Database, selection: Selection) -> list[Address]:
-    """Return the addresses of what is selected and of all that follows it: those hold the text too, in other forms.
+    """Return the addresses of what is selected, and of all that follows it: that holds the text too, in other forms.
 
     What the catalog does not list is entered first, or it would stay. What only the catalog lists counts too: a purge
-    that was killed has left traces of it. Raises `PromptError` for a selection of nothing or of everything,
+    that was killed may have left it. Raises `PromptError` for a selection of nothing or of everything,
     `CatalogError` without a catalog to go by, and `StoreLocked` when others have been writing for too long.
     """
     catalog = writable_catalog(db)
@@ -56,8 +56,8 @@ def doomed(db: Database, selection: Selection) -> list[Address]:
 def purge(db: Database, selection: Selection) -> Purged:
     """Remove what is `doomed`, pinned or not, and every trace of it from the files of the database.
 
-    The store is compacted and the catalog is rewritten, so that deleted pages do not keep anything, and catalogs that
-    a reindexing has moved aside are deleted. Killed in between, it can be repeated: rows go last. Raises what `doomed`
+    The store is compacted and the catalog is rewritten, so that free pages hold nothing of it, and catalogs that a
+    reindexing has moved aside are deleted. After being killed it can be repeated: rows go last. Raises what `doomed`
     raises, `StoreFull` without room for a copy of what stays, and `StoreLocked` when others have been writing for too
     long.
     """
@@ -77,12 +77,12 @@ def purge(db: Database, selection: Selection) -> Purged:
 
 
 def _enter_unlisted(db: Database, catalog: Catalog) -> None:
-    """Enter what is stored and not listed. Unlike a reindexing, forget nothing."""
+    """Enter what is stored and not listed; unlike a reindexing, forget nothing."""
     from backprompt_db.catalog.records import StoredPart
 
     unlisted = (found for found in differences(db.store, catalog) if found.is_stored)
     while some := list(itertools.islice(unlisted, _PARTS_PER_TRANSACTION)):
-        with db.evictor.journal.nobody_writing():  # nor removing what is entered here
+        with db.evictor.journal.nobody_writing():  # and nobody removing what is entered here
             origins = {found: read_origin(db.store, found.key) for found in some}
             parts = [
                 StoredPart(*found.key, found.nbytes or 0, origin)

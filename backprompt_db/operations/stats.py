@@ -41,13 +41,13 @@ _Group = TypeVar("_Group")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activity:
-    """What all processes have counted since the catalog was made. Parts are counted by the tier that had them."""
+    """What all processes have counted since the catalog was made. Parts that were found count where they were found."""
 
     num_memory_hits: int
     num_disk_hits: int
     num_base_hits: int
     num_part_misses: int
-    """Parts that were asked for and were nowhere."""
+    """Parts that were asked for and not found anywhere."""
     num_computed_tokens: int
     computed_seconds: float
     num_evicted: int
@@ -89,7 +89,7 @@ class Incident:
     at: float
     """POSIX seconds."""
     age_seconds: float
-    """0 for what a clock that was fast has dated into the future."""
+    """0 for a time in the future, which a clock that was fast has left."""
     kind: str
     address: Address | None
     detail: str
@@ -101,7 +101,7 @@ class Stats:
 
     directory: Path
     namespace: str | None
-    """The one that sums are restricted to; None for all."""
+    """The namespace that sums are restricted to; None for all."""
     format: int
     fidelity: str
     created_at: str
@@ -114,14 +114,14 @@ class Stats:
     nbytes: Mapping[Part, int]
     """Stored bytes of every part, 0 where there are none."""
     num_hits: int | None
-    """Uses of what is stored now; what was evicted takes its uses along."""
+    """Uses of what is stored now; those of what was evicted do not count any more."""
     saved_seconds: float | None
     """These uses times what the computation had taken."""
     by_model: Sequence[ModelUsage] | None
-    """The largest first; None for a single namespace, too."""
+    """The largest first; None also when sums are restricted to a namespace."""
     by_namespace: Sequence[NamespaceUsage] | None
     live_nbytes: int | None
-    """Bytes of the store's pages in use, which is what the limit is about."""
+    """Bytes of the store's pages in use, to which the limit applies."""
     file_nbytes: int
     """Bytes of all files in the directory."""
     max_nbytes: int | None
@@ -141,7 +141,7 @@ def gather(directory: Path, *, namespace: str | None = None) -> Stats:
     """Sum up the database in `directory`, or one namespace of it; raises `UnsafeLocation` where there is none.
 
     Without a usable catalog the keys of the store are counted, which takes longer and tells less. Raises `CatalogError`
-    for a namespace then: keys do not tell theirs.
+    for a namespace then: keys do not tell their namespace.
     """
     manifest = manifest_of(directory)
     return Stats(

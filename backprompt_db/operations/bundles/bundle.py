@@ -2,14 +2,14 @@
 
     bundle.json                           format, fidelity, creation
     index-000001.jsonl                    which parts come next, their sizes and digests, labels, names of models
-    <address, hex>/scores.safetensors     the parts, in the order of the index; those before which others need first
+    <address, hex>/scores.safetensors     the parts, in the order of the index, each after those that it needs
     ...
     index-000002.jsonl
     ...
     end.json                              the number of parts, and one digest over all: without it, something is missing
 
-Only plain members, no extensions of tar. Digests are XXH3-128, as in the store: they find damage, and no forgery; who
-must know that a bundle is the one that was sent compares a SHA-256 of the file.
+There are only plain members, no extensions of tar. Digests are XXH3-128, as in the store: they find damage, but not
+forgery. To know that a bundle is the one that was sent, compare a SHA-256 of the file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Group:
 
 
 class _Sum:
-    """The running digest over all members of a bundle: of each, its name, a zero byte, and its own digest."""
+    """The digest over all members of a bundle so far: over the name of each, a zero byte, and its own digest."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
@@ -84,7 +84,7 @@ class _Sum:
 
 
 class BundleWriter:
-    """Writes a bundle to a stream, which only needs `write`. Without `finish`, readers take it for cut off."""
+    """Writes a bundle to a stream, which only needs `write`. Readers miss something if `finish` is not called."""
 
     def __init__(self, stream: BinaryIO, *, fidelity: Fidelity) -> None:
         self.num_parts = 0
@@ -95,7 +95,7 @@ class BundleWriter:
         self._write(_FIRST, description_to_json(fidelity, made_at=self._made_at))
 
     def add(self, group: Group) -> None:
-        """Write parts, and before them what comes. No representation may come in two groups."""
+        """Write the index of parts, then the parts. No representation may come in two groups."""
         digests = [xxh3_128(part.blob) for part in group.parts]
         self._num_groups += 1
         index = Index(_entries(group.parts, digests), group.models, group.tokenizers)
@@ -117,10 +117,10 @@ class BundleWriter:
 def read_bundle(stream: BinaryIO, *, fidelity: Fidelity) -> Iterator[Index | CheckedPart]:
     """Yield what a bundle holds as it is read: each index, then its parts.
 
-    Memory holds an index, one part at a time, and the addresses that came.
+    An index, one part and all addresses so far are in memory.
 
-    A part is yielded when all that can be checked was checked. Raises `FormatError` at the first thing that is wrong,
-    also for a bundle of another fidelity, and at the end for one of which the end is missing.
+    A part is yielded after every possible check. Raises `FormatError` at the first thing that is wrong, also for a
+    bundle of another fidelity, and for one whose end is missing.
     """
     reading = _Reading(ArchiveReader(stream), fidelity)
     reading.begin()
@@ -154,7 +154,7 @@ class _Reading:
             )
 
     def next_index(self) -> Index | None:
-        """Return what comes next, None at the end."""
+        """Return the next index, None at the end of the bundle."""
         member = self._archive.next(max_nbytes=_MAX_INDEX_NBYTES)
         if member.name == _LAST:
             self._end(member)
@@ -169,7 +169,7 @@ class _Reading:
         return index
 
     def part(self, entry: Entry, expected: PartEntry) -> CheckedPart:
-        """Read a part; what it begins with is checked before the rest is read."""
+        """Read a part; its header is checked before the rest is read."""
         key = Key(Address(bytes.fromhex(entry.address)), PARTS[expected.part])
         member = self._archive.next(max_nbytes=MAX_MEMBER_NBYTES)
         _require(member, _part_name(key), nbytes=expected.nbytes)
@@ -204,7 +204,7 @@ class _Reading:
 
 @contextlib.contextmanager
 def _refusing_parts() -> Iterator[None]:
-    """Refuse the bundle for a part that a database would compute again."""
+    """Refuse the bundle for a part that, in a database, would only be computed again."""
     try:
         yield
     except BlobFormat as error:
