@@ -28,7 +28,7 @@ class Measure(enum.Enum):
 
     TOKENS = "tokens"
     NBYTES = "bytes"
-    """Of all parts that are stored."""
+    """The size of all parts that are stored."""
     SAVED_SECONDS = "seconds"
     """Uses times what the computation took."""
     RECENCY = "recency"

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 MAX_CHARACTERS = 50_000_000
-"""Of all texts together: a browser has to hold them."""
+"""The most that all texts together may have: a browser has to hold them."""
 
 MAX_TOKENS = 200_000
-"""Of all representations together."""
+"""The most that is shown, of all representations together."""
 MAX_PARTS = 10_000
 """Each of them is read by itself."""
 _LEAST = -1e6

@@ -84,7 +84,7 @@ class _Sum:
 
 
 class BundleWriter:
-    """Writes a bundle to a stream, which only needs `write`. Readers miss something if `finish` is not called."""
+    """Writes a bundle to a stream, which only needs `write`. Readers refuse it unless `finish` was called."""
 
     def __init__(self, stream: BinaryIO, *, fidelity: Fidelity) -> None:
         self.num_parts = 0

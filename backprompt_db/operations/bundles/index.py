@@ -80,7 +80,7 @@ class PartEntry(Struct):
     """One of the keys of `PARTS`."""
     nbytes: _Nbytes
     xxh3_128: _Digest
-    """Of the blob."""
+    """The digest of its blob."""
 
 
 class Entry(Struct):
@@ -105,7 +105,7 @@ class End(Struct):
 
     num_parts: _Number
     xxh3_128: _Digest
-    """Over the names and digests of all members before."""
+    """The digest over the names and digests of all members before."""
 
 
 @dataclass(frozen=True, slots=True)
