@@ -97,7 +97,7 @@ def _of_stats(many: Path) -> list[Measurement]:
 
 
 def _of_the_catalog(many: Path) -> list[Measurement]:
-    chosen = [_probe("victims", many) for _ in range(_NUM_SLOW)]
+    chosen = [_probe("eviction_order", many) for _ in range(_NUM_SLOW)]
     listed = [_probe("listing", many) for _ in range(REPETITIONS)]
     among = f"among {NUM_REPRESENTATIONS:,}"
     return [

@@ -22,7 +22,7 @@ import psutil
 
 import backprompt_db as bp
 from backprompt_db.catalog.catalog import Catalog
-from backprompt_db.catalog.records import Selection, Victim
+from backprompt_db.catalog.records import EvictionCandidate, Selection
 from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.operations import reindex as reindexing
 from backprompt_db.operations.stats import gather
@@ -88,22 +88,22 @@ def stats(directory: Path, num_representations: int) -> Answer:
     return {"seconds": seconds, "nbytes": sum(sizes)}
 
 
-def victims(directory: Path, num_representations: int) -> Answer:
+def eviction_order(directory: Path, num_representations: int) -> Answer:
     """Time choosing a tenth of the bytes: as far as one call goes, and all of it; against the formula over all rows."""
     path, at = directory / "catalog.sqlite", time.time()
     limits = {"one call": 10_000, "all": num_representations}
-    chosen, answer = dict[str, list[Victim]](), Answer()
+    chosen, answer = dict[str, list[EvictionCandidate]](), Answer()
     with Catalog.open(path) as catalog:
         sum_nbytes = catalog.totals().nbytes[Part.SCORES]
         for name, limit in limits.items():
             began = time.perf_counter()
-            chosen[name] = catalog.victims(sum_nbytes // 10, at=at, grace_seconds=_GRACE_SECONDS, limit=limit)
+            chosen[name] = catalog.eviction_order(sum_nbytes // 10, at=at, grace_seconds=_GRACE_SECONDS, limit=limit)
             answer[name] = time.perf_counter() - began
     worths = _worths(path, at=at)  # not before: the garbage collector would look at a million of them meanwhile
     expected = sorted(worths.values())
     for name, limit in limits.items():
-        assert [worths[victim.address] for victim in chosen[name]] == expected[: len(chosen[name])]
-        nbytes = sum(victim.nbytes for victim in chosen[name])
+        assert [worths[candidate.address] for candidate in chosen[name]] == expected[: len(chosen[name])]
+        nbytes = sum(candidate.nbytes for candidate in chosen[name])
         assert len(chosen[name]) == limit or sum_nbytes // 10 <= nbytes < sum_nbytes // 10 + 2_000
     return answer
 
@@ -196,7 +196,8 @@ def _read(directory: Path, part: Part, expected: dict[Address, Arrays]) -> Answe
 
 
 PROBES: dict[str, Callable[[Path, int], Answer]] = {
-    probe.__name__: probe for probe in (lookup, opening, stats, victims, listing, memory, reindex, read_scores, read_kv)
+    probe.__name__: probe
+    for probe in (lookup, opening, stats, eviction_order, listing, memory, reindex, read_scores, read_kv)
 }
 
 

@@ -1,4 +1,4 @@
-"""What is written to the catalog: plain functions on an open write transaction."""
+"""What is written to the catalog about the parts in the store, and about how they are used."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, LargeBinary, Select, Update, and_, bindparam, delete, exists, func, select, update
 from sqlalchemy.dialects.sqlite import Insert, insert
 
+from backprompt_db.catalog import events, models, search
+from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.schema import (
     NBYTES,
@@ -45,19 +47,79 @@ _NO_TOKENIZER: dict[str, object] = {"name": "", "kind": "", "vocab_size": 0}
 
 _MANY = 1_000
 _MORE_CACHE = "PRAGMA cache_size = -131072"
-"""Up to 128 MiB for a transaction of many rows, which lie all over the file. With the usual 2 MB, SQLite would read and
-write their pages again and again before it commits."""
+"""A transaction of many rows, which lie all over the file, gets up to 128 MiB. With the usual 2 MB, SQLite would read
+and write their pages again and again before it commits."""
 
 _MAX_TOKENS = 2**40
 _MAX_SECONDS = 1e9
-"""Whatever a part claims must not make sums overflow, which would keep all others out of the catalog too."""
+"""Parts that claim more are entered with these: a sum that overflows would keep all others out of the catalog too."""
 
 
-def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) -> None:
+class Changes(CatalogFile):
+    """The part of a catalog that is told what was stored, used and removed."""
+
+    def record(self, parts: Sequence[StoredPart], *, at: float) -> None:
+        """Enter parts that are in the store by now, all or none; entering one again changes only its size.
+
+        `at` (POSIX seconds) is when they were created, unless their representation has a row already. Its hits, pin
+        and label are kept, and its compute seconds are those of its slowest part.
+        """
+        if parts:
+            with self.writing() as connection:
+                _record(connection, parts, at=at)
+
+    def touch(self, hits: Mapping[Address, int], *, at: float) -> None:
+        """Add to the number of hits of representations that were used at `at`; unknown addresses are ignored."""
+        more_hits = Representation.num_hits + bindparam("more")
+        statement = _one().values(num_hits=more_hits, last_used_at=func.max(USED_AT, at))
+        if hits:
+            with self.writing() as connection:
+                _enlarge_cache(connection, len(hits))
+                connection.execute(statement, [{"which": address, "more": hits[address]} for address in sorted(hits)])
+
+    def pin(self, addresses: Iterable[Address], *, is_pinned: bool = True) -> None:
+        """Set whether representations are pinned; unknown addresses are ignored."""
+        with self.writing() as connection:
+            _set(connection, addresses, is_pinned=is_pinned)
+
+    def label(self, addresses: Iterable[Address], label: str | None) -> None:
+        """Set or, with `None`, remove the label of representations; unknown addresses are ignored."""
+        with self.writing() as connection:
+            _set(connection, addresses, label=label)
+
+    def forget(self, keys: Iterable[tuple[Address, Part]]) -> None:
+        """Enter that parts have left the store; unknown ones are ignored.
+
+        A representation without parts goes, and so do the segments that have neither a representation nor a child.
+        """
+        if gone := list(keys):
+            with self.writing() as connection:
+                forget(connection, gone)
+
+    def evict(self, keys: Iterable[tuple[Address, Part]], *, at: float) -> None:
+        """Enter that parts were evicted from the store, and when: what `forget` does, and an entry of the eviction."""
+        if gone := list(keys):
+            with self.writing() as connection:
+                forget(connection, gone)
+                reach("catalog.evict.inside")
+                events.remember_evictions(connection, {address for address, _ in gone}, at=at)
+
+    def erase(self, keys: Iterable[tuple[Address, Part]]) -> None:
+        """Forget parts that have left the store, and that there was anything under their addresses."""
+        if gone := list(keys):
+            addresses = {address for address, _ in gone}
+            with self.writing() as connection:
+                models.forget_greedy_paths(connection, addresses)  # first: it needs to know what they follow
+                forget(connection, gone)
+                search.clear(connection)
+                events.forget_events(connection, addresses)
+
+
+def _record(connection: Connection, parts: Sequence[StoredPart], *, at: float) -> None:
     """Write the rows of `parts` and of everything that they refer to; what is there already is completed."""
-    _make_room(connection, len(parts))
+    _enlarge_cache(connection, len(parts))
     origins = {part.address: part.origin for part in parts}
-    # Ids are digests: in their order each page of the index is brought in once, in any other once for each row.
+    # Ids are digests. In their order, each page of the index is read once; in any other order, once for each row.
     ids = dict(sorted(((address, origin.segment_id) for address, origin in origins.items()), key=itemgetter(1)))
     _add(connection, Model, [_model(weights_id) for weights_id in {o.weights_id for o in origins.values()}])
     reach("catalog.record.inside")
@@ -76,13 +138,13 @@ def record(connection: Connection, parts: Sequence[StoredPart], *, at: float) ->
     _touch_parents(connection, [part.origin for part in parts if part.part is Part.KV], at=at)
 
 
-def _make_room(connection: Connection, num_rows: int) -> None:
+def _enlarge_cache(connection: Connection, num_rows: int) -> None:
     if num_rows > _MANY:
         connection.exec_driver_sql(_MORE_CACHE)
 
 
 def _touch_parents(connection: Connection, origins: Iterable[Origin], *, at: float) -> None:
-    """Computing keys and values has used those of the parents."""
+    """Enter that the keys and values of parents were used: those of `origins` were computed with them."""
     used = {(parent, origin.weights_id, origin.tokenizer_id) for origin in origins for parent in origin.parents}
     if used:
         rows = [{"parent": parent, "weights": weights, "tokenizer": tokenizer} for parent, weights, tokenizer in used]
@@ -98,7 +160,7 @@ _TOUCH_PARENT = (
     )
     .values(last_used_at=func.max(USED_AT, bindparam("at")))
 )
-"""Where it was used later, that stays: a clock that was set back must not make what is new look old."""
+"""A later time stays: a clock that was set back must not make new representations look old."""
 
 
 def _model(weights_id: WeightsId) -> dict[str, object]:
@@ -135,7 +197,7 @@ def _add(connection: Connection, table: type[Base], rows: Sequence[Mapping[str, 
 
 
 def _upsert() -> Insert:
-    # The namespace is the segment's, whatever a part claims: what is counted by namespace must agree.
+    # The namespace is that of the segment, whatever the part says: the counts by namespace must agree.
     segment = bindparam("of_segment", type_=LargeBinary())
     namespace = select(Segment.namespace).where(Segment.id == segment).scalar_subquery()
     new = insert(Representation).values(segment_id=segment, namespace=namespace)
@@ -147,25 +209,7 @@ def _upsert() -> Insert:
 _UPSERT = _upsert()
 
 
-def replace(connection: Connection, table: type[Base], values: Mapping[str, object]) -> None:
-    """Write one row, over the one with the same primary key if there is one."""
-    new = insert(table).values(values)
-    key = [column.name for column in table.__table__.primary_key]
-    connection.execute(
-        new.on_conflict_do_update(index_elements=key, set_={name: new.excluded[name] for name in values})
-    )
-
-
-def touch(connection: Connection, hits: Mapping[Address, int], *, at: float) -> None:
-    """Add to the number of hits of representations, and set when they were last used unless they were used later."""
-    _make_room(connection, len(hits))
-    used = func.max(USED_AT, at)
-    statement = _one().values(num_hits=Representation.num_hits + bindparam("more"), last_used_at=used)
-    connection.execute(statement, [{"which": address, "more": more} for address, more in sorted(hits.items())])
-
-
-def annotate(connection: Connection, addresses: Iterable[Address], **values: object) -> None:
-    """Set columns of representations that only people set."""
+def _set(connection: Connection, addresses: Iterable[Address], **values: object) -> None:
     rows = [{"which": address} for address in addresses]
     if rows:
         connection.execute(_one().values(values), rows)
@@ -176,13 +220,13 @@ def _one() -> Update:
 
 
 def forget(connection: Connection, keys: Iterable[tuple[Address, Part]]) -> None:
-    """Clear the sizes of parts; rows that say nothing any more go, up to the first ancestor that something needs."""
+    """Clear the sizes of parts, then delete rows without parts, and segments up to the first one that is needed."""
     gone: dict[Part, list[Address]] = defaultdict(list)
     for address, part in keys:
         gone[part].append(address)
-    _make_room(connection, sum(map(len, gone.values())))
+    _enlarge_cache(connection, sum(map(len, gone.values())))
     for part, addresses in gone.items():
-        annotate(connection, addresses, **{NBYTES[part].key: None})
+        _set(connection, addresses, **{NBYTES[part].key: None})
     for some in chunks({address for addresses in gone.values() for address in addresses}):
         _delete_empty(connection, some)
 
@@ -202,8 +246,8 @@ def _delete_empty(connection: Connection, addresses: Sequence[Address]) -> None:
 def _unneeded(connection: Connection, ids: Sequence[SegmentId]) -> set[SegmentId]:
     """Return those of the segments `ids`, and of their ancestors, with no representation and no child that stays.
 
-    Suspects are the segments without representations from `ids` upwards. Every other segment stays; so a suspect stays
-    if it has a child that is no suspect, or one that stays.
+    Suspects are the segments without representations from `ids` upwards. All other segments stay, and so do suspects
+    with a child that is not a suspect, or that stays.
     """
     edges = connection.execute(_SUSPECTS_AND_CHILDREN, {"ids": ids}).all()
     suspects = {suspect for suspect, _ in edges}

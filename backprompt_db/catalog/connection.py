@@ -1,13 +1,12 @@
-"""Short connections to one SQLite file, and the one place where its errors become `CatalogError`.
+"""Short connections to the catalog's file, and the one place where errors of SQLite become `CatalogError`.
 
-Each operation opens a connection and closes it again (some 0.3 ms). A pool would save that, at the price of connections
-that must not be shared between threads and may not exist at all when the process forks: SQLite keeps the locks that a
-process holds in that process's memory, and a child would inherit the belief without the locks.
+Each operation opens a connection and closes it again, which takes some 0.3 ms. A pool would save that time. But its
+connections must not be shared between threads, and none may be open when the process forks: SQLite keeps the locks that
+a process holds in the memory of that process, and the child would believe that it has them too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -25,7 +24,6 @@ from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
 
 BUSY_TIMEOUT_SECONDS = 30.0
 """How long an operation waits for another process to finish writing."""
@@ -61,10 +59,10 @@ _PRAGMAS = (
     "PRAGMA foreign_keys = ON",
     "PRAGMA secure_delete = ON",
 )
-"""What is deleted is overwritten with zeros: texts that were purged must not stay in free pages.
+"""`secure_delete` overwrites what is deleted with zeros: texts that were purged must not stay in free pages.
 
-FULL would sync twice as often, to be safe from a power cut at one moment where NORMAL is not on some filesystems; the
-file can be rebuilt. A process that is killed costs nothing with either.
+`synchronous = FULL` would sync twice as often. On some filesystems it protects from a power cut at one moment where
+NORMAL does not; but the file can be rebuilt. A process that is killed does no harm with either of them.
 """
 
 
@@ -94,8 +92,8 @@ def _hint(cause: BaseException) -> str:
     return _OTHER
 
 
-class Connections:
-    """Opens a connection to an existing catalog file for each operation; safe to use from any thread."""
+class CatalogFile:
+    """An existing SQLite file, to which every operation opens a connection of its own. Safe to use from any thread."""
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
         self._path = path
@@ -106,13 +104,13 @@ class Connections:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a connection in one consistent read."""
+        """Yield a connection whose reads all see the file as it was at one moment."""
         with self._operation(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """Yield a connection in one write, of which everything is committed or, after an error, nothing."""
+        """Yield a connection whose changes are all committed at the end or, after an error, none of them."""
         with self._operation(), self._engine.execution_options(begin="BEGIN IMMEDIATE").begin() as connection:
             yield connection
 
@@ -122,7 +120,7 @@ class Connections:
             connection.execute("VACUUM")
 
     def close(self) -> None:
-        """Refuse all further operations."""
+        """Refuse all further operations. Nothing is lost: each of them has committed when it returned."""
         self._is_closed = True
 
     @contextmanager
@@ -163,9 +161,10 @@ _MAX_FLAWS = 10
 
 
 def catalog_flaws(path: Path) -> list[str]:
-    """Return what SQLite finds wrong with the catalog at `path`, at most 10 lines; none for a whole one."""
+    """Return what SQLite finds wrong with the catalog at `path`, at most 10 lines of each check."""
     try:
-        with contextlib.closing(_connect(path)) as connection:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
             damage = [str(line) for (line,) in connection.execute(f"PRAGMA integrity_check({_MAX_FLAWS})")]
             dangling = connection.execute("PRAGMA foreign_key_check").fetchmany(_MAX_FLAWS)
     except sqlite3.Error as error:
@@ -174,7 +173,3 @@ def catalog_flaws(path: Path) -> list[str]:
     return flaws + [
         f"a row of {table} refers to a row of {target} that is not there" for table, _, target, _ in dangling
     ]
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_TIMEOUT_SECONDS)

@@ -1,4 +1,4 @@
-"""What happened to a database, over all processes: counts, events, evictions. Plain functions on a transaction."""
+"""What happened to a database, over all processes: counts, events, evictions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection, Integer, delete, literal_column, select
 from sqlalchemy.dialects.sqlite import insert
 
+from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import Event
 from backprompt_db.catalog.schema import Count, EventRow, Eviction
@@ -18,47 +19,68 @@ if TYPE_CHECKING:
     from backprompt_db.prompt.ids import Address
 
 MAX_EVENTS = 1_000
+"""How many events are kept: the newest."""
+
 MAX_EVICTIONS = 100_000
-"""How many are kept: the newest."""
+"""How many evictions are kept: the newest."""
 
 
-def count(connection: Connection, increments: Mapping[str, float]) -> None:
-    """Add to counts; one that is not there begins at 0."""
-    rows = [{"name": name, "value": float(more)} for name, more in increments.items() if more and math.isfinite(more)]
-    if rows:
-        connection.execute(_COUNT, rows)
+class Events(CatalogFile):
+    """The part of a catalog that remembers what happened."""
+
+    def count(self, increments: Mapping[str, float]) -> None:
+        """Add to counts that all processes share; one that is not there begins at 0."""
+        rows = [
+            {"name": name, "value": float(more)} for name, more in increments.items() if more and math.isfinite(more)
+        ]
+        if rows:
+            with self.writing() as connection:
+                connection.execute(_COUNT, rows)
+
+    def counts(self) -> dict[str, float]:
+        """Return all counts, by name."""
+        with self.reading() as connection:
+            found = connection.execute(select(Count.name, Count.value).order_by(Count.name))
+            return {row.name: row.value for row in found}
+
+    def log(self, new: Sequence[Event]) -> None:
+        """Enter events; the newest thousand are kept."""
+        if new:
+            with self.writing() as connection:
+                rows = [{**event._asdict(), "detail": _storable(event.detail)} for event in new]
+                connection.execute(insert(EventRow), rows)
+                last = select(EventRow.id).order_by(EventRow.id.desc()).offset(MAX_EVENTS).limit(1).scalar_subquery()
+                connection.execute(delete(EventRow).where(EventRow.id <= last))
+
+    def events(self, *, limit: int = 20) -> list[Event]:
+        """Return the newest events, the last one first."""
+        newest = select(EventRow.at, EventRow.kind, EventRow.address, EventRow.detail).order_by(EventRow.id.desc())
+        with self.reading() as connection:
+            return [Event(*found) for found in connection.execute(newest.limit(limit))]
+
+    def evictions(self, addresses: Iterable[Address]) -> dict[Address, float]:
+        """Return when something of representations was evicted the last time, for those of which that is known."""
+        chosen = select(Eviction.address, Eviction.at)
+        with self.reading() as connection:
+            found = (connection.execute(chosen.where(Eviction.address.in_(some))) for some in chunks(addresses))
+            return {row.address: row.at for rows in found for row in rows}
+
+    def evicted_at(self, address: Address) -> float | None:
+        """Return when something of one representation was evicted the last time, `None` if that is not known."""
+        return self.evictions([address]).get(address)
 
 
 _NEW = insert(Count)
 _COUNT = _NEW.on_conflict_do_update(index_elements=["name"], set_={"value": Count.value + _NEW.excluded.value})
 
 
-def counts(connection: Connection) -> dict[str, float]:
-    """Return all counts."""
-    found = connection.execute(select(Count.name, Count.value).order_by(Count.name))
-    return {row.name: row.value for row in found}
-
-
-def log(connection: Connection, events: Sequence[Event]) -> None:
-    """Enter events and forget all but the newest."""
-    connection.execute(insert(EventRow), [{**event._asdict(), "detail": _storable(event.detail)} for event in events])
-    newest = select(EventRow.id).order_by(EventRow.id.desc()).offset(MAX_EVENTS).limit(1).scalar_subquery()
-    connection.execute(delete(EventRow).where(EventRow.id <= newest))
-
-
 def _storable(detail: str) -> str:
-    # A message may name a file whose name is no UTF-8.
+    # A message may contain the name of a file, which need not be UTF-8.
     return detail.encode(errors="backslashreplace").decode()
 
 
-def events(connection: Connection, *, limit: int) -> list[Event]:
-    """Return the newest events, the last one first."""
-    columns = (EventRow.at, EventRow.kind, EventRow.address, EventRow.detail)
-    return [Event(*found) for found in connection.execute(select(*columns).order_by(EventRow.id.desc()).limit(limit))]
-
-
 def remember_evictions(connection: Connection, addresses: Iterable[Address], *, at: float) -> None:
-    """Enter when representations were evicted and forget all but the newest evictions."""
+    """Enter when representations were evicted; only the newest evictions are kept."""
     new = insert(Eviction)
     upsert = new.on_conflict_do_update(index_elements=["address"], set_={"at": new.excluded.at})
     connection.execute(upsert, [{"address": address, "at": at} for address in addresses])
@@ -70,15 +92,8 @@ def remember_evictions(connection: Connection, addresses: Iterable[Address], *, 
 _ROW_ID = literal_column("evictions.rowid", Integer)
 
 
-def evictions(connection: Connection, addresses: Iterable[Address]) -> dict[Address, float]:
-    """Return when something of representations was evicted the last time, as far as that is known."""
-    chosen = select(Eviction.address, Eviction.at)
-    found = (connection.execute(chosen.where(Eviction.address.in_(some))) for some in chunks(addresses))
-    return {row.address: row.at for rows in found for row in rows}
-
-
-def forget_evictions(connection: Connection, addresses: Iterable[Address]) -> None:
-    """Remove every trace of representations: their evictions and the events about them."""
+def forget_events(connection: Connection, addresses: Iterable[Address]) -> None:
+    """Remove the evictions of representations, and the events about them."""
     for some in chunks(addresses):
         connection.execute(delete(Eviction).where(Eviction.address.in_(some)))
         connection.execute(delete(EventRow).where(EventRow.address.in_(some)))

@@ -1,4 +1,4 @@
-"""Which revision of the schema a catalog has, and how it gets to the newest one."""
+"""Which revision of the schema a catalog has, and how it is brought to the newest one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backprompt_db.catalog.connection import OPERATION, Connections, catalog_errors
+from backprompt_db.catalog.connection import OPERATION, CatalogFile, catalog_errors
 from backprompt_db.errors import CatalogError, CatalogTooNew
 from backprompt_db.system.locks import file_lock
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 HEAD = "0004"
-"""The newest revision in `migrations/versions`. Revisions are numbers of four digits, so their order is their age."""
+"""The newest revision in `migrations/versions`. Revisions are numbers of four digits; a newer one is greater."""
 
 LOCK_TIMEOUT_SECONDS = 60.0
 """How long to wait for another process that is creating or upgrading the same catalog."""
 
 
 def revision(connection: Connection) -> str | None:
-    """Return the schema's revision, `None` for an empty file.
+    """Return the revision of the schema; `None` for an empty file.
 
-    Raises `CatalogError` for an SQLite file that is something else.
+    Raises `CatalogError` for an SQLite file that is not a catalog.
     """
     tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars().all()
     if "alembic_version" in tables:
@@ -48,25 +48,26 @@ def is_current(connection: Connection) -> bool:
     return found == HEAD
 
 
-def is_current_at(path: Path, connections: Connections) -> bool:
-    """Return whether there is a catalog at `path` whose schema is the newest one; raise what `is_current` raises."""
+def is_current_at(path: Path, file: CatalogFile) -> bool:
+    """Return whether there is a file at `path`, and its schema is the newest one; raise what `is_current` raises."""
     with catalog_errors(path):
         if not path.exists():
             return False
-    with connections.reading() as connection:
+    with file.reading() as connection:
         return is_current(connection)
 
 
 def upgrade(path: Path, *, mode: int) -> None:
     """Create the catalog at `path` with permissions `mode`, or bring its schema to the newest revision.
 
-    Any number of processes and threads may do so at once: one of them does the work and the others find it done.
+    Any number of processes and threads may call this at once: one of them does the work, the others find it done.
     """
     lock = file_lock(path.with_name(f"{path.name}.lock"), mode=mode, timeout_seconds=LOCK_TIMEOUT_SECONDS)
     # Alembic's `context` and `op` are global: threads must take turns even with different files.
     with OPERATION, catalog_errors(path):
+        # Before the lock: taking it would create a missing directory, with the permissions that the umask leaves.
         _create(path, mode=mode)
-        with lock, Connections(path).writing() as connection:
+        with lock, CatalogFile(path).writing() as connection:
             if not is_current(connection):
                 _run_migrations(connection)
 
@@ -79,7 +80,7 @@ def _create(path: Path, *, mode: int) -> None:
     try:
         os.fchmod(descriptor, mode)
     finally:
-        # This drops every lock that the process has on the file, and on a file this new there is none.
+        # Closing drops every lock that the process has on the file; on a new file it has none.
         os.close(descriptor)
 
 
@@ -100,7 +101,7 @@ def _run_migrations(connection: Connection) -> None:
 
 
 def _environment() -> Path:
-    """Return the Alembic environment: inside an installed package, at the top of a source checkout."""
+    """Return the directory of the Alembic environment: in an installed package, or at the top of a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"

@@ -1,4 +1,4 @@
-"""What is known of models, tokenizers, model files, long strings and prompts: plain functions on a transaction."""
+"""What is known of models, tokenizers, model files, long strings and prompts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Delete, bindparam, delete, exists, select
+from sqlalchemy.dialects.sqlite import insert
 
-from backprompt_db.catalog.changes import replace
+from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
 from backprompt_db.catalog.schema import (
@@ -22,7 +23,7 @@ from backprompt_db.catalog.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from backprompt_db.prompt.ids import Address, TokenizerId, WeightsId
 
@@ -41,61 +42,78 @@ _MAX_TOKEN_ID = 2**32
 _PATHS = select(GreedyPathRow.address, GreedyPathRow.token_ids, GreedyPathRow.signature)
 
 
-def save(connection: Connection, record: Known) -> None:
-    """Write what is known of something, over what was known of it before."""
-    replace(connection, _TABLES[type(record)], asdict(record))
+class Models(CatalogFile):
+    """The part of a catalog that remembers what was found out about models, and about prompts under them."""
+
+    def save(self, *records: Known) -> None:
+        """Save what is known of something, all records or none, over what was known before."""
+        with self.writing() as connection:
+            for record in records:
+                _replace(connection, _TABLES[type(record)], asdict(record))
+
+    def model(self, weights_id: WeightsId) -> ModelRecord | None:
+        """Return one model, `None` if it is unknown.
+
+        A model that was never saved, but has representations, is `"unchecked"` and has the name `""`.
+        """
+        with self.reading() as connection:
+            found = connection.execute(_MODELS.where(Model.weights_id == weights_id)).mappings().one_or_none()
+            return None if found is None else ModelRecord(**found)
+
+    def models(self) -> list[ModelRecord]:
+        """Return all models, by name."""
+        with self.reading() as connection:
+            found = connection.execute(_MODELS.order_by(Model.name, Model.weights_id)).mappings()
+            return [ModelRecord(**values) for values in found]
+
+    def tokenizers(self) -> list[TokenizerRecord]:
+        """Return all tokenizers, by name; one that was never saved has the name `""`."""
+        with self.reading() as connection:
+            return [TokenizerRecord(**values) for values in connection.execute(_TOKENIZERS).mappings()]
+
+    def definition(self, tokenizer_id: TokenizerId) -> bytes | None:
+        """Return a tokenizer's definition as it was saved, unchecked; `None` if none was."""
+        found = select(Tokenizer.definition).where(Tokenizer.tokenizer_id == tokenizer_id)
+        with self.reading() as connection:
+            return connection.execute(found).scalar_one_or_none()
+
+    def has_definition(self, tokenizer_id: TokenizerId) -> bool:
+        """Whether a tokenizer's definition was saved, or that it has none."""
+        found = exists().where(Tokenizer.tokenizer_id == tokenizer_id, Tokenizer.definition.is_not(None))
+        with self.reading() as connection:
+            return bool(connection.execute(select(found)).scalar_one())
+
+    def source(self, key: bytes) -> Source | None:
+        """Return the ids of unchanged files, `None` if they are unknown."""
+        with self.reading() as connection:
+            found = connection.execute(_SOURCES.where(SourceFiles.key == key)).mappings().one_or_none()
+            return None if found is None else Source(**found)
+
+    def cuts(self, key: bytes) -> CutsRecord | None:
+        """Return where a long string is cut, `None` if that is unknown."""
+        with self.reading() as connection:
+            found = connection.execute(_CUTS.where(Cuts.key == key)).one_or_none()
+            return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
+
+    def greedy_paths(self, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
+        """Return how models go on after prompts that end with these representations, as far as that is known."""
+        with self.reading() as connection:
+            found = (connection.execute(_PATHS.where(GreedyPathRow.address.in_(some))) for some in chunks(addresses))
+            return {
+                row.address: GreedyPath(row.address, tuple(row.token_ids), row.signature)
+                for rows in found
+                for row in rows
+                if _are_tokens(row.token_ids)
+            }
 
 
-def model(connection: Connection, weights_id: WeightsId) -> ModelRecord | None:
-    """Return one model, `None` if it is unknown."""
-    found = connection.execute(_MODELS.where(Model.weights_id == weights_id)).mappings().one_or_none()
-    return None if found is None else ModelRecord(**found)
-
-
-def models(connection: Connection) -> list[ModelRecord]:
-    """Return all models, by name."""
-    found = connection.execute(_MODELS.order_by(Model.name, Model.weights_id)).mappings()
-    return [ModelRecord(**values) for values in found]
-
-
-def tokenizers(connection: Connection) -> list[TokenizerRecord]:
-    """Return all tokenizers, by name."""
-    return [TokenizerRecord(**values) for values in connection.execute(_TOKENIZERS).mappings()]
-
-
-def definition(connection: Connection, tokenizer_id: TokenizerId) -> bytes | None:
-    """Return a tokenizer's definition as it was saved; `None` if none was."""
-    found = select(Tokenizer.definition).where(Tokenizer.tokenizer_id == tokenizer_id)
-    return connection.execute(found).scalar_one_or_none()
-
-
-def has_definition(connection: Connection, tokenizer_id: TokenizerId) -> bool:
-    """Whether a tokenizer's definition, or that there is none, was saved."""
-    found = exists().where(Tokenizer.tokenizer_id == tokenizer_id, Tokenizer.definition.is_not(None))
-    return bool(connection.execute(select(found)).scalar_one())
-
-
-def source(connection: Connection, key: bytes) -> Source | None:
-    """Return the ids of unchanged files, `None` if they are unknown."""
-    found = connection.execute(_SOURCES.where(SourceFiles.key == key)).mappings().one_or_none()
-    return None if found is None else Source(**found)
-
-
-def cuts(connection: Connection, key: bytes) -> CutsRecord | None:
-    """Return where a long string is cut, `None` if that is unknown."""
-    found = connection.execute(_CUTS.where(Cuts.key == key)).one_or_none()
-    return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
-
-
-def greedy_paths(connection: Connection, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
-    """Return how models go on after prompts that end with these representations, as far as that is known."""
-    found = (connection.execute(_PATHS.where(GreedyPathRow.address.in_(some))) for some in chunks(addresses))
-    return {
-        row.address: GreedyPath(row.address, tuple(row.token_ids), row.signature)
-        for rows in found
-        for row in rows
-        if _are_tokens(row.token_ids)
-    }
+def _replace(connection: Connection, table: type[Base], values: Mapping[str, object]) -> None:
+    """Write one row, over the one with the same primary key if there is one."""
+    new = insert(table).values(values)
+    key = [column.name for column in table.__table__.primary_key]
+    connection.execute(
+        new.on_conflict_do_update(index_elements=key, set_={name: new.excluded[name] for name in values})
+    )
 
 
 def _are_tokens(found: object) -> bool:
@@ -103,9 +121,9 @@ def _are_tokens(found: object) -> bool:
 
 
 def forget_greedy_paths(connection: Connection, addresses: Iterable[Address]) -> None:
-    """Remove how models go on after prompts with these in them, and after those of which nothing is listed.
+    """Remove the greedy paths of representations, of all that these follow, and of prompts that are not listed.
 
-    What goes on from a prompt that stays may be in its path: it was followed as far as it agrees with what was there.
+    The path of a prompt that stays may contain what goes: it was followed as far as it agreed with what was there.
     """
     for some in chunks(addresses):
         connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.in_(some)))

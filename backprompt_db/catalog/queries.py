@@ -1,8 +1,7 @@
-"""What is read from the catalog: plain functions on an open read transaction."""
+"""What is read from the catalog about representations: rows in some order, and sums over them."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import (
@@ -20,27 +19,27 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import InstrumentedAttribute
 
-from backprompt_db.catalog import graph
-from backprompt_db.catalog.records import GroupTotals, Order, Row, Totals
+from backprompt_db.catalog.connection import CatalogFile
+from backprompt_db.catalog.graph import chunks, rebuilt
+from backprompt_db.catalog.records import GroupTotals, Order, Row, Selection, Totals
 from backprompt_db.catalog.schema import (
     ALL_NBYTES,
     NBYTES,
     USED_AT,
     Model,
     Namespace,
-    Parent,
     Representation,
     Segment,
     Sums,
 )
-from backprompt_db.errors import PromptError
-from backprompt_db.prompt.ids import ID_NBYTES, Address, SegmentId, TokenizerId, WeightsId
+from backprompt_db.catalog.selection import conditions, conditions_but_searches, id_range, searched_segments
+from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from backprompt_db.prompt import segments
     from backprompt_db.prompt.representation import Part
+    from backprompt_db.prompt.segments import Segment as PromptSegment
 
 _Group = TypeVar("_Group")
 
@@ -51,31 +50,151 @@ MAX_NAMESAKES = 300
 """How many segments with the same text are looked at: the newest."""
 
 _NUM_TIMED = 1_000
-"""The seconds per token of a model are those of so many of its representations: the newest."""
+"""Over how many representations of a model the seconds per token are averaged: the newest."""
 
-# Rows of one transaction have the same time; their row ids keep the order in which they were recorded.
+_KEYS_PER_PAGE = 5_000
+_ROWS_PER_PAGE = 1_000
+
+# What one transaction records has one time; row ids keep its order.
 _AGE: tuple[SQLColumnExpression[float], ...] = (Representation.created_at, literal_column("representations.rowid"))
 _NEWEST = [column.desc() for column in _AGE]
+_NEWEST_SEGMENT = literal_column("segments.rowid", Integer).desc()
 
 
-def totals(connection: Connection, *, namespace: str | None = None) -> Totals:
-    """Sum over all representations, or over those of a namespace."""
-    sums, segments = _TOTALS, select(_sum(Namespace.num_segments))
-    if namespace is not None:
-        sums = sums.where(Sums.namespace == namespace)
-        segments = segments.where(Namespace.name == namespace)
-    values = dict(connection.execute(sums).mappings().one())
-    nbytes = {part: values.pop(column.key) for part, column in NBYTES.items()}
-    return Totals(**values, num_segments=connection.execute(segments).scalar_one(), nbytes=nbytes)
+class Queries(CatalogFile):
+    """The part of a catalog that lists representations and sums them up."""
 
+    def totals(self, *, namespace: str | None = None) -> Totals:
+        """Return the sums over all representations, or over those of a namespace."""
+        sums, segments = _TOTALS, select(_sum(Namespace.num_segments))
+        if namespace is not None:
+            sums = sums.where(Sums.namespace == namespace)
+            segments = segments.where(Namespace.name == namespace)
+        with self.reading() as connection:
+            values = dict(connection.execute(sums).mappings().one())
+            num_segments = connection.execute(segments).scalar_one()
+        nbytes = {part: values.pop(column.key) for part, column in NBYTES.items()}
+        return Totals(**values, num_segments=num_segments, nbytes=nbytes)
 
-def totals_by(connection: Connection, column: InstrumentedAttribute[_Group]) -> dict[_Group, GroupTotals]:
-    """Sum over the representations of each model, or of each namespace: one of the columns that sums are kept by."""
-    sums = select(column, *(_sum(each) for each in (Sums.num_representations, *_NBYTES))).group_by(column)
-    return {
-        group: GroupTotals(count, dict(zip(NBYTES, nbytes, strict=True)))
-        for group, count, *nbytes in connection.execute(sums)
-    }
+    def totals_by_model(self) -> dict[WeightsId, GroupTotals]:
+        """Return the sums of each model that has representations."""
+        return self._totals_by(Sums.weights_id)
+
+    def totals_by_namespace(self) -> dict[str, GroupTotals]:
+        """Return the sums of each namespace that has representations."""
+        return self._totals_by(Sums.namespace)
+
+    def _totals_by(self, column: InstrumentedAttribute[_Group]) -> dict[_Group, GroupTotals]:
+        sums = select(column, *(_sum(each) for each in (Sums.num_representations, *_NBYTES))).group_by(column)
+        with self.reading() as connection:
+            return {
+                group: GroupTotals(count, dict(zip(NBYTES, nbytes, strict=True)))
+                for group, count, *nbytes in connection.execute(sums)
+            }
+
+    def rows(
+        self, *, limit: int | None = None, order: Order = Order.NEWEST, selection: Selection | None = None
+    ) -> list[Row]:
+        """Return the first representations in an order; `selection` restricts them and raises what `select` raises."""
+        first = [column.asc() for column in _AGE] if order is Order.OLDEST else [*_LARGEST[order], *_NEWEST]
+        with self.reading() as connection:
+            among = conditions(connection, selection or Selection())
+            return _rows(connection, _ROWS.where(*among).order_by(*first).limit(limit))
+
+    def find(self, prefix: str) -> list[Row]:
+        """Return the newest 50 representations whose address or segment id begins with the hex digits `prefix`.
+
+        Raises `PromptError` when `prefix` is not 1 to 64 hex digits.
+        """
+        low, high = id_range(prefix)
+        lies_between = or_(Representation.address.between(low, high), Representation.segment_id.between(low, high))
+        with self.reading() as connection:
+            return _rows(connection, _ROWS.where(lies_between).order_by(*_NEWEST).limit(MAX_FOUND))
+
+    def select(self, selection: Selection) -> Iterator[Row]:
+        """Iterate over the selected representations, a page at a time, without a lock between two pages.
+
+        They come by address. When a text's prefix or a search selects them, they come by segment, and the ids of these
+        segments are in memory; nothing else grows with their number. What is recorded or forgotten meanwhile may appear
+        or not.
+
+        Raises `PromptError` for a prefix that is not hex digits and for a model that the catalog does not know, and
+        `InvalidText` for strings that have no UTF-8.
+        """
+        with self.reading() as connection:
+            among = conditions_but_searches(connection, selection)
+            ids = searched_segments(connection, selection)
+        return self._rows_by_address(among) if ids is None else self._rows_by_segment(ids, among)
+
+    def of_segments(self, ids: Iterable[SegmentId]) -> Iterator[Row]:
+        """Iterate over all representations of segments, as `select` does."""
+        return self._rows_by_segment(set(ids), [])
+
+    def _rows_by_address(self, among: Sequence[ColumnElement[bool]]) -> Iterator[Row]:
+        last = Address(b"")
+        while True:
+            following = _ROWS.where(Representation.address > last, *among).order_by(Representation.address)
+            with self.reading() as connection:
+                page = _rows(connection, following.limit(_ROWS_PER_PAGE))
+            yield from page
+            if len(page) < _ROWS_PER_PAGE:
+                return
+            last = page[-1].address
+
+    def _rows_by_segment(self, ids: Iterable[SegmentId], among: Sequence[ColumnElement[bool]]) -> Iterator[Row]:
+        for some in chunks(sorted(ids)):
+            with self.reading() as connection:
+                page = _rows(connection, _ROWS.where(Representation.segment_id.in_(some), *among))
+            yield from page
+
+    def keys(self) -> Iterator[tuple[Address, Part]]:
+        """Iterate over every part that the catalog believes to be in the store, by address.
+
+        No lock is held between two of them: parts that are recorded or forgotten meanwhile may appear or not.
+        """
+        last = Address(b"")
+        by_address = select(Representation.address, *NBYTES.values()).order_by(Representation.address)
+        while True:
+            with self.reading() as connection:
+                page = by_address.where(Representation.address > last).limit(_KEYS_PER_PAGE)
+                found = connection.execute(page).all()
+            for address, *sizes in found:
+                yield from ((address, part) for part, size in zip(NBYTES, sizes, strict=True) if size is not None)
+            if not found:
+                return
+            last = found[-1].address
+
+    def namesakes(
+        self, strings: Iterable[str], ids: tuple[WeightsId, TokenizerId], among: Sequence[PromptSegment]
+    ) -> dict[PromptSegment, bool]:
+        """Return the newest segments with one of these texts, rebuilt, and whether these ids have them represented.
+
+        At most 300 of each text. The namespace, and the order of parallel branches, are those of the segments `among`.
+        Looks at every text.
+        """
+        place = func.row_number().over(partition_by=Segment.text, order_by=_NEWEST_SEGMENT).label("place")
+        has_text = Segment.text.in_(set(strings)) & (Segment.namespace == among[0].namespace)
+        known = select(Segment.id, place).where(has_text).subquery()
+        is_represented = exists().where(
+            Representation.segment_id == known.c.id,
+            Representation.weights_id == ids[0],
+            Representation.tokenizer_id == ids[1],
+        )
+        # Asked only about the newest: for a text that thousands of prompts have, it would take longer than all else.
+        newest = select(known.c.id, is_represented).where(known.c.place <= MAX_NAMESAKES)
+        with self.reading() as connection:
+            found = {segment_id: bool(is_own) for segment_id, is_own in connection.execute(newest)}
+            segments = rebuilt(connection, found, order=[segment.id for segment in among])
+        return {segments[segment_id]: is_own for segment_id, is_own in found.items()}
+
+    def seconds_per_token(self, weights_id: WeightsId) -> float | None:
+        """Return what computing a token took lately under one model; None where nothing was recorded."""
+        newest = select(Representation.compute_seconds, Representation.num_tokens).order_by(_AGE[0].desc())
+        timed = newest.where(Representation.weights_id == weights_id).limit(_NUM_TIMED).subquery()
+        with self.reading() as connection:
+            total = select(func.total(timed.c.compute_seconds), func.total(timed.c.num_tokens))
+            seconds, num_tokens = connection.execute(total).one()
+        return seconds / num_tokens if num_tokens else None
 
 
 def _sum(column: InstrumentedAttribute[int]) -> ColumnElement[int]:
@@ -90,14 +209,6 @@ _TOTALS = select(
 )
 
 
-def rows(
-    connection: Connection, *, limit: int | None, order: Order, among: Iterable[ColumnElement[bool]] = ()
-) -> list[Row]:
-    """Return the first representations in an order of which all is true."""
-    first = [column.asc() for column in _AGE] if order is Order.OLDEST else [*_LARGEST[order], *_NEWEST]
-    return _rows(connection, _ROWS.where(*among).order_by(*first).limit(limit))
-
-
 _LARGEST: dict[Order, list[ColumnElement[Any]]] = {
     Order.NEWEST: [],
     Order.SIZE: [ALL_NBYTES.desc()],
@@ -105,42 +216,6 @@ _LARGEST: dict[Order, list[ColumnElement[Any]]] = {
     Order.USED: [USED_AT.desc()],
     Order.SECONDS: [Representation.compute_seconds.desc()],
 }
-
-
-def page_of_rows(
-    connection: Connection, among: Iterable[ColumnElement[bool]], *, after: Address, num_rows: int
-) -> list[Row]:
-    """Return the next representations after an address of which all is true, by address."""
-    page = _ROWS.where(Representation.address > after, *among).order_by(Representation.address).limit(num_rows)
-    return _rows(connection, page)
-
-
-def rows_of_segments(
-    connection: Connection, ids: Iterable[SegmentId], among: Iterable[ColumnElement[bool]]
-) -> list[Row]:
-    """Return the representations of segments of which all is true."""
-    return _rows(connection, _ROWS.where(Representation.segment_id.in_(ids), *among))
-
-
-def find(connection: Connection, low: bytes, high: bytes) -> list[Row]:
-    """Return the newest representations whose address or segment id lies in `[low, high]`."""
-    lies_between = or_(Representation.address.between(low, high), Representation.segment_id.between(low, high))
-    return _rows(connection, _ROWS.where(lies_between).order_by(*_NEWEST).limit(MAX_FOUND))
-
-
-def id_range(prefix: str) -> tuple[bytes, bytes]:
-    """Return the smallest and the largest id that begin with the hex digits `prefix`.
-
-    Raises `PromptError` for anything else than hex digits, or too many of them.
-    """
-    num_digits = 2 * ID_NBYTES
-    if not re.fullmatch(rf"[0-9a-fA-F]{{1,{num_digits}}}", prefix):
-        raise PromptError(
-            f"{prefix!r} does not begin an address or a segment id",
-            hint=f"Give 1 to {num_digits} hex digits, as listings show them.",
-        )
-    return bytes.fromhex(prefix.ljust(num_digits, "0")), bytes.fromhex(prefix.ljust(num_digits, "f"))
-
 
 _ROWS = (
     select(*(column for column in Representation.__table__.columns if column.key != "num_kv_children"))
@@ -164,64 +239,3 @@ _SIZES = [(part, column.key) for part, column in NBYTES.items()]
 def _row(values: dict[str, Any]) -> Row:
     sizes = [(part, values.pop(name)) for part, name in _SIZES]
     return Row(**values, nbytes={part: size for part, size in sizes if size is not None})
-
-
-def parents(connection: Connection, segment_id: SegmentId) -> tuple[SegmentId, ...]:
-    """Return the ids of a segment's direct parents, ascending."""
-    found = select(Parent.parent_id).where(Parent.segment_id == segment_id).order_by(Parent.parent_id)
-    return tuple(connection.execute(found).scalars())
-
-
-def children(connection: Connection, segment_id: SegmentId) -> tuple[SegmentId, ...]:
-    """Return the ids of the segments that directly follow a segment, ascending."""
-    found = select(Parent.segment_id).where(Parent.parent_id == segment_id).order_by(Parent.segment_id)
-    return tuple(connection.execute(found).scalars())
-
-
-def page_of_keys(connection: Connection, *, after: Address, num_rows: int) -> list[tuple[Address, list[Part]]]:
-    """Return the parts of the next representations after an address, in the order of their addresses."""
-    page = select(Representation.address, *NBYTES.values()).where(Representation.address > after)
-    found = connection.execute(page.order_by(Representation.address).limit(num_rows))
-    return [
-        (address, [part for part, size in zip(NBYTES, sizes, strict=True) if size is not None])
-        for address, *sizes in found
-    ]
-
-
-def namesakes(
-    connection: Connection,
-    strings: Iterable[str],
-    ids: tuple[WeightsId, TokenizerId],
-    among: Sequence[segments.Segment],
-) -> dict[segments.Segment, bool]:
-    """Return the newest segments whose text is one of `strings`, 300 of each, with all that they follow.
-
-    And whether they have a representation under the model and the tokenizer that have these ids. The namespace, and the
-    order of parallel branches, are those of the segments `among`. Looks at every text.
-    """
-    newest_first = literal_column("segments.rowid", Integer).desc()
-    place = func.row_number().over(partition_by=Segment.text, order_by=newest_first).label("place")
-    known = (
-        select(Segment.id, place)
-        .where(Segment.text.in_(set(strings)), Segment.namespace == among[0].namespace)
-        .subquery()
-    )
-    is_represented = exists().where(
-        Representation.segment_id == known.c.id,
-        Representation.weights_id == ids[0],
-        Representation.tokenizer_id == ids[1],
-    )
-    # Asked only of those that are left: of a text that thousands of prompts have it would take longer than the rest.
-    newest = connection.execute(select(known.c.id, is_represented).where(known.c.place <= MAX_NAMESAKES))
-    found = {segment_id: bool(is_own) for segment_id, is_own in newest}
-    placed = graph.placed(connection, found, order=[segment.id for segment in among])
-    return {placed[segment_id]: is_own for segment_id, is_own in found.items()}
-
-
-def seconds_per_token(connection: Connection, weights_id: WeightsId) -> float | None:
-    """Return what computing a token took lately under one model; None where nothing was recorded."""
-    newest = select(Representation.compute_seconds, Representation.num_tokens).order_by(_AGE[0].desc())
-    timed = newest.where(Representation.weights_id == weights_id).limit(_NUM_TIMED).subquery()
-    total = select(func.total(timed.c.compute_seconds), func.total(timed.c.num_tokens))
-    seconds, num_tokens = connection.execute(total).one()
-    return seconds / num_tokens if num_tokens else None

@@ -43,7 +43,7 @@ class ModelRecord:
     checked_with: str | None
     """The library versions and the attention implementation that the check ran with."""
     signature: bytes | None = None
-    """In a database with a secret, a keyed digest of all the rest."""
+    """In a database with a secret, a keyed digest of all other fields."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class TokenizerRecord:
     kind: str
     vocab_size: int
     definition: bytes | None = None
-    """What its id is the digest of, compressed by zlib; empty if that is not kept, `None` while nobody has saved it."""
+    """The text whose digest is the id, compressed by zlib; empty if it is not kept, `None` until somebody saves it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,10 @@ class CutsRecord:
 
 @dataclass(frozen=True, slots=True)
 class GreedyPath:
-    """The tokens that a model goes on with after a prompt, the likeliest each time, as far as they are known."""
+    """The tokens that a model goes on with after a prompt, as far as they are known: each time the likeliest one."""
 
     address: Address
-    """Of the representation that the prompt ends with."""
+    """The address of the representation that the prompt ends with."""
     token_ids: tuple[int, ...]
     signature: bytes | None = None
 
@@ -83,7 +83,7 @@ class Source:
     """The ids of a model whose files have not changed, so that they need not be digested again."""
 
     key: bytes
-    """32-byte digest of what tells that the files are unchanged."""
+    """32-byte digest of what shows that the files have not changed."""
     name: str
     weights_id: WeightsId
     tokenizer_id: TokenizerId
@@ -120,72 +120,77 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which representations are meant: those for which all that is given is true."""
+    """Which representations are meant: those that meet all conditions that are given."""
 
     text_prefix: str | None = None
-    """What prompts, joined from their first segment, begin with: the segment in which it ends, and all that follow.
+    """What a prompt begins with, joined from its first segment. Means the segment where it ends, and all that follow.
 
-    A segment after one of which the catalog does not know the text is not meant.
+    A segment is not meant if the catalog lacks the text of one before it.
     """
     text_contains: str | None = None
-    """What the text of the segment itself contains, in this very case; not what only several joined contain."""
+    """What the text of the segment itself contains, with this upper and lower case; not across two segments."""
     text_matches: str | None = None
     """What the text of the segment itself contains, whatever the case of its letters."""
     label: str | None = None
     model: str | None = None
     """A model's name, or the first hex digits of a weights id, at least 8."""
     namespace: str | None = None
-    """`""` is the default one, None means any."""
+    """`""` is the default namespace, None means any."""
     used_before: float | None = None
-    """Last used, or made if it never was, before this time."""
+    """It was last used (or made, if it was never used) before this time."""
     used_after: float | None = None
     larger_than: int | None = None
-    """Stored bytes of all parts together are more than this."""
+    """The stored bytes of all its parts together are more than this."""
     smaller_than: int | None = None
-    """Stored bytes of all parts together are fewer than this."""
+    """The stored bytes of all its parts together are fewer than this."""
     address_prefix: str | None = None
     """The first hex digits of an address."""
 
     @property
     def is_everything(self) -> bool:
-        """Whether nothing is given, or nothing but empty strings, with which every text begins."""
+        """Whether nothing is given, or only empty strings, which every text begins with and contains."""
         texts = {name: getattr(self, name) or None for name in ("text_prefix", "text_contains", "text_matches")}
         return replace(self, **texts) == Selection()
 
 
 class Order(enum.Enum):
-    """What comes first among representations; of those that are equal, the newest."""
+    """Which representations come first; among equal ones, the newest."""
 
     NEWEST = "newest"
-    """What was recorded last."""
+    """Those that were recorded last."""
     OLDEST = "oldest"
-    """What was recorded first."""
+    """Those that were recorded first."""
     SIZE = "size"
     """The most stored bytes."""
     HITS = "hits"
     """The most uses."""
     USED = "used"
-    """What was used last, or made if it never was."""
+    """Those that were used last, or made last if they were never used."""
     SECONDS = "seconds"
     """The most seconds of computation."""
 
 
-class Victim(NamedTuple):
-    """A part that may be evicted."""
+class EvictionCandidate(NamedTuple):
+    """A part that may be evicted, and what decides when."""
 
     address: Address
     part: Part
     nbytes: int
     seconds: float
-    """What computing its representation took."""
+    """How long computing its representation took."""
     used_at: float
-    """When it was last used, or made if it never was."""
+    """When it was last used, or made if it was never used."""
     reason: str
-    """`"expired"`: not used for longer than the time to live; `"value"`: the least seconds per byte, and old."""
+    """`"expired"`: not used for longer than the time to live; `"value"`: few seconds per byte, and old."""
+
+    @property
+    def key(self) -> tuple[Address, Part]:
+        """What names the part."""
+        return self.address, self.part
 
 
 class Event(NamedTuple):
-    """Something that somebody may want to know of: a failure, a quarantine."""
+    """Something that somebody may want to know about: a failure, a quarantine."""
 
     at: float
     kind: str
@@ -199,7 +204,7 @@ class GroupTotals:
 
     num_representations: int
     nbytes: dict[Part, int]
-    """Stored bytes of every part, 0 where there are none."""
+    """Stored bytes of each kind of part, 0 where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,7 @@ class Totals:
     num_models: int
     num_tokens: int
     nbytes: dict[Part, int]
-    """Stored bytes of every part, 0 where there are none."""
+    """Stored bytes of each kind of part, 0 where there are none."""
     num_hits: int
     saved_seconds: float
     """Hits times compute seconds."""

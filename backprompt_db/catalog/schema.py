@@ -32,14 +32,14 @@ _BLOBS = (Address, SegmentId, WeightsId, TokenizerId, bytes)
 
 
 class Base(DeclarativeBase):
-    """The root of all tables: ids are BLOBs, constraints have names so that later revisions can drop them."""
+    """The base class of all tables. Ids are BLOBs; constraints have names, so that later revisions can drop them."""
 
     metadata = MetaData(naming_convention=_NAMES)
     type_annotation_map: ClassVar = {**dict.fromkeys(_BLOBS, LargeBinary()), float: Float(), list[int]: JSON()}
 
 
 class Model(Base):
-    """A model, by the digest of everything about it that changes its numbers."""
+    """A model. Its id is the digest of everything about it that changes its numbers."""
 
     __tablename__ = "models"
     __table_args__ = (CheckConstraint("verdict IN ('packs', 'chains', 'refused', 'unchecked')", name="verdict"),)
@@ -62,7 +62,7 @@ class Model(Base):
 
 
 class Tokenizer(Base):
-    """A tokenizer, by the digest of everything about it that changes its tokens."""
+    """A tokenizer. Its id is the digest of everything about it that changes its tokens."""
 
     __tablename__ = "tokenizers"
 
@@ -74,7 +74,7 @@ class Tokenizer(Base):
 
 
 class Segment(Base):
-    """A piece of text in its place."""
+    """A piece of text in its place: after its parents, in a namespace."""
 
     __tablename__ = "segments"
 
@@ -85,10 +85,10 @@ class Segment(Base):
 
 
 class Parent(Base):
-    """That one segment directly follows another.
+    """One segment directly follows another.
 
-    `parent_id` is no foreign key: the parent may have been evicted, or be the synthetic parent that stands for a
-    namespace.
+    `parent_id` is not a foreign key: the parent may have been evicted, or may be the synthetic parent that stands for
+    a namespace.
     """
 
     __tablename__ = "parents"
@@ -99,7 +99,10 @@ class Parent(Base):
 
 
 class Representation(Base):
-    """A representation: what it is of, what of it is stored (a size is null where the part is not), how it is used."""
+    """A representation: what it was computed from, which parts are stored, and how it is used.
+
+    The size of a part that is not stored is null.
+    """
 
     __tablename__ = "representations"
 
@@ -119,11 +122,11 @@ class Representation(Base):
     label: Mapped[str | None]
     namespace: Mapped[str] = mapped_column(server_default=text("''"))
     num_kv_children: Mapped[int] = mapped_column(server_default=text("0"))
-    """Representations of following segments, under the same model and tokenizer, that have kv. Kept by a trigger."""
+    """How many following segments have kv under the same model and tokenizer. A trigger keeps it right."""
 
 
 class SourceFiles(Base):
-    """The ids that unchanged model files are known to have."""
+    """The ids of a model and its tokenizer, for model files that have not changed since."""
 
     __tablename__ = "sources"
 
@@ -145,7 +148,7 @@ class Cuts(Base):
 
 
 class GreedyPathRow(Base):
-    """The likeliest tokens after a prompt, one after the other. The prompt's representation need not be listed yet."""
+    """The likeliest tokens after a prompt, one after the other. The prompt's representation may not be listed yet."""
 
     __tablename__ = "greedy_paths"
 
@@ -155,7 +158,7 @@ class GreedyPathRow(Base):
 
 
 class Count(Base):
-    """Something that happened, counted over all processes since the catalog was made."""
+    """How often something happened, over all processes since the catalog was made."""
 
     __tablename__ = "counts"
 
@@ -164,7 +167,7 @@ class Count(Base):
 
 
 class EventRow(Base):
-    """Something that somebody may want to know of."""
+    """Something that somebody may want to know about: a failure, a quarantine."""
 
     __tablename__ = "events"
 
@@ -185,7 +188,7 @@ class Eviction(Base):
 
 
 class Namespace(Base):
-    """A namespace with representations, and how many segments they are of. Kept by triggers."""
+    """A namespace with representations, and the number of their segments. Triggers keep it right."""
 
     __tablename__ = "namespaces"
 
@@ -194,9 +197,9 @@ class Namespace(Base):
 
 
 class Sums(Base):
-    """Sums over the representations of one model in one namespace, where there are any. Kept by triggers.
+    """Sums over the representations of one model in one namespace. Triggers keep them right.
 
-    A row goes with its last representation, and with it whatever rounding has added to `saved_seconds`.
+    The row is deleted with its last representation, and so are the rounding errors in `saved_seconds`.
     """
 
     __tablename__ = "sums"
@@ -222,7 +225,7 @@ NBYTES = {
 ALL_NBYTES: ColumnElement[int] = sum(
     (func.coalesce(column, 0) for column in NBYTES.values()), start=literal_column("0", Integer)
 )
-"""Stored bytes of all parts of a representation."""
+"""The stored bytes of all parts of a representation together."""
 
 USED_AT: ColumnElement[float] = func.coalesce(Representation.last_used_at, Representation.created_at)
 """When a representation was last used, or made if it never was."""

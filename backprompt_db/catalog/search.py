@@ -1,13 +1,13 @@
-"""Which texts contain a string, whatever the case of its letters: plain functions on an open transaction.
+"""Which texts contain a string, whatever the case of its letters, in an open transaction.
 
-Every text is looked at (100,000 of 250 characters take 0.2 s) unless it is in the index, where that takes 10 ms. The
-index takes as long to make as some forty searches without it, and more room than the texts, so it is made only when
-somebody asks for it. Recording then notes which segments are new, and no more; they are looked at until somebody brings
-the index up to date.
+Without an index, every text is looked at: 100,000 texts of 250 characters take 0.2 s. With it, that takes 10 ms. Making
+the index takes as long as some forty searches without it, and it takes more room than the texts, so it is made only
+when somebody asks for it. From then on, recording marks new segments, and no more; they are looked at one by one until
+somebody brings the index up to date.
 
-It is an FTS5 table of trigrams, without their places and without the texts: it names candidates, which are looked at
-too. Its entries stay true for ever, because a segment's id is the digest of its text. FTS5 hides what is deleted but
-keeps it for a while; so what must not be kept is removed with all the rest, and the index is made anew.
+The index is an FTS5 table of trigrams, without their places and without the texts: it names candidates, whose texts are
+then looked at. Its entries stay true for ever, because a segment's id is the digest of its text. FTS5 hides what is
+deleted but keeps it for a while. So to remove something for good, the whole index is emptied and made anew.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _IN_INDEXED = (
 
 
 def segments_with(connection: Connection, string: str) -> set[SegmentId]:
-    """Return the segments whose own text contains `string` in any case; raises `InvalidText` where it has no UTF-8."""
+    """Return the segments whose own text contains `string` in any case; raise `InvalidText` if it has no UTF-8."""
     utf8(string)
     wanted = folded(string)
     if len(wanted) < _NUM_CHARACTERS or not has_index(connection):
@@ -77,7 +77,7 @@ def _ids(connection: Connection, statement: str, *values: str) -> set[SegmentId]
 
 
 def _trigrams(wanted: str) -> str:
-    """Return what FTS5 finds candidates by: some strings of three characters, all of which they have."""
+    """Return an FTS5 query for the texts that have all trigrams of a string, or the first 32 of them."""
     places = range(len(wanted) - _NUM_CHARACTERS + 1)
     trigrams = dict.fromkeys(wanted[place : place + _NUM_CHARACTERS].replace('"', '""') for place in places)
     return " AND ".join(f'"{trigram}"' for trigram in itertools.islice(trigrams, _MAX_TRIGRAMS))
@@ -94,7 +94,7 @@ def num_unindexed(connection: Connection) -> int:
 
 
 def create_index(connection: Connection) -> None:
-    """Make an empty index unless there is one. Raises `CatalogError` where this SQLite knows no such thing."""
+    """Make an empty index unless there is one. Raises `CatalogError` if this SQLite has no FTS5 with trigrams."""
     if has_index(connection):
         return
     try:
@@ -110,7 +110,7 @@ def index_some(connection: Connection) -> int:
     """Add some texts to the index and return how many, 0 when no more are left."""
     page = connection.exec_driver_sql(_PAGE, (TEXTS_PER_BATCH,)).all()
     last = connection.exec_driver_sql(_LAST_NUMBER).scalar_one()
-    # Without a text, a segment is gone, or was gone for a while and is in the index already.
+    # A segment without a text here is gone, or was gone for a while and is in the index already.
     new = [(number, *row) for number, row in enumerate((row for row in page if row[1] is not None), start=last + 1)]
     _run(connection, _ADD, [(number, text) for number, _, text in new])
     _run(connection, _ADDED, [(number, segment_id) for number, segment_id, _ in new])
@@ -124,14 +124,14 @@ def _run(connection: Connection, statement: str, rows: list[tuple[object, ...]])
 
 
 def clear(connection: Connection) -> None:
-    """Empty the index, if there is one, of what it holds of all texts."""
+    """Empty the index, if there is one: all texts are to be entered anew."""
     if has_index(connection):
         for statement in _CLEAR:
             connection.exec_driver_sql(statement)
 
 
 def clear_stale(connection: Connection) -> None:
-    """Empty the index if it holds anything of texts that are gone."""
+    """Empty the index if it has entries of texts that are gone."""
     if has_index(connection) and connection.exec_driver_sql(_IS_STALE).scalar_one():
         clear(connection)
 
@@ -141,18 +141,18 @@ _SIGMA, _FINAL_SIGMA = "\N{GREEK SMALL LETTER SIGMA}", "\N{GREEK SMALL LETTER FI
 
 
 def folded(text: str) -> str:
-    """Return a text in which letters that differ only in case are the same, character for character.
+    """Return a text of the same length in which letters that differ only in case are the same.
 
     >>> folded("Écho, ÉCHO")
     'écho, écho'
     """
-    # The lower case of one letter is two, that of another depends on what follows. FTS5 reads no further than a zero.
+    # One letter becomes two in lower case, another becomes what depends on the next one. FTS5 stops at a zero.
     lower = text.replace(_DOTTED_I, "i").lower()
     return lower.replace(_FINAL_SIGMA, _SIGMA).replace("\0", "\1")
 
 
 def occurrences(text: str, string: str) -> Iterator[tuple[int, int]]:
-    """Yield where `string` begins and ends in a text, in any case, from left to right.
+    """Yield where `string` begins and ends in a text, from left to right, whatever its case.
 
     >>> list(occurrences("Buy, or BUY", "buy"))
     [(0, 3), (8, 11)]

@@ -1,4 +1,4 @@
-"""Which representations a selection means: plain functions on an open read transaction."""
+"""Which representations a selection means, as conditions for a query in an open transaction."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import aliased
 
-from backprompt_db.catalog.graph import children, chunks, descendants
-from backprompt_db.catalog.queries import id_range
+from backprompt_db.catalog.graph import children_of, chunks, descendants_of
 from backprompt_db.catalog.schema import ALL_NBYTES, USED_AT, Model, Namespace, Parent, Representation, Segment
 from backprompt_db.catalog.search import segments_with
 from backprompt_db.errors import PromptError
-from backprompt_db.prompt.ids import SegmentId, namespace_id, utf8
+from backprompt_db.prompt.ids import ID_NBYTES, SegmentId, namespace_id, utf8
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import Selection
@@ -37,10 +36,10 @@ _MIN_WEIGHTS_DIGITS = 8
 
 
 def conditions(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
-    """Return what is true of the selected representations and of no others, for use in the same transaction.
+    """Return conditions that the selected representations meet and no others, for use in the same transaction.
 
-    Raises `PromptError` for hex digits that are none and for a model that the catalog does not know, and `InvalidText`
-    for strings that have no UTF-8.
+    Raises `PromptError` for a prefix that is not hex digits and for a model that the catalog does not know, and
+    `InvalidText` for strings that have no UTF-8.
     """
     found = conditions_but_searches(connection, selection)
     if (ids := searched_segments(connection, selection)) is not None:
@@ -49,7 +48,7 @@ def conditions(connection: Connection, selection: Selection) -> list[ColumnEleme
 
 
 def _reach(connection: Connection, ids: Iterable[SegmentId]) -> Select[bytes]:
-    """Put segments into a temporary table, which takes more than a statement's variables, and select them from it."""
+    """Put segments into a temporary table and select them from it: they may be more than a statement can name."""
     connection.exec_driver_sql("CREATE TEMPORARY TABLE reached (id BLOB PRIMARY KEY) WITHOUT ROWID")
     if rows := [(each,) for each in ids]:
         connection.exec_driver_sql("INSERT INTO reached VALUES (?)", rows)
@@ -60,7 +59,7 @@ _REACHED = table("reached", column("id", LargeBinary()))
 
 
 def searched_segments(connection: Connection, selection: Selection) -> set[SegmentId] | None:
-    """Return the segments that are meant as far as a text's prefix or a search says; `None` where neither is given."""
+    """Return the segments that the text's prefix and the search mean; `None` when neither is given."""
     found = list[set[SegmentId]]()
     if selection.text_prefix:
         found.append(segments_of_prefix(connection, selection.text_prefix, selection.namespace))
@@ -70,7 +69,7 @@ def searched_segments(connection: Connection, selection: Selection) -> set[Segme
 
 
 def conditions_but_searches(connection: Connection, selection: Selection) -> list[ColumnElement[bool]]:
-    """Return what is true of the selected representations but for `searched_segments`, for use in any transaction.
+    """Return all conditions but those of `searched_segments`, for use in any transaction.
 
     Raises the same errors as `conditions`.
     """
@@ -101,8 +100,22 @@ def _storable(string: str) -> str:
     return string
 
 
+def id_range(prefix: str) -> tuple[bytes, bytes]:
+    """Return the smallest and the largest id that begin with the hex digits `prefix`.
+
+    Raises `PromptError` for anything but 1 to 64 hex digits.
+    """
+    num_digits = 2 * ID_NBYTES
+    if not re.fullmatch(rf"[0-9a-fA-F]{{1,{num_digits}}}", prefix):
+        raise PromptError(
+            f"{prefix!r} does not begin an address or a segment id",
+            hint=f"Give 1 to {num_digits} hex digits, as listings show them.",
+        )
+    return bytes.fromhex(prefix.ljust(num_digits, "0")), bytes.fromhex(prefix.ljust(num_digits, "f"))
+
+
 def _has_text_with(string: str) -> ColumnElement[bool]:
-    # Looked up for one representation after another: a page of them must not take a look at every text.
+    # A subquery for each representation: for one page of them, not every text is looked at.
     segment = aliased(Segment)
     has_it = func.instr(segment.text, string) > 0
     return exists().where(segment.id == Representation.segment_id, has_it).correlate(Representation)
@@ -122,10 +135,9 @@ def _weights_ids(connection: Connection, model: str) -> list[bytes]:
 
 
 def segments_of_prefix(connection: Connection, prefix: str, namespace: str | None) -> set[SegmentId]:
-    """Return the segments of prompts that begin with `prefix`, from where it ends on.
+    """Return the segments in which the prefix of a prompt ends, and all that follow them.
 
-    A segment is meant when the text that is joined from a prompt's first segment up to it begins with the prefix, and
-    with it all that follow.
+    The texts from a prompt's first segment up to such a segment, joined, begin with the prefix.
     """
     wanted = utf8(prefix)
     reached = set[SegmentId]()
@@ -139,8 +151,8 @@ def segments_of_prefix(connection: Connection, prefix: str, namespace: str | Non
             if any(text.startswith(rest) for rest in rests[segment_id]):
                 reached.add(segment_id)
             elif further := {rest[len(text) :] for rest in rests[segment_id] if rest.startswith(text)}:
-                fronts |= {(child, rest) for child in children(connection, [segment_id]) for rest in further}
-    return reached | descendants(connection, reached)
+                fronts |= {(child, rest) for child in children_of(connection, [segment_id]) for rest in further}
+    return reached | descendants_of(connection, reached)
 
 
 def _first_segments(connection: Connection, prefix: bytes, namespace: str | None) -> Iterator[SegmentId]:

@@ -27,7 +27,7 @@ from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json,
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from backprompt_db.catalog.records import Victim
+    from backprompt_db.catalog.records import EvictionCandidate
 
 _NUM_ADDRESS_DIGITS = 12
 _NUM_SHOWN = 40
@@ -72,8 +72,8 @@ def evict(
     )
     with open_quietly(db) as database:
         if dry_run:
-            victims = evict.victims(database, to_nbytes=to, selection=selection)
-            emit_json([victim._asdict() for victim in victims]) if as_json else _print_victims(victims)
+            candidates = evict.eviction_order(database, to_nbytes=to, selection=selection)
+            emit_json([candidate._asdict() for candidate in candidates]) if as_json else _print_order(candidates)
             return
         done = evict.evict(database, to_nbytes=to, selection=selection)
         live_nbytes = database.store.usage().live_nbytes
@@ -118,7 +118,7 @@ def purge(
     What follows a text goes with it, because keys and values hold what they were computed from. Bundles, backups and
     databases that were merged from this one are not touched. Needs room for a second copy of what stays.
     """
-    from backprompt_db.operations import evict as purging
+    from backprompt_db.operations import purge as purging
 
     selection = selected(
         text_prefix=text_prefix,
@@ -142,26 +142,26 @@ def purge(
         emit(f"{plural(done.num_representations, 'representation')} purged, {plural(done.num_parts, 'part')}.")
 
 
-def _print_victims(victims: Sequence[Victim]) -> None:
-    if not victims:
+def _print_order(candidates: Sequence[EvictionCandidate]) -> None:
+    if not candidates:
         emit("Nothing would go.")
         return
-    emit(_table(victims[:_NUM_SHOWN]))
-    if len(victims) > _NUM_SHOWN:
-        emit(f"... and {len(victims) - _NUM_SHOWN:,} more; --json lists all of them.")
-    nbytes, seconds = sum(victim.nbytes for victim in victims), _seconds(victims)
+    emit(_table(candidates[:_NUM_SHOWN]))
+    if len(candidates) > _NUM_SHOWN:
+        emit(f"... and {len(candidates) - _NUM_SHOWN:,} more; --json lists all of them.")
+    nbytes, seconds = sum(candidate.nbytes for candidate in candidates), _seconds(candidates)
     emit(
-        f"{plural(len(victims), 'part')} would go, {size(nbytes)}."
+        f"{plural(len(candidates), 'part')} would go, {size(nbytes)}."
         f" Computing all of them again would take {duration(seconds)}."
     )
 
 
-def _seconds(victims: Sequence[Victim]) -> float:
+def _seconds(candidates: Sequence[EvictionCandidate]) -> float:
     """Return what computing all of it took; the parts of a representation were computed together."""
-    return sum({victim.address: victim.seconds for victim in victims}.values())
+    return sum({candidate.address: candidate.seconds for candidate in candidates}.values())
 
 
-def _table(victims: Sequence[Victim]) -> Table:
+def _table(candidates: Sequence[EvictionCandidate]) -> Table:
     from rich.table import Table
 
     table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
@@ -170,14 +170,14 @@ def _table(victims: Sequence[Victim]) -> Table:
     for name in ("size", "took", "used"):
         table.add_column(name, no_wrap=True, justify="right")
     table.add_column("why")
-    for victim in victims:
+    for candidate in candidates:
         table.add_row(
-            victim.address.hex()[:_NUM_ADDRESS_DIGITS],
-            victim.part.name.lower(),
-            size(victim.nbytes),
-            duration(victim.seconds),
-            f"{age(victim.used_at, now=now)} ago",
-            _WHY[victim.reason],
+            candidate.address.hex()[:_NUM_ADDRESS_DIGITS],
+            candidate.part.name.lower(),
+            size(candidate.nbytes),
+            duration(candidate.seconds),
+            f"{age(candidate.used_at, now=now)} ago",
+            _WHY[candidate.reason],
         )
     return table
 

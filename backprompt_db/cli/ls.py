@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from backprompt_db.catalog.catalog import Catalog
-    from backprompt_db.catalog.records import ModelRecord, Row, Selection
-    from backprompt_db.operations.stats import GroupSums
+    from backprompt_db.catalog.records import GroupTotals, ModelRecord, Row, Selection
 
 
 _NUM_ADDRESS_DIGITS = 12
@@ -173,14 +172,17 @@ def _beginning(text: str) -> str:
 
 
 def _list_models(directory: Path, *, as_json: bool) -> None:
+    from backprompt_db.catalog.records import GroupTotals
     from backprompt_db.database.location import CATALOG
     from backprompt_db.database.opening import open_catalog
-    from backprompt_db.operations.stats import GroupSums, sums_by_model
+    from backprompt_db.operations.stats import sums_by_model
+    from backprompt_db.prompt.representation import Part
 
     with open_catalog(directory) as catalog:
         records = catalog.models()
     sums = sums_by_model(directory / CATALOG)
-    found = [(record, sums.get(record.weights_id, GroupSums())) for record in records]
+    nothing = GroupTotals(0, dict.fromkeys(Part, 0))
+    found = [(record, sums.get(record.weights_id, nothing)) for record in records]
     if as_json:
         emit_json([_fields(record) | _fields(total) for record, total in found])
     else:
@@ -188,13 +190,13 @@ def _list_models(directory: Path, *, as_json: bool) -> None:
         emit(*itertools.chain(*blocks) if blocks else ["The catalog lists no models."])
 
 
-def _fields(value: ModelRecord | GroupSums) -> dict[str, Any]:
+def _fields(value: ModelRecord | GroupTotals) -> dict[str, Any]:
     fields = dataclasses.asdict(value)
     fields.pop("signature", None)  # which tells nobody anything
     return fields
 
 
-def _model_facts(record: ModelRecord, total: GroupSums) -> dict[str, str]:
+def _model_facts(record: ModelRecord, total: GroupTotals) -> dict[str, str]:
     return {
         "model": record.name or "?",
         "weights": record.weights_id.hex()[:_NUM_ADDRESS_DIGITS],

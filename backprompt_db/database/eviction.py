@@ -29,12 +29,11 @@ from backprompt_db.system.failpoints import reach
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
-    from backprompt_db.catalog.records import Selection, Victim
+    from backprompt_db.catalog.records import EvictionCandidate, Selection
 
 logger = logging.getLogger(__name__)
 
 _WAIT_SECONDS = 60.0
-_VICTIMS_PER_CHOICE = 100_000
 _BATCH_NUM_PARTS = 500
 _BATCH_NBYTES = 8 << 20
 """Up to so many parts and bytes, and at least one part, are removed in one transaction, while nobody else writes.
@@ -161,8 +160,8 @@ class Evictor:
         self.catch_up()
         self._look_for_more()
         total = Eviction()
-        while victims := self._victims(max(0, self._live_nbytes() - goal_nbytes), selection):
-            removed = [self._remove(batch) for batch in _batches(victims)]
+        while candidates := self._candidates(max(0, self._live_nbytes() - goal_nbytes), selection):
+            removed = [self._remove(batch) for batch in _batches(candidates)]
             if not any(each.num_parts for each in removed):  # others have removed them, or built on them
                 break
             total = sum(removed, total)
@@ -192,26 +191,25 @@ class Evictor:
             except StoreError as error:  # no room for a copy: the file stays as it is
                 logger.info("the store could not be compacted: %s", error)
 
-    def _victims(self, excess_nbytes: int, selection: Selection | None) -> Sequence[Victim]:
+    def _candidates(self, excess_nbytes: int, selection: Selection | None) -> Sequence[EvictionCandidate]:
         config = self.limits.config
-        return self._required_catalog().victims(
+        return self._required_catalog().eviction_order(
             excess_nbytes,
             at=time.time(),
             grace_seconds=config.grace_seconds,
             ttl_seconds=config.ttl_seconds,
             selection=selection,
-            limit=_VICTIMS_PER_CHOICE,
         )
 
-    def _remove(self, victims: Sequence[Victim]) -> Eviction:
+    def _remove(self, candidates: Sequence[EvictionCandidate]) -> Eviction:
         catalog = self._required_catalog()
         with self.journal.nobody_writing():
-            removable = catalog.removable([(victim.address, victim.part) for victim in victims])
-            gone = [victim for victim in victims if (victim.address, victim.part) in removable]
-            self._store.delete(Key(victim.address, victim.part) for victim in gone)
+            removable = catalog.removable(candidate.key for candidate in candidates)
+            gone = [candidate for candidate in candidates if candidate.key in removable]
+            self._store.delete(Key(*candidate.key) for candidate in gone)
             reach("collect.deleted")
-            catalog.evict([(victim.address, victim.part) for victim in gone], at=time.time())
-        removed = Eviction(len(gone), sum(victim.nbytes for victim in gone))
+            catalog.evict([candidate.key for candidate in gone], at=time.time())
+        removed = Eviction(len(gone), sum(candidate.nbytes for candidate in gone))
         self._tally.add("num_evicted", removed.num_parts)
         self._tally.add("num_evicted_nbytes", removed.nbytes)
         return removed
@@ -237,14 +235,14 @@ class Evictor:
         return self._store.usage().live_nbytes
 
 
-def _batches(victims: Sequence[Victim]) -> Iterator[list[Victim]]:
-    batch: list[Victim] = []
+def _batches(candidates: Sequence[EvictionCandidate]) -> Iterator[list[EvictionCandidate]]:
+    batch: list[EvictionCandidate] = []
     nbytes = 0
-    for victim in victims:
-        if batch and (len(batch) == _BATCH_NUM_PARTS or nbytes + victim.nbytes > _BATCH_NBYTES):
+    for candidate in candidates:
+        if batch and (len(batch) == _BATCH_NUM_PARTS or nbytes + candidate.nbytes > _BATCH_NBYTES):
             yield batch
             batch, nbytes = [], 0
-        batch.append(victim)
-        nbytes += victim.nbytes
+        batch.append(candidate)
+        nbytes += candidate.nbytes
     if batch:
         yield batch

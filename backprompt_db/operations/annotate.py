@@ -1,4 +1,4 @@
-"""What people set on representations: pins, which keep them from being evicted, and labels, which select them."""
+"""What people set on representations: pins keep them from being evicted, labels select them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def pin(db: Database, selection: Selection, *, is_pinned: bool = True) -> int:
-    """Pin, or unpin, what is selected and all that it follows under the same models; return how many those are.
+    """Pin, or unpin, what is selected and all that it follows under the same models; return how many were set.
 
-    What others share with it is unpinned too. Raises `PromptError` when nothing is selected, `StoreReadOnly` and
-    `CatalogError` where nothing can be set.
+    Unpinning includes what other prompts share with it. Raises `PromptError` when nothing is selected, `StoreReadOnly`
+    and `CatalogError` where nothing can be set.
     """
     catalog = writable_catalog(db)
     chosen = _chosen(catalog, selection)
@@ -30,7 +30,7 @@ def pin(db: Database, selection: Selection, *, is_pinned: bool = True) -> int:
 
 
 def label(db: Database, selection: Selection, name: str | None) -> int:
-    """Label what is selected, or with None remove its label; return how many those are. Raises the same errors."""
+    """Label what is selected, or remove its label with None; return how many were set. Raises what `pin` raises."""
     catalog = writable_catalog(db)
     return _set(_chosen(catalog, selection), lambda addresses: catalog.label(addresses, name))
 

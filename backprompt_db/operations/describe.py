@@ -46,36 +46,36 @@ class Piece:
 
     segment_id: SegmentId
     parents: tuple[SegmentId, ...]
-    """Those that are known."""
+    """The ids of its parents that are known."""
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One token and its natural log-probability, NaN where nothing predicts it."""
+    """One token and its natural log-probability, which is NaN where nothing predicts the token."""
 
     id: int
     logprob: float
     text: str | None
-    """Its share of the text, which is empty for the later ones of a character; `None` where that is not known."""
+    """Its share of the text; empty for all but the first token of a character, `None` where that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One representation: its catalog row, its place among the segments, and what the store has of it."""
+    """One representation: its row in the catalog, its place among the segments, and its parts in the store."""
 
     row: Row
     parents: tuple[SegmentId, ...]
     children: tuple[SegmentId, ...]
     prompt: tuple[Piece, ...]
-    """All that it follows, as far as known, and itself: parents before children."""
+    """The known segments that it follows, and itself; parents before children."""
     parts: tuple[PartDescription, ...]
     tokens: tuple[TokenScore, ...]
-    """From the scores part; empty without one."""
+    """What the scores part says; empty without one."""
     next_tokens: tuple[TokenScore, ...]
-    """The likeliest ones after it, the likeliest first, from the logits part; empty without one."""
+    """The likeliest tokens after it, the likeliest first, as the logits part says; empty without one."""
     versions: Mapping[str, str]
-    """The libraries that computed it."""
+    """The versions of the libraries that computed it."""
 
 
 def describe(store: Store, catalog: Catalog, prefix: str, *, num_next_tokens: int = 10) -> list[Description]:

@@ -1,4 +1,4 @@
-"""How much room a database takes, and how much it may take."""
+"""How much room a database takes on disk, and how much it may take."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from backprompt_db.errors import FormatError, StoreError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Sizes in bytes. What cannot be known is None, and the problem says why."""
+    """The room that a database takes, in bytes. What cannot be known is None, and a problem says why."""
 
     live_nbytes: int | None
-    """Of the store's pages in use, which is what the limit is about."""
+    """The size of the store's pages in use, to which the limit applies."""
     file_nbytes: int
-    """Of all files in the directory."""
+    """The size of all files in the directory."""
     max_nbytes: int | None
     """The limit; None where there is none."""
     fullness: float | None
@@ -29,7 +29,7 @@ class Room:
 
 
 def room_of(directory: Path) -> Room:
-    """Return the room of the database in `directory`, in a time that does not grow with what is stored."""
+    """Return how much room the database in `directory` takes. The time for it does not grow with what is stored."""
     live_nbytes, store_problem = _live_nbytes(directory)
     max_nbytes, config_problem = _max_nbytes(directory)
     return Room(
@@ -68,7 +68,7 @@ def _file_nbytes(directory: Path) -> int:
 
 
 def _nbytes(path: Path) -> int:
-    # A journal may vanish between being listed and being looked at.
+    # SQLite's journal may vanish between being listed and being looked at.
     with contextlib.suppress(OSError):
         return path.lstat().st_size
     return 0

@@ -1,4 +1,4 @@
-"""What keeps a database from working well, why, and what mends it."""
+"""The doctor: what keeps a database from working well, why, and how to mend it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Check:
     what: str
     """What was found, in a sentence."""
     remedy: str | None
-    """What mends it; None where nothing is to be mended."""
+    """How to mend it; None where there is nothing to mend."""
     is_mended: bool = False
-    """Whether it was mended just now, and the rest tells how it is after that."""
+    """Whether it was mended just now; the other fields say how it is after that."""
 
 
 _EXAMINATIONS: dict[str, Callable[[Subject], Finding]] = {
@@ -44,7 +44,7 @@ _EXAMINATIONS: dict[str, Callable[[Subject], Finding]] = {
 
 
 def diagnose(directory: Path, *, fix: bool = False) -> list[Check]:
-    """Look at everything, and with `fix` mend what can be mended without a loss.
+    """Check everything, and with `fix` mend what can be mended without losing anything.
 
     Raises `UnsafeLocation` where there is no database, and what `manifest_of` raises for one that is not ours.
     """
@@ -73,7 +73,7 @@ def _examine(examine: Callable[[Subject], Finding], subject: Subject) -> Finding
 
 
 def _mend(mend: Callable[[], object]) -> str | None:
-    """Mend something; return why it could not be."""
+    """Mend something; return why that failed, or None."""
     try:
         mend()
     except BackpromptError as error:

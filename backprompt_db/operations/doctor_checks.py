@@ -1,4 +1,7 @@
-"""Examinations of what is in a database: whether it can be written, leftovers, limit, secret, catalog, clock."""
+"""What the doctor looks at, one function for each: the machine, the files and who may use them, the catalog, the clock.
+
+They come in the order in which `doctor.py` calls them. `share` sets the permissions that `permissions` looks at.
+"""
 
 from __future__ import annotations
 
@@ -33,134 +36,20 @@ from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
 from backprompt_db.store.registry import release, shared_environment
 
+_NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
+_NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
+
+_LITTLE_NBYTES = 1 << 30
+_NUM_SHOWN = 3
+_SECONDS = 10.0
+
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
 _LEFT_SECONDS = 3600
-"""What nobody has changed for so long, nobody is at work on."""
+"""A file that nobody has changed for so long is not in use."""
 
 _FUTURE_SECONDS = 60
-"""By how much clocks of several machines may differ."""
+"""How far the clocks of several machines may be apart."""
 _IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > ? OR last_used_at > ?"
-
-
-def writing(subject: Subject) -> Finding:
-    """Whether this user can write, and gets a turn."""
-    if not os.access(subject.directory, os.W_OK) or not os.access(subject.directory / STORE / DATA, os.W_OK):
-        return Finding(
-            Status.WARNING,
-            "This user may only read: what is missing is computed each time.",
-            "Ask the owner for write permission, if that is not meant.",
-        )
-    num_cleared = probe(subject.directory / STORE)
-    readers = f" {num_cleared} slots of dead readers were cleared." if num_cleared else ""
-    return fine(f"This user may write, and got a turn.{readers}")
-
-
-def leftovers(subject: Subject) -> Finding:
-    """Whether killed processes have left files that nobody needs."""
-    found = list(_leftovers(subject.directory))
-    if not found:
-        return fine("Nothing was left by processes that were killed.")
-    return Finding(
-        Status.WARNING,
-        f"Left by processes that were killed: {', '.join(map(str, found))}.",
-        "Delete them, or run `backprompt-db doctor --fix`.",
-        mend=lambda: _remove(found),
-    )
-
-
-def _leftovers(directory: Path) -> list[Path]:
-    now = time.time()
-    paths = [path for folder in (directory, directory / STORE) for each in _LEFTOVERS for path in folder.glob(each)]
-    return [path for path in paths if now - _changed_at(path) > _LEFT_SECONDS]
-
-
-def _changed_at(path: Path) -> float:
-    with contextlib.suppress(OSError):
-        return max(each.lstat().st_mtime for each in (path, *path.glob("*")))
-    return time.time()  # it is gone, and so somebody is at work
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def limit(subject: Subject) -> Finding:
-    """Whether the limit is known, and kept."""
-    room = room_of(subject.directory)
-    if room.config_problem is not None:
-        remedy = "Write it anew with `backprompt-db config --max-size SIZE`."
-        return Finding(Status.PROBLEM, f"{room.config_problem}.", remedy)
-    if room.max_nbytes is None:
-        return fine("There is no limit; `backprompt-db config --max-size SIZE` sets one.")
-    what = f"{room.live_nbytes or 0:,} of {room.max_nbytes:,} bytes are in use."
-    if room.fullness is not None and room.fullness > 1:
-        return Finding(Status.WARNING, what, "The next write evicts; or run `backprompt-db evict`.")
-    return fine(what)
-
-
-def secret(subject: Subject) -> Finding:
-    """Whether the secret is the one that digests are keyed with; nobody can open the database otherwise."""
-    digest_of(subject.manifest, subject.directory)  # which says what is wrong, as for one who opens it
-    is_keyed = subject.manifest.secret_id is not None
-    return fine("Digests are keyed with a secret." if is_keyed else "Digests find damage; they are not keyed.")
-
-
-def catalog(subject: Subject) -> Finding:
-    """Whether the catalog is there, of a schema that is known, and whole."""
-    try:
-        open_catalog(subject.directory).close()
-    except CatalogTooNew as error:
-        return Finding(Status.WARNING, f"{error.message}.", error.hint)
-    except CatalogError as error:
-        return _to_reindex(subject, Status.WARNING, f"{error.message}.")
-    flaws = catalog_flaws(subject.directory / CATALOG)
-    if flaws:
-        return _to_reindex(subject, Status.PROBLEM, f"The catalog is damaged: {'; '.join(flaws)}.")
-    return fine("The catalog is whole.")
-
-
-def catalog_lag(subject: Subject) -> Finding:
-    """Whether the catalog lists what the store holds."""
-    try:
-        with contextlib.closing(open_store(subject.directory)) as store, open_catalog(subject.directory) as opened:
-            found = Counter(difference.is_stored for difference in differences(store, opened))
-    except CatalogError:
-        return Finding(Status.WARNING, "It cannot be known without a catalog.", "Mend the catalog first.")
-    if not found:
-        return fine("The catalog lists what the store holds.")
-    what = f"{found[True]:,} parts are stored and not listed, {found[False]:,} are listed and not stored."
-    return _to_reindex(subject, Status.WARNING, what)
-
-
-def _to_reindex(subject: Subject, status: Status, what: str) -> Finding:
-    return Finding(status, what, "Run `backprompt-db reindex`.", mend=lambda: _reindex(subject))
-
-
-def _reindex(subject: Subject) -> None:
-    with open_existing(subject.directory) as db:
-        reindex(db)
-
-
-def clock(subject: Subject) -> Finding:
-    """Whether something was made or used in the future."""
-    latest = time.time() + _FUTURE_SECONDS
-    uri = f"{(subject.directory / CATALOG).absolute().as_uri()}?mode=ro"
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            [(number,)] = connection.execute(_IN_FUTURE, (latest, latest))
-    except sqlite3.Error as error:
-        return Finding(Status.WARNING, f"It cannot be known without a catalog: {error}.", "Mend the catalog first.")
-    if number:
-        return Finding(
-            Status.WARNING,
-            f"{number:,} representations were made or used in the future: a clock is wrong, or was.",
-            "Set the clocks of all machines. Ages count as 0 until then, and such parts are evicted late.",
-        )
-    return fine("Nothing was made or used in the future.")
 
 
 class Status(enum.Enum):
@@ -188,126 +77,21 @@ class Finding:
     what: str
     remedy: str | None = None
     mend: Callable[[], object] | None = None
-    """Does it, where it can be done without a loss and without asking."""
+    """Does what the remedy says; None where that would lose something, or where people must decide."""
 
 
 def fine(what: str) -> Finding:
-    """Return that there is nothing to be done."""
+    """Return the finding that all is well."""
     return Finding(Status.OK, what)
 
 
-_NUM_SHOWN = 3
-
-
-def directory(subject: Subject) -> Finding:
-    """Whether strangers can put files into the directory."""
-    mode = stat.S_IMODE(subject.directory.stat().st_mode)
-    if not mode & stat.S_IWOTH:
-        return fine(f"{subject.directory} has the mode {mode:04o}.")
-    is_sticky = bool(mode & stat.S_ISVTX)
-    return Finding(
-        Status.WARNING if is_sticky else Status.PROBLEM,
-        f"Everybody may put files into {subject.directory} ({mode:04o})"
-        + ("." if is_sticky else ", and delete or replace those of others."),
-        f"Run `chmod o-w {subject.directory}`.",
-        mend=lambda: _chmod(subject.directory, mode & ~stat.S_IWOTH),
-    )
-
-
-def permissions(subject: Subject) -> Finding:
-    """Whether every file has the owner, the group and the mode that the way of sharing asks for."""
-    sharing = sharing_of(subject.directory)
-    found = list(faults(subject.directory, sharing))
-    if not found:
-        return fine(f"All files are as {sharing.value} sharing needs them.")
-    shown = [str(fault) for fault in found[:_NUM_SHOWN]]
-    more = [f"{len(found) - _NUM_SHOWN} more"] if len(found) > _NUM_SHOWN else []
-    return Finding(
-        Status.PROBLEM,
-        f"{'; '.join(shown + more)}.",
-        "Run `backprompt-db doctor --fix` as their owner, or as root: it sets owner, group and mode.",
-        mend=lambda: _mend(found),
-    )
-
-
-def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
-    """Give a database and all its files the permissions of a way of sharing, and the directory's group, or `group`.
-
-    Raises `StoreReadOnly` where this user may not.
-    """
-    try:
-        if group is not None:
-            os.chown(directory, -1, group_id(group))
-        _mend(faults(directory, sharing))
-    except PermissionError as error:
-        raise StoreReadOnly(
-            f"{error.filename or directory} cannot be given other permissions",
-            hint="Only its owner may, and only for a group of which they are a member; or root.",
-        ) from error
-
-
-def _mend(found: Iterable[Fault]) -> None:
-    for path, status, uid, gid, mode in found:
-        if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(path, uid, gid, follow_symlinks=False)
-        _chmod(path, mode)  # after: a new owner costs the setgid bit
-
-
-def _chmod(path: Path, mode: int) -> None:
-    # Not by opening it as other files: closing that would give up the locks that this process has on it.
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        Path(f"/proc/self/fd/{descriptor}").chmod(mode)
-    finally:
-        os.close(descriptor)
-
-
-_SECONDS = 10.0
-_SCRIPT = """
-import lmdb, sys
-from backprompt_db.system.locks import give_turn, take_turn
-with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
-    num_cleared = environment.reader_check()
-    turn = take_turn(sys.argv[1])
-    environment.begin(write=True).abort()
-    give_turn(turn)
-print(num_cleared)
-"""
-
-
-def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
-    """Take the turn of a writer in a store, and return how many slots of dead readers were cleared.
-
-    Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
-    """
-    if not (store / READER_TABLE).exists():  # which LMDB would make with whatever permissions the umask leaves
-        release(shared_environment(store, readonly=False))
-    command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
-    except subprocess.TimeoutExpired:
-        raise StoreLocked(
-            f"somebody has been writing to {store} for {timeout_seconds:g} s or longer",
-            hint="Look for a process that is stopped or hangs, and end it: what it was writing is undone.",
-        ) from None
-    if done.returncode:
-        lines = done.stderr.splitlines() or ["it was killed"]
-        raise StoreError(f"nothing can be written to {store}: {lines[-1]}", hint="Mend what the message says.")
-    return int(done.stdout)
-
-
-_NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
-_NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
-_LITTLE_NBYTES = 1 << 30
-
-
 def python(_: Subject) -> Finding:
-    """Which interpreter and machine this is."""
+    """Tell which interpreter and machine this is."""
     return fine(f"{platform.python_implementation()} {platform.python_version()} on {platform.platform()}.")
 
 
 def libraries(_: Subject) -> Finding:
-    """Which libraries there are. Nothing is imported for that."""
+    """Check that all libraries are installed, without importing them."""
     import lmdb
 
     versions = {name: _version(name) for name in (*_NEEDED, *_NEEDED_TO_COMPUTE)}
@@ -332,7 +116,7 @@ def _version(name: str) -> str | None:
 
 
 def filesystem(subject: Subject) -> Finding:
-    """Whether the filesystem is one whose locks and maps work between all who use it."""
+    """Check that locks and memory maps on this filesystem work for all who use it."""
     try:
         require_local(subject.directory)
     except UnsafeLocation as error:
@@ -341,7 +125,7 @@ def filesystem(subject: Subject) -> Finding:
 
 
 def free_space(subject: Subject) -> Finding:
-    """Whether the disk has room up to the limit."""
+    """Check that the disk has room up to the limit."""
     free, room = shutil.disk_usage(subject.directory).free, room_of(subject.directory)
     to_come = None if room.max_nbytes is None else room.max_nbytes - (room.live_nbytes or 0)
     what = f"{free:,} bytes are free" + ("." if to_come is None else f", {max(0, to_come):,} may still be added.")
@@ -350,3 +134,222 @@ def free_space(subject: Subject) -> Finding:
             Status.WARNING, what, "Free some space, or lower the limit: `backprompt-db config --max-size SIZE`."
         )
     return fine(what)
+
+
+def directory(subject: Subject) -> Finding:
+    """Check that strangers cannot put files into the directory."""
+    mode = stat.S_IMODE(subject.directory.stat().st_mode)
+    if not mode & stat.S_IWOTH:
+        return fine(f"{subject.directory} has the mode {mode:04o}.")
+    is_sticky = bool(mode & stat.S_ISVTX)
+    return Finding(
+        Status.WARNING if is_sticky else Status.PROBLEM,
+        f"Everybody may put files into {subject.directory} ({mode:04o})"
+        + ("." if is_sticky else ", and delete or replace those of others."),
+        f"Run `chmod o-w {subject.directory}`.",
+        mend=lambda: _chmod(subject.directory, mode & ~stat.S_IWOTH),
+    )
+
+
+def permissions(subject: Subject) -> Finding:
+    """Check that every file has the owner, the group and the mode that the way of sharing asks for."""
+    sharing = sharing_of(subject.directory)
+    found = list(faults(subject.directory, sharing))
+    if not found:
+        return fine(f"All files are as {sharing.value} sharing needs them.")
+    shown = [str(fault) for fault in found[:_NUM_SHOWN]]
+    more = [f"{len(found) - _NUM_SHOWN} more"] if len(found) > _NUM_SHOWN else []
+    return Finding(
+        Status.PROBLEM,
+        f"{'; '.join(shown + more)}.",
+        "Run `backprompt-db doctor --fix` as their owner, or as root: it sets owner, group and mode.",
+        mend=lambda: _mend(found),
+    )
+
+
+def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
+    """Give a database and all its files the permissions of a way of sharing, and the group of its directory.
+
+    With `group`, the directory gets that group first.
+
+    Raises `StoreReadOnly` where this user may not.
+    """
+    try:
+        if group is not None:
+            os.chown(directory, -1, group_id(group))
+        _mend(faults(directory, sharing))
+    except PermissionError as error:
+        raise StoreReadOnly(
+            f"{error.filename or directory} cannot be given other permissions",
+            hint="Only its owner may, and only for a group of which they are a member; or root.",
+        ) from error
+
+
+def _mend(found: Iterable[Fault]) -> None:
+    for path, status, uid, gid, mode in found:
+        if (status.st_uid, status.st_gid) != (uid, gid):
+            os.chown(path, uid, gid, follow_symlinks=False)
+        _chmod(path, mode)  # afterwards: a new owner clears the setgid bit
+
+
+def _chmod(path: Path, mode: int) -> None:
+    # Not by opening it for reading: closing it would give up the locks that this process has on it.
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        Path(f"/proc/self/fd/{descriptor}").chmod(mode)
+    finally:
+        os.close(descriptor)
+
+
+def writing(subject: Subject) -> Finding:
+    """Check that this user can write, and gets a turn to do so."""
+    if not os.access(subject.directory, os.W_OK) or not os.access(subject.directory / STORE / DATA, os.W_OK):
+        return Finding(
+            Status.WARNING,
+            "This user may only read: what is missing is computed each time.",
+            "Ask the owner for write permission, if that is not meant.",
+        )
+    num_cleared = probe(subject.directory / STORE)
+    readers = f" {num_cleared} slots of dead readers were cleared." if num_cleared else ""
+    return fine(f"This user may write, and got a turn.{readers}")
+
+
+_SCRIPT = """
+import lmdb, sys
+from backprompt_db.system.locks import give_turn, take_turn
+with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
+    num_cleared = environment.reader_check()
+    turn = take_turn(sys.argv[1])
+    environment.begin(write=True).abort()
+    give_turn(turn)
+print(num_cleared)
+"""
+
+
+def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
+    """Take a writer's turn in a store, and return how many slots of dead readers were cleared.
+
+    Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
+    """
+    if not (store / READER_TABLE).exists():  # which LMDB would make with whatever permissions the umask leaves
+        release(shared_environment(store, readonly=False))
+    command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+    except subprocess.TimeoutExpired:
+        raise StoreLocked(
+            f"somebody has been writing to {store} for {timeout_seconds:g} s or longer",
+            hint="Look for a process that is stopped or hangs, and end it: what it was writing is undone.",
+        ) from None
+    if done.returncode:
+        lines = done.stderr.splitlines() or ["it was killed"]
+        raise StoreError(f"nothing can be written to {store}: {lines[-1]}", hint="Mend what the message says.")
+    return int(done.stdout)
+
+
+def leftovers(subject: Subject) -> Finding:
+    """Look for files that killed processes have left and nobody needs."""
+    found = list(_leftovers(subject.directory))
+    if not found:
+        return fine("Nothing was left by processes that were killed.")
+    return Finding(
+        Status.WARNING,
+        f"Left by processes that were killed: {', '.join(map(str, found))}.",
+        "Delete them, or run `backprompt-db doctor --fix`.",
+        mend=lambda: _remove(found),
+    )
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    now = time.time()
+    paths = [path for folder in (directory, directory / STORE) for each in _LEFTOVERS for path in folder.glob(each)]
+    return [path for path in paths if now - _changed_at(path) > _LEFT_SECONDS]
+
+
+def _changed_at(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return max(each.lstat().st_mtime for each in (path, *path.glob("*")))
+    return time.time()  # it has vanished, so somebody is at work on it
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def limit(subject: Subject) -> Finding:
+    """Check that the limit is known, and kept."""
+    room = room_of(subject.directory)
+    if room.config_problem is not None:
+        remedy = "Write it anew with `backprompt-db config --max-size SIZE`."
+        return Finding(Status.PROBLEM, f"{room.config_problem}.", remedy)
+    if room.max_nbytes is None:
+        return fine("There is no limit; `backprompt-db config --max-size SIZE` sets one.")
+    what = f"{room.live_nbytes or 0:,} of {room.max_nbytes:,} bytes are in use."
+    if room.fullness is not None and room.fullness > 1:
+        return Finding(Status.WARNING, what, "The next write evicts; or run `backprompt-db evict`.")
+    return fine(what)
+
+
+def secret(subject: Subject) -> Finding:
+    """Check that the secret is the one that digests are keyed with: the database cannot be opened with another."""
+    digest_of(subject.manifest, subject.directory)  # raises what opening the database would raise
+    is_keyed = subject.manifest.secret_id is not None
+    return fine("Digests are keyed with a secret." if is_keyed else "Digests find damage; they are not keyed.")
+
+
+def catalog(subject: Subject) -> Finding:
+    """Check that there is a catalog, that its schema is known, and that it is whole."""
+    try:
+        open_catalog(subject.directory).close()
+    except CatalogTooNew as error:
+        return Finding(Status.WARNING, f"{error.message}.", error.hint)
+    except CatalogError as error:
+        return _to_reindex(subject, Status.WARNING, f"{error.message}.")
+    flaws = catalog_flaws(subject.directory / CATALOG)
+    if flaws:
+        return _to_reindex(subject, Status.PROBLEM, f"The catalog is damaged: {'; '.join(flaws)}.")
+    return fine("The catalog is whole.")
+
+
+def catalog_lag(subject: Subject) -> Finding:
+    """Check that the catalog lists what the store holds."""
+    try:
+        with contextlib.closing(open_store(subject.directory)) as store, open_catalog(subject.directory) as opened:
+            found = Counter(difference.is_stored for difference in differences(store, opened))
+    except CatalogError:
+        return Finding(Status.WARNING, "It cannot be known without a catalog.", "Mend the catalog first.")
+    if not found:
+        return fine("The catalog lists what the store holds.")
+    what = f"{found[True]:,} parts are stored and not listed, {found[False]:,} are listed and not stored."
+    return _to_reindex(subject, Status.WARNING, what)
+
+
+def _to_reindex(subject: Subject, status: Status, what: str) -> Finding:
+    return Finding(status, what, "Run `backprompt-db reindex`.", mend=lambda: _reindex(subject))
+
+
+def _reindex(subject: Subject) -> None:
+    with open_existing(subject.directory) as db:
+        reindex(db)
+
+
+def clock(subject: Subject) -> Finding:
+    """Check that nothing was made or used in the future."""
+    latest = time.time() + _FUTURE_SECONDS
+    uri = f"{(subject.directory / CATALOG).absolute().as_uri()}?mode=ro"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            [(number,)] = connection.execute(_IN_FUTURE, (latest, latest))
+    except sqlite3.Error as error:
+        return Finding(Status.WARNING, f"It cannot be known without a catalog: {error}.", "Mend the catalog first.")
+    if number:
+        return Finding(
+            Status.WARNING,
+            f"{number:,} representations were made or used in the future: a clock is wrong, or was.",
+            "Set the clocks of all machines. Ages count as 0 until then, and such parts are evicted late.",
+        )
+    return fine("Nothing was made or used in the future.")

@@ -1,4 +1,7 @@
-"""The prompt trees of a whole database: every representation among those that it follows and that follow it."""
+"""The prompt trees of a whole database, and the part of them that weighs most.
+
+A `Forest` has every representation among those that it follows and that follow it. `prune` chooses what is shown of it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class Measure(enum.Enum):
 
     TOKENS = "tokens"
     NBYTES = "bytes"
-    """Of all parts that are stored."""
+    """The size of all parts that are stored."""
     SAVED_SECONDS = "seconds"
     """Uses times what the computation took."""
     RECENCY = "recency"
@@ -110,9 +113,9 @@ class Forest:
 def forest(
     catalog: Catalog, *, selection: Selection | None = None, limit: int | None = None, at: float | None = None
 ) -> Forest:
-    """Read the representations that `selection` means, of which the `limit` newest, and what follows what.
+    """Read the representations that `selection` means, at most the `limit` newest of them, and what follows what.
 
-    A few queries, however many there are: a few seconds for a hundred thousand. `at` is now unless it is given.
+    It takes a few queries, however many there are: a few seconds for a hundred thousand. `at` is now unless given.
     Raises what `Catalog.select` raises.
     """
     newest = catalog.rows(selection=selection, limit=None if limit is None else limit + 1)
@@ -133,7 +136,7 @@ def forest(
 
 
 def _parents_first(graph: Sequence[Sequence[int]]) -> Iterator[int]:
-    """Yield numbers in their order, but none before those that it follows; `graph` has these of each."""
+    """Yield the numbers of `graph` in order, but each after those that it follows, which `graph[number]` lists."""
     is_done, is_waiting = bytearray(len(graph)), bytearray(len(graph))
     for number in range(len(graph)):
         stack = [number]
@@ -149,12 +152,12 @@ def _parents_first(graph: Sequence[Sequence[int]]) -> Iterator[int]:
 
 
 def _key(row: Row, segment_id: SegmentId) -> tuple[SegmentId, WeightsId, TokenizerId]:
-    """Return what tells representations apart: a segment, under the model and the tokenizer of another's."""
+    """Return what names a representation: a segment, and the model and the tokenizer of `row`."""
     return segment_id, row.weights_id, row.tokenizer_id
 
 
 def _ids_before(catalog: Catalog, rows: Sequence[Row]) -> Mapping[SegmentId, list[SegmentId]]:
-    """Return the direct parents of all segments; what stands for a namespace is none."""
+    """Return the direct parents of all segments, without those that stand for a namespace."""
     found: dict[SegmentId, list[SegmentId]] = {row.segment_id: [] for row in rows}
     namespaces = {namespace_id(name) for name in {row.namespace for row in rows}}
     for segment_id, parent_id in catalog.edges(found):
@@ -234,7 +237,7 @@ def prune(forest: Forest, weights: Sequence[float], *, limit: int, max_depth: in
 
 
 def _heaviest(forest: Forest, totals: Sequence[float], *, limit: int, max_depth: int | None) -> dict[int, int]:
-    """Return the nodes to show, with their depths. None is heavier than its parent, so no node is shown without it."""
+    """Return the nodes to show, with their depths. No node is heavier than its parent, so none is shown without it."""
     depths: dict[int, int] = {}
     heap = [(-totals[root], root, 0) for root in forest.roots]
     heapq.heapify(heap)

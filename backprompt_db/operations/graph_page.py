@@ -1,4 +1,4 @@
-"""What is put into a page that shows a whole database: columns of its nodes, within bounds, and what they leave out."""
+"""What is put into a page that shows a whole database: columns of its nodes, within bounds, and what was left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 MAX_CHARACTERS = 50_000_000
-"""Of all texts together: a browser has to hold them."""
+"""The most that all texts together may have: a browser has to hold them."""
+
+MAX_TOKENS = 200_000
+"""The most that is shown, of all representations together."""
+MAX_PARTS = 10_000
+"""Each of them is read by itself."""
+_LEAST = -1e6
+"""Stands for the log-probability of what a model says is impossible: JSON has no infinity."""
 
 _NUM_ADDRESS_DIGITS = 16
 _NUM_ID_DIGITS = 8
@@ -41,10 +48,21 @@ class Codes:
     places: Sequence[int]
 
 
-def page_contents(found: Forest, tokens: Mapping[int, TokenScores] | None, *, max_text: int) -> dict[str, Any]:
-    """Return what `pictures.page.html_page` shows, in JSON's types.
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """The tokens of one text, or of its beginning."""
 
-    `tokens` are those of some nodes, by index; None if nobody wants any. Of each text there are the first `max_text`
+    ids: Sequence[int]
+    logprobs: Sequence[float | None]
+    """None where nothing predicts a token."""
+    pieces: Sequence[str] | None
+    """Each token as a string; None where the catalog does not know the tokenizer."""
+
+
+def page_contents(found: Forest, tokens: Mapping[int, TokenScores] | None, *, max_text: int) -> dict[str, Any]:
+    """Return what `views.page.html_page` shows, in JSON's types.
+
+    `tokens` are those of some nodes, by index; None if nobody wants any. Each text is cut to its first `max_text`
     characters.
     """
     models = _codes([(node.weights_id, node.model_name) for node in found.nodes])
@@ -69,7 +87,7 @@ def page_contents(found: Forest, tokens: Mapping[int, TokenScores] | None, *, ma
 
 
 def affordable_text(found: Forest, max_text: int) -> int:
-    """Return how many characters of each text can be taken, at most `max_text`, such that all are not too many."""
+    """Return how many characters of each text can be shown, at most `max_text`, within `MAX_CHARACTERS` in all."""
     lengths = [len(node.text) for node in found.nodes]
     while sum(min(length, max_text) for length in lengths) > MAX_CHARACTERS and max_text > 1:
         max_text //= 2
@@ -91,7 +109,7 @@ def _model(weights_id: bytes, name: str | None) -> str:
 
 
 def _places(found: Forest) -> dict[str, Any]:
-    """Return where nodes stand. What few have is told by number."""
+    """Return where nodes stand. What few nodes have is given by their indexes."""
     numbered = list(enumerate(found.nodes))
     return {
         "addresses": [node.address.hex()[:_NUM_ADDRESS_DIGITS] for node in found.nodes],
@@ -157,25 +175,6 @@ def _totals(found: Forest) -> str:
     return f"{plural(len(found.nodes), 'segment')} · {' · '.join(facts)}"
 
 
-MAX_TOKENS = 200_000
-"""Of all representations together."""
-MAX_PARTS = 10_000
-"""Each is a read of its own."""
-_LEAST = -1e6
-"""Stands for the log-probability of what a model says is impossible: JSON has no infinity."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScores:
-    """The tokens of one text, or of its beginning."""
-
-    ids: Sequence[int]
-    logprobs: Sequence[float | None]
-    """None where nothing predicts a token."""
-    pieces: Sequence[str] | None
-    """Each token as a string; None where the catalog does not know the tokenizer."""
-
-
 def read_token_scores(
     store: Store,
     catalog: Catalog,
@@ -184,7 +183,7 @@ def read_token_scores(
     max_text: int,
     watch: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> dict[int, TokenScores]:
-    """Return the tokens of the nodes that were used most, by index, of each those of its first `max_text` characters.
+    """Return the tokens of the most used nodes, by index: those of the first `max_text` characters of each.
 
     What cannot be read is left out. `watch` is given the indexes of all nodes to be read, and yields them.
     """
@@ -221,6 +220,6 @@ def _token_scores(node: Node, arrays: Arrays, vocabulary: Vocabulary | None, *, 
 
 
 def _num_within(pieces: Sequence[str] | None, max_text: int) -> int:
-    """Return how many of the tokens lie within so many characters; without their strings as many as characters."""
+    """Return how many tokens lie within so many characters; without their strings, one for each character."""
     ends = itertools.accumulate(map(len, pieces)) if pieces is not None else itertools.count(1)
     return sum(1 for _ in itertools.takewhile(lambda end: end <= max_text, ends))

@@ -1,4 +1,4 @@
-"""Reading one stored part with every check that there is: digest, format, and that it lies where it belongs."""
+"""Reading one stored part with every check that there is: of its digest, its format and its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Kind(enum.Enum):
     MALFORMED = "malformed"
     """Its digest matches, but it is not what the format prescribes."""
     MISPLACED = "misplaced"
-    """It was computed from something else than what its key is the name of."""
+    """It was computed from something else than its key says."""
     TOO_NEW = "too-new"
     """A newer version of backprompt-db wrote it."""
     UNREADABLE = "unreadable"
@@ -34,9 +34,9 @@ class Kind(enum.Enum):
     ORPHANED = "orphaned"
     """Chunks without a head, which only take up room."""
     FOREIGN = "foreign"
-    """A record that belongs to no part."""
+    """A record that belongs to no part at all."""
     DIFFERENT = "different"
-    """The model gives something else."""
+    """The model computes something else."""
 
 
 @dataclass(frozen=True, slots=True)

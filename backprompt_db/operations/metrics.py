@@ -1,4 +1,4 @@
-"""What a database holds and did, as OpenMetrics text: for a scraper that runs `backprompt-db stats --openmetrics`."""
+"""What a database holds and did, as OpenMetrics text, which `backprompt-db stats --openmetrics` prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PREFIX = "backprompt_db_"
 
 
 def exposition(stats: Stats) -> str:
-    """Return the text. What is not known at the moment is left out; sums of the store are gauges, for they may fall."""
+    """Return the text. What is not known at the moment is left out. Sums over the store are gauges: they may fall."""
     registry = CollectorRegistry()
     registry.register(_Metrics(stats))
     text: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""Recomputing: whether a model gives what is stored under its name.
+"""Recomputing: whether a model gives what is stored under its name, and how far apart two values are.
 
-Digests tell whether a value is the one that was written. Only this tells whether it was right when it was written,
-whoever wrote it: somebody who forges values, a broken machine, a faulty library.
+Digests tell whether a value is the one that was written. Only recomputing tells whether it was right when it was
+written, be it by a forger, a broken machine or a faulty library.
 """
 
 from __future__ import annotations
@@ -33,10 +33,23 @@ if TYPE_CHECKING:
 
 
 _TOKENS_PER_BATCH = 4096
-"""What is computed at once, and held in memory meanwhile, unless one prompt alone is longer."""
+"""How many tokens are computed at once and held in memory; one prompt alone may have more."""
 _NUM_COMPARED = 3
-"""How many segments two prompts are compared by."""
+"""Prompts are put in order by so many of their first segments."""
 _NUM_DIGITS = 12
+
+_TOLERANCE = {"F64": 1e-3, "F32": 1e-3, "F16": 0.1, "BF16": 0.5}
+_TOLERANCE_OF_LOSSY = {Fidelity.EXACT: 0.0, Fidelity.BFLOAT16: 0.1, Fidelity.INT8: 0.25}
+"""Both were measured on a trained model (SmolLM2-135M, 1,100 tokens of prose), then multiplied by three or more."""
+
+_MIN_PROBABILITY = 1e-4
+"""Logits of tokens that both sides find less likely are not compared: half precision moves them far, which does not
+matter."""
+
+_TINY = 1e-30
+"""The least number by which an error is divided."""
+
+_Floats = npt.NDArray[np.float64]
 
 
 class Model(Protocol):
@@ -69,15 +82,15 @@ class Recomputation:
     num_left_out: int = 0
     """Chosen ones that cannot be computed again, because the text of an ancestor is not in the store any more."""
     tolerance: float = 0.0
-    """Up to which error a part counts as the same; see `operations/recompute.py` for the unit."""
+    """Up to which error a part counts as the same; `error` explains the unit."""
     max_errors: Mapping[Part, float] = field(default_factory=dict)
-    """The largest error of each sort of part that was compared."""
+    """The largest error of each kind of part that was compared."""
     problems: tuple[Problem, ...] = ()
     """The parts whose error is larger than the tolerance."""
 
     @property
     def found(self) -> Found:
-        """The sort of what is wrong."""
+        """What kind of problem was found."""
         return Found.RECOMPUTATION if self.problems else Found.NOTHING
 
 
@@ -101,9 +114,9 @@ def recompute(
 ) -> Recomputation:
     """Compute a random share of what is stored of a model again, at least one representation, and compare.
 
-    Nothing is changed: `Database.discard` removes what should go. `max_error` is the tolerance, where the one that
-    follows from the model's dtype and the database's fidelity will not do. `progress` wraps what is computed. Raises
-    `ModelMismatch` when the database has nothing of this model.
+    Nothing is changed: `Database.discard` removes what should go. `max_error` replaces the tolerance that follows from
+    the model's dtype and the database's fidelity. `progress` wraps the list of what is computed. Raises `ModelMismatch`
+    when the database has nothing of this model.
     """
     addresses = _of_model(db, model)
     chosen = sample(len(addresses), share=share, seed=seed)
@@ -153,7 +166,7 @@ def _names(db: Database) -> dict[WeightsId, str]:
 
 
 def _targets(store: Store, lineage: Lineage, addresses: Iterable[Address]) -> list[_Target]:
-    """Return what can be computed again, in an order in which those with the same beginning follow each other."""
+    """Return what can be computed again, in an order in which prompts with the same beginning follow each other."""
     found = list[_Target]()
     for address in addresses:
         origin = origin_of(store, address)
@@ -182,7 +195,7 @@ def _compare(store: Store, model: Model, targets: Sequence[_Target]) -> Iterator
     for address, segment, parts in targets:
         for part in parts:
             stored = inspect(store, Key(address, part)).arrays
-            if stored is not None:  # else it was removed meanwhile, or is damaged, which other checks find
+            if stored is not None:  # else it was removed meanwhile, or is damaged: `verify` finds that
                 logits = again[segment, Part.LOGITS]["logits"]
                 yield Key(address, part), error(part, stored, again[segment, part], logits=logits)
 
@@ -193,19 +206,6 @@ def _of_part(errors: Mapping[Key, float], part: Part) -> list[float]:
 
 def _problem(key: Key, found: float, limit: float) -> Problem:
     return Problem(*key, Kind.DIFFERENT, f"its error is {found:.2g}, where {limit:.2g} is allowed")
-
-
-_TOLERANCE = {"F64": 1e-3, "F32": 1e-3, "F16": 0.1, "BF16": 0.5}
-_TOLERANCE_OF_LOSSY = {Fidelity.EXACT: 0.0, Fidelity.BFLOAT16: 0.1, Fidelity.INT8: 0.25}
-"""Both measured on a trained model (SmolLM2-135M, 1,100 tokens of prose) and multiplied by about three or more."""
-
-_MIN_PROBABILITY = 1e-4
-"""Logits of tokens that both sides find less likely are not compared: half precision moves them far, to no effect."""
-
-_TINY = 1e-30
-"""What is divided by is never less."""
-
-_Floats = npt.NDArray[np.float64]
 
 
 def tolerance(dtype: str, fidelity: Fidelity) -> float:
@@ -251,7 +251,7 @@ def _logits_error(stored: Array, again: Array) -> float:
     if stored.shape != again.shape:
         return math.inf
     mine, theirs = _logprobs(stored), _logprobs(again)
-    is_likely = ~(np.maximum(mine, theirs) < math.log(_MIN_PROBABILITY))  # so that NaN is
+    is_likely = ~(np.maximum(mine, theirs) < math.log(_MIN_PROBABILITY))  # NaN counts as likely
     return _finite(np.abs(mine - theirs)[is_likely].max(initial=0.0))
 
 

@@ -1,4 +1,4 @@
-"""Reindexing: making the catalog agree with the store, from which all of it can be derived."""
+"""Reindexing: making the catalog agree with the store, and the index of texts agree with the catalog."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from backprompt_db.store.contract import Store
 
 
+_KEEPING_UP_SECONDS = 2.0
+
 _SIDE_FILES = ("", "-journal", "-wal", "-shm")
-"""A journal left behind would be played back into the new catalog."""
+"""SQLite would play a journal that is left behind back into the new catalog."""
 
 _PASSING = frozenset(
     {
@@ -37,18 +39,18 @@ _PASSING = frozenset(
         sqlite3.SQLITE_READONLY,
     }
 )
-"""Failures that say nothing about the file."""
+"""SQLite's codes for failures that do not mean that the file is damaged."""
 
 
 def reindex(db: Database) -> Reindexing:
     """Enter what the catalog lacks, forget what the store lacks; hits, pins and labels of the rest are kept.
 
     A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names,
-    counts) is lost. Files that are made have the permissions that the database is shared with. What is entered counts
-    as created now. One that is killed can be repeated, and goes on where it was. Memory does not grow with the size of
-    the database.
+    counts) is lost. New files get the permissions that the database is shared with. What is entered counts as created
+    now. After being killed it can be repeated, and goes on where it was. Memory does not grow with the size of the
+    database.
 
-    Of a part, only what it was computed from is read: `verify` is what finds damage in its arrays.
+    Only what a part was computed from is read; damage in its arrays is found by `verify`.
 
     Raises `StoreReadOnly` for a database that may not be written to, `StoreLocked` while another process reindexes it,
     `CatalogTooNew` for a catalog of a newer version, and `CatalogError` when the catalog is locked or the disk full.
@@ -74,7 +76,7 @@ def _writable_directory(db: Database) -> Path:
 
 @contextlib.contextmanager
 def _alone(directory: Path, *, mode: int) -> Iterator[None]:
-    """Keep a second process from moving aside what the first has just rebuilt."""
+    """Hold the lock of reindexing: a second process would move aside what the first has just rebuilt."""
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(directory / REINDEX_LOCK, mode=mode, timeout_seconds=0))
@@ -92,7 +94,7 @@ def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None)
 
 
 def _check_integrity(path: Path) -> None:
-    """Raise `CatalogError` for damage that the queries of a reindexing need not meet."""
+    """Raise `CatalogError` for damage, which the queries of a reindexing may not come across."""
     from backprompt_db.catalog.connection import catalog_errors
 
     with catalog_errors(path), contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
@@ -118,9 +120,6 @@ def _move_aside(path: Path) -> Path:
     return aside
 
 
-_KEEPING_UP_SECONDS = 2.0
-
-
 def update_index(directory: Path) -> Iterator[int]:
     """Make the index, or bring it up to date, some texts at a time; yield how many are left, until none are.
 
@@ -134,7 +133,7 @@ def update_index(directory: Path) -> Iterator[int]:
 
 
 def keep_up_index(directory: Path) -> None:
-    """Add to the index what was recorded since, for two seconds at most, where one may write."""
+    """Add to the index what was recorded since, for two seconds at most, if this user may write."""
     deadline = time.monotonic() + _KEEPING_UP_SECONDS
     with contextlib.suppress(CatalogError):
         for _ in itertools.takewhile(lambda _: time.monotonic() < deadline, update_index(directory)):

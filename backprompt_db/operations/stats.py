@@ -1,4 +1,7 @@
-"""What a database holds and what it did, in numbers."""
+"""What a database holds and what it did, in numbers.
+
+Sums are read from the catalog by plain SQL: SQLAlchemy alone would take longer to import than all of this.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backprompt_db.catalog.records import GroupTotals, Totals
 from backprompt_db.database.counters import NAMES_IN_CATALOG
 from backprompt_db.database.location import CATALOG
 from backprompt_db.database.opening import manifest_of, open_store
@@ -20,19 +24,31 @@ from backprompt_db.prompt.ids import Address, WeightsId
 from backprompt_db.prompt.representation import Part
 
 _NUM_INCIDENTS = 10
+_TIMEOUT_SECONDS = 5.0
+
+_COUNTS = """
+    coalesce(sum(num_representations), 0), coalesce(sum(scores_nbytes), 0), coalesce(sum(logits_nbytes), 0),
+    coalesce(sum(kv_nbytes), 0)
+"""
+_TOTALS = f"""
+    SELECT {_COUNTS}, (SELECT coalesce(sum(num_segments), 0) FROM namespaces WHERE ?1 IS NULL OR name = ?1),
+        count(DISTINCT weights_id), coalesce(sum(num_tokens), 0), coalesce(sum(num_hits), 0), total(saved_seconds)
+    FROM sums WHERE ?1 IS NULL OR namespace = ?1
+"""  # noqa: S608 - constants
+_BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
 
 _Group = TypeVar("_Group")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Activity:
-    """What all processes have counted since the catalog was made. Parts are counted by the tier that had them."""
+    """What all processes have counted since the catalog was made. Parts that were found count where they were found."""
 
     num_memory_hits: int
     num_disk_hits: int
     num_base_hits: int
     num_part_misses: int
-    """Parts that were asked for and were nowhere."""
+    """Parts that were asked for and not found anywhere."""
     num_computed_tokens: int
     computed_seconds: float
     num_evicted: int
@@ -74,7 +90,7 @@ class Incident:
     at: float
     """POSIX seconds."""
     age_seconds: float
-    """0 for what a clock that was fast has dated into the future."""
+    """0 for a time in the future, which a clock that was fast has left."""
     kind: str
     address: Address | None
     detail: str
@@ -86,7 +102,7 @@ class Stats:
 
     directory: Path
     namespace: str | None
-    """The one that sums are restricted to; None for all."""
+    """The namespace that sums are restricted to; None for all."""
     format: int
     fidelity: str
     created_at: str
@@ -99,14 +115,14 @@ class Stats:
     nbytes: Mapping[Part, int]
     """Stored bytes of every part, 0 where there are none."""
     num_hits: int | None
-    """Uses of what is stored now; what was evicted takes its uses along."""
+    """Uses of what is stored now; those of what was evicted do not count any more."""
     saved_seconds: float | None
     """These uses times what the computation had taken."""
     by_model: Sequence[ModelUsage] | None
-    """The largest first; None for a single namespace, too."""
+    """The largest first; None also when sums are restricted to a namespace."""
     by_namespace: Sequence[NamespaceUsage] | None
     live_nbytes: int | None
-    """Bytes of the store's pages in use, which is what the limit is about."""
+    """Bytes of the store's pages in use, to which the limit applies."""
     file_nbytes: int
     """Bytes of all files in the directory."""
     max_nbytes: int | None
@@ -126,7 +142,7 @@ def gather(directory: Path, *, namespace: str | None = None) -> Stats:
     """Sum up the database in `directory`, or one namespace of it; raises `UnsafeLocation` where there is none.
 
     Without a usable catalog the keys of the store are counted, which takes longer and tells less. Raises `CatalogError`
-    for a namespace then: keys do not tell theirs.
+    for a namespace then: keys do not tell their namespace.
     """
     manifest = manifest_of(directory)
     return Stats(
@@ -185,7 +201,9 @@ def _from_store(directory: Path) -> dict[str, Any]:
 
 
 def _by_model(path: Path) -> list[ModelUsage]:
-    names = _model_names(path)
+    names = dict[bytes, str]()
+    with contextlib.suppress(CatalogError):  # nothing else depends on names
+        names = dict(_rows(path, "SELECT weights_id, name FROM models"))
     return [
         ModelUsage(
             weights_id=weights_id,
@@ -204,18 +222,8 @@ def _by_namespace(path: Path) -> list[NamespaceUsage]:
     ]
 
 
-def _largest_first(found: Mapping[_Group, GroupSums]) -> list[tuple[_Group, GroupSums]]:
+def _largest_first(found: Mapping[_Group, GroupTotals]) -> list[tuple[_Group, GroupTotals]]:
     return sorted(found.items(), key=lambda item: sum(item[1].nbytes.values()), reverse=True)
-
-
-def _model_names(path: Path) -> dict[bytes, str]:
-    """Return what models are called, best effort: nothing else depends on it."""
-    with (
-        contextlib.suppress(sqlite3.Error),
-        contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection,
-    ):
-        return dict(connection.execute("SELECT weights_id, name FROM models"))
-    return {}
 
 
 def _activity(found: Mapping[str, float]) -> Activity:
@@ -239,56 +247,23 @@ def _incidents(path: Path, *, now: float) -> list[Incident]:
     ]
 
 
-_TIMEOUT_SECONDS = 5.0
-
-_COUNTS = """
-    coalesce(sum(num_representations), 0), coalesce(sum(scores_nbytes), 0), coalesce(sum(logits_nbytes), 0),
-    coalesce(sum(kv_nbytes), 0)
-"""
-_TOTALS = f"""
-    SELECT {_COUNTS}, (SELECT coalesce(sum(num_segments), 0) FROM namespaces WHERE ?1 IS NULL OR name = ?1),
-        count(DISTINCT weights_id), coalesce(sum(num_tokens), 0), coalesce(sum(num_hits), 0), total(saved_seconds)
-    FROM sums WHERE ?1 IS NULL OR namespace = ?1
-"""  # noqa: S608 - constants
-_BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
-
-
-@dataclass(frozen=True, slots=True)
-class Sums:
-    """Sums over all representations."""
-
-    num_representations: int
-    nbytes: dict[Part, int]
-    num_segments: int
-    num_models: int
-    num_tokens: int
-    num_hits: int
-    saved_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class GroupSums:
-    """Sums over the representations of one model, or of one namespace."""
-
-    num_representations: int = 0
-    nbytes: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(Part, 0))
-
-
-def sums(path: Path, *, namespace: str | None = None) -> Sums:
+def sums(path: Path, *, namespace: str | None = None) -> Totals:
     """Return the sums over all representations in the catalog at `path`, or over those of a namespace.
 
     Raises `CatalogError` if it is unusable.
     """
     [(count, scores, logits, kv, *others)] = _rows(path, _TOTALS, namespace)
-    return Sums(count, _nbytes(scores, logits, kv), *others)
+    num_segments, num_models, num_tokens, num_hits, saved_seconds = others
+    nbytes = _nbytes(scores, logits, kv)
+    return Totals(count, num_segments, num_models, num_tokens, nbytes, num_hits, saved_seconds)
 
 
-def sums_by_model(path: Path) -> dict[WeightsId, GroupSums]:
+def sums_by_model(path: Path) -> dict[WeightsId, GroupTotals]:
     """Return the sums of each model that has representations; raises `CatalogError` if the catalog is unusable."""
     return {WeightsId(weights_id): found for weights_id, found in _by(path, "weights_id").items()}
 
 
-def sums_by_namespace(path: Path) -> dict[str, GroupSums]:
+def sums_by_namespace(path: Path) -> dict[str, GroupTotals]:
     """Return the sums of each namespace that has representations; raises `CatalogError` if the catalog is unusable."""
     return _by(path, "namespace")
 
@@ -303,9 +278,9 @@ def events(path: Path, *, limit: int) -> list[tuple[float, str, bytes | None, st
     return list(_rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT ?", limit))
 
 
-def _by(path: Path, column: str) -> dict[Any, GroupSums]:
+def _by(path: Path, column: str) -> dict[Any, GroupTotals]:
     return {
-        key: GroupSums(count, _nbytes(scores, logits, kv))
+        key: GroupTotals(count, _nbytes(scores, logits, kv))
         for count, scores, logits, kv, key in _rows(path, _BY.format(counts=_COUNTS, column=column))
     }
 

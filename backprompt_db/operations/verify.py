@@ -1,4 +1,4 @@
-"""Verifying: whether what is stored is whole, is what it is said to be, and is what the catalog says."""
+"""Verifying: whether what is stored is whole, lies under its own name, and is what the catalog lists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNUSABLE = frozenset({Kind.MALFORMED, Kind.MISPLACED})
 
 
 class Found(enum.IntFlag):
-    """Which sorts of problems were found. As a number, the exit code of `backprompt-db verify`, where 2 is an error."""
+    """Which kinds of problems were found. The sum is the exit code of `backprompt-db verify`, where 2 is an error."""
 
     NOTHING = 0
     DATA = 1
@@ -35,7 +35,7 @@ class Found(enum.IntFlag):
     CATALOG = 8
     """The catalog is damaged, or does not say what the store holds."""
     RECOMPUTATION = 16
-    """Values that the model does not give."""
+    """Values that differ from what the model computes."""
 
 
 _SORTS = {
@@ -53,11 +53,11 @@ class Checks:
     """What a verification looks at."""
 
     structure: bool = True
-    """Whether records, keys and sizes fit together, in the store, in the catalog and between them. Reads no blobs."""
+    """Whether to check that records, keys and sizes agree in store and catalog. Reads no blobs."""
     share: float = 1.0
-    """Which share of the parts is read and checked: 1 for all, 0 for none."""
+    """The share of the parts that is read and checked: 1 for all, 0 for none."""
     seed: int = field(default_factory=lambda: random.SystemRandom().randrange(2**32))
-    """What chooses the share; the same one chooses the same parts of the same store."""
+    """The seed of the choice; the same seed chooses the same parts of the same store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Verification:
     """What a verification found."""
 
     num_parts: int
-    """Parts that were read, whatever was found."""
+    """How many parts were read, whatever was found."""
     nbytes: int
     """Their size, as far as they could be read."""
     problems: tuple[Problem, ...]
@@ -76,7 +76,7 @@ class Verification:
 
     @property
     def found(self) -> Found:
-        """The sorts of what is wrong."""
+        """Which kinds of problems were found."""
         found = Found.NOTHING if self.catalog_problem is None else Found.CATALOG
         if self.store_problem is not None:
             found |= Found.STRUCTURE
@@ -91,7 +91,7 @@ class Verification:
 
 
 Progress = Callable[[Iterator[Inspection]], Iterable[Inspection]]
-"""What wraps the iterator of what is read, one inspection for each part."""
+"""Wraps the iterator of what is read, one inspection for each part."""
 
 
 def verify(db: Database, *, checks: Checks | None = None, progress: Progress = iter) -> Verification:
@@ -116,7 +116,7 @@ def verify(db: Database, *, checks: Checks | None = None, progress: Progress = i
 
 
 def sample(total: int, *, share: float, seed: int) -> frozenset[int]:
-    """Return the numbers, below `total`, of a random share: at least one where there is any, and not all of 0."""
+    """Return a random share of the numbers below `total`: at least one of them, unless `share` or `total` is 0."""
     num_chosen = min(total, math.ceil(share * total))
     return frozenset(random.Random(seed).sample(range(total), num_chosen))  # noqa: S311 - nothing to keep secret
 

@@ -125,13 +125,13 @@ class AnyOrder(RuleBasedStateMachine):
             assert self.catalog.parents(origin.segment_id) == expected
 
     @invariant()
-    def victims_are_all_but_the_kv_that_others_build_on(self) -> None:
+    def candidates_are_all_but_the_kv_that_others_build_on(self) -> None:
         with_kv = [origin for origin in ORIGINS if (origin.address, Part.KV) in self.sizes]
         needed = {(parent, origin.weights_id) for origin in with_kv for parent in origin.parents}
         spared = {(o.address, Part.KV) for o in with_kv if (o.segment_id, o.weights_id) in needed}
-        found = self.catalog.victims(FOREVER, at=9.0, grace_seconds=0.0)
-        assert {(victim.address, victim.part) for victim in found} == self.sizes.keys() - spared
-        assert all(victim.nbytes == self.sizes[victim.address, victim.part] for victim in found)
+        found = self.catalog.eviction_order(FOREVER, at=9.0, grace_seconds=0.0)
+        assert {(candidate.address, candidate.part) for candidate in found} == self.sizes.keys() - spared
+        assert all(candidate.nbytes == self.sizes[candidate.address, candidate.part] for candidate in found)
 
     def teardown(self) -> None:
         """Compare at the end what would stay wrong."""

@@ -156,7 +156,7 @@ class TestWhatIsFound:
 
 
 class TestTheIndex:
-    def test_recording_notes_what_is_new_and_no_more(self, catalog: Catalog, path: Path) -> None:
+    def test_recording_marks_what_is_new_and_no_more(self, catalog: Catalog, path: Path) -> None:
         record(catalog, "first")
         index(catalog)
         before = query(path, "SELECT count(*) FROM search_data"), query(path, "SELECT number FROM searchable")

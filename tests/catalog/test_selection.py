@@ -30,8 +30,8 @@ def selected(catalog: Catalog, selection: Selection) -> list[str]:
     found = sorted(texts(catalog.select(selection)))
     assert sorted(texts(catalog.rows(selection=selection))) == found
     addresses = {row.address for row in catalog.select(selection)}
-    victims = catalog.victims(2**62, at=1e9, grace_seconds=0.0, selection=selection)
-    assert {victim.address for victim in victims} == addresses
+    candidates = catalog.eviction_order(2**62, at=1e9, grace_seconds=0.0, selection=selection)
+    assert {candidate.address for candidate in candidates} == addresses
     return found
 
 

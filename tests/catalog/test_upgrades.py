@@ -45,9 +45,9 @@ def everything(catalog: Catalog) -> list[object]:
     found: list[object] = [catalog.rows(), catalog.models(), catalog.tokenizers()]
     found += [catalog.totals_by_model(), catalog.totals_by_namespace()]
     found += [catalog.totals(namespace=name) for name in (None, "", "tenant")]
-    while victims := catalog.victims(2**62, at=9.0, grace_seconds=0.0):
-        found.append(victims)
-        catalog.evict([victim[:2] for victim in victims], at=9.0)
+    while candidates := catalog.eviction_order(2**62, at=9.0, grace_seconds=0.0):
+        found.append(candidates)
+        catalog.evict([candidate[:2] for candidate in candidates], at=9.0)
     return [*found, catalog.rows(), catalog.totals()]
 
 

@@ -178,8 +178,8 @@ def keys_in(place: Path) -> set[Key]:
         return stored(db)
 
 
-def as_keys(victims: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(victim["address"], victim["part"]) for victim in victims]
+def as_keys(candidates: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(candidate["address"], candidate["part"]) for candidate in candidates]
 
 
 def gone(before: set[Key], after: set[Key]) -> set[tuple[str, str]]:
@@ -199,7 +199,7 @@ class TestEvict:
         done = run_json("evict", "--db", place, *options)
         assert gone(before, keys_in(place)) == set(as_keys(rehearsed))
         assert len(rehearsed) == done["num_parts"] > 0
-        assert sum(victim["nbytes"] for victim in rehearsed) == done["nbytes"]
+        assert sum(candidate["nbytes"] for candidate in rehearsed) == done["nbytes"]
         with bp.open(place, mode="r") as db:
             assert dangling(db) == []
             assert done["live_nbytes"] == live(db)
@@ -214,10 +214,10 @@ class TestEvict:
         assert run_json("evict", "--db", place)["live_nbytes"] <= 0.85 * 2_000_000
 
     def test_prints_the_same_fields_always(self, place: Path) -> None:
-        victims = run_json("evict", "--db", place, "--to", "0", "--dry-run")
+        candidates = run_json("evict", "--db", place, "--to", "0", "--dry-run")
         fields = ["address", "part", "nbytes", "seconds", "used_at", "reason"]
-        assert {tuple(victim) for victim in victims} == {tuple(fields)}
-        assert {victim["reason"] for victim in victims} == {"value"}
+        assert {tuple(candidate) for candidate in candidates} == {tuple(fields)}
+        assert {candidate["reason"] for candidate in candidates} == {"value"}
         assert list(run_json("evict", "--db", place, "--to", "0")) == ["num_parts", "nbytes", "live_nbytes"]
 
     def test_tells_people_what_would_go_and_why(self, place: Path) -> None:
@@ -229,9 +229,9 @@ class TestEvict:
 
     def test_removes_what_is_expired_although_there_is_room(self, place: Path) -> None:
         assert run("config", "--db", place, "--ttl", "0.001s").exit_code == 0
-        victims = run_json("evict", "--db", place, "--to", "1GB", "--dry-run")
-        assert {victim["reason"] for victim in victims} == {"expired"}
-        assert run_json("evict", "--db", place, "--to", "1GB")["num_parts"] == len(victims)
+        candidates = run_json("evict", "--db", place, "--to", "1GB", "--dry-run")
+        assert {candidate["reason"] for candidate in candidates} == {"expired"}
+        assert run_json("evict", "--db", place, "--to", "1GB")["num_parts"] == len(candidates)
         assert keys_in(place) == set()
 
     def test_an_unknown_model_is_said_so(self, place: Path) -> None:

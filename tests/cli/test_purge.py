@@ -99,7 +99,7 @@ def test_without_a_selection_nothing_goes(place: Path) -> None:
 
 PURGE = """
 from backprompt_db.catalog.records import Selection
-from backprompt_db.operations.evict import purge
+from backprompt_db.operations.purge import purge
 with bp.open(place) as db:
     purge(db, Selection(text_contains='Jane Doe'))
 """

@@ -16,7 +16,8 @@ from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.errors import FormatTooNew, PromptError, StoreReadOnly, UnsafeLocation
 from backprompt_db.operations.annotate import pin
-from backprompt_db.operations.evict import compact, evict, purge, victims
+from backprompt_db.operations.evict import compact, evict, eviction_order
+from backprompt_db.operations.purge import purge
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Part
@@ -100,7 +101,7 @@ class TestNothingIsWritten:
         with reader(place) as db:
             for attempt in (
                 lambda: evict(db, to_nbytes=0, selection=everything),
-                lambda: victims(db, to_nbytes=0, selection=everything),
+                lambda: eviction_order(db, to_nbytes=0, selection=everything),
                 lambda: purge(db, Selection(text_contains="Request")),
                 lambda: pin(db, everything),
                 lambda: compact(db),

@@ -56,11 +56,13 @@ def test_a_clock_that_is_a_day_off_costs_nothing(tmp_path: Path, seconds: int) -
         assert db.catalog is not None
         now = time.time()
         # What claims to come from the future is as good as anything, and goes when there is no other way.
-        everything = db.catalog.victims(10**12, at=now, grace_seconds=10)
-        assert {victim.address for victim in everything} == {key.address for key in keys_of(prompt(0) + prompt(1))}
-        expired = db.catalog.victims(0, at=now, grace_seconds=0, ttl_seconds=DAY_SECONDS / 2)
+        everything = db.catalog.eviction_order(10**12, at=now, grace_seconds=10)
+        assert {candidate.address for candidate in everything} == {
+            key.address for key in keys_of(prompt(0) + prompt(1))
+        }
+        expired = db.catalog.eviction_order(0, at=now, grace_seconds=0, ttl_seconds=DAY_SECONDS / 2)
         made_then = {key.address for key in keys_of(prompt(1))}
-        assert {victim.address for victim in expired} == (made_then if seconds < 0 else set())
+        assert {candidate.address for candidate in expired} == (made_then if seconds < 0 else set())
     assert run_json("stats", "--db", tmp_path / "db")["num_representations"] == 6
     assert_survived(tmp_path / "db", [0, 1])
 
@@ -73,9 +75,9 @@ def test_with_a_clock_that_stands_still_eviction_leaves_no_gaps(
         put_prompts(db, range(6))
         assert db.catalog is not None
         num_rounds = 0
-        while victims := db.catalog.victims(1, at=1e9, grace_seconds=10):
-            db.store.delete(Key(victim.address, victim.part) for victim in victims)
-            db.catalog.evict([(victim.address, victim.part) for victim in victims], at=1e9)
+        while candidates := db.catalog.eviction_order(1, at=1e9, grace_seconds=10):
+            db.store.delete(Key(candidate.address, candidate.part) for candidate in candidates)
+            db.catalog.evict([(candidate.address, candidate.part) for candidate in candidates], at=1e9)
             assert dangling(db) == []
             num_rounds += 1
         assert num_rounds == 3 * (3 + 6 + 6)

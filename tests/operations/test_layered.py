@@ -14,7 +14,8 @@ from backprompt_db.catalog.records import Selection
 from backprompt_db.database.database import Database
 from backprompt_db.database.manifest import read_manifest
 from backprompt_db.errors import CatalogError, FormatError, FormatTooNew, PromptError, UnsafeLocation
-from backprompt_db.operations.evict import compact, evict, purge, victims
+from backprompt_db.operations.evict import compact, evict, eviction_order
+from backprompt_db.operations.purge import purge
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.stats import gather
 from backprompt_db.operations.verify import verify
@@ -167,9 +168,9 @@ class TestMaintenance:
 
     def test_eviction_removes_what_is_private_and_the_base_is_found_again(self, db: Database, base: Path) -> None:
         before = snapshot(base)
-        assert {(victim.address, victim.part) for victim in victims(db, to_nbytes=0, selection=EVERYTHING)} == {
-            (key.address, key.part) for key in own_keys()
-        }
+        assert {
+            (candidate.address, candidate.part) for candidate in eviction_order(db, to_nbytes=0, selection=EVERYTHING)
+        } == {(key.address, key.part) for key in own_keys()}
         assert evict(db, to_nbytes=0, selection=EVERYTHING).num_parts == 9
         assert (stored(db), db.counters.num_evicted) == (set(), 9)
         assert_whole(db, prompt(0))

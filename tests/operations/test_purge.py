@@ -14,7 +14,7 @@ from backprompt_db.cli.app import app
 from backprompt_db.database.database import Database
 from backprompt_db.database.writer import NewPart
 from backprompt_db.errors import PromptError
-from backprompt_db.operations.evict import Purged, doomed, purge
+from backprompt_db.operations.purge import Purged, doomed, purge
 from backprompt_db.prompt.ids import TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Origin, Part
 from backprompt_db.prompt.text import Text

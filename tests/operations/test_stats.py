@@ -255,8 +255,8 @@ class TestTime:
         with bp.open(directory) as db:
             assert db.catalog is not None
             db.catalog.log([Event(moment, "quarantine", None, "from another day")])
-            victims = db.catalog.victims(1 << 40, at=time.time(), grace_seconds=10)
-        assert victims, "equal times are no reason to evict nothing"
+            candidates = db.catalog.eviction_order(1 << 40, at=time.time(), grace_seconds=10)
+        assert candidates, "equal times are no reason to evict nothing"
         [incident] = gather(directory).incidents or []
         assert incident.age_seconds == pytest.approx(max(0, -offset), abs=60)
         shown = run("ls", "--db", directory).stdout

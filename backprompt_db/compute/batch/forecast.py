@@ -28,7 +28,7 @@ from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.prompt.representation import Part
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog.records import Victim
+    from backprompt_db.catalog.records import EvictionCandidate
     from backprompt_db.compute.call import Addresses
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
@@ -217,8 +217,6 @@ class Rehearsal:
 
 logger = logging.getLogger(__name__)
 
-_VICTIMS_PER_CHOICE = 100_000
-
 
 def room_forecast(db: Database, written_nbytes: int) -> RoomForecast | None:
     """Return whether `written_nbytes` more fit; None for a database that keeps nothing on disk, or cannot be read."""
@@ -231,24 +229,24 @@ def room_forecast(db: Database, written_nbytes: int) -> RoomForecast | None:
         return None
     high, low = db.evictor.max_live_nbytes, db.evictor.low_live_nbytes
     has_room = high is None or low is None or live_nbytes + written_nbytes <= high
-    victims = [] if has_room or low is None else _victims(db, live_nbytes + written_nbytes - low)
+    candidates = [] if has_room or low is None else _eviction_order(db, live_nbytes + written_nbytes - low)
     return RoomForecast(
         live_nbytes=live_nbytes,
         written_nbytes=written_nbytes,
         max_live_nbytes=high,
-        holds=has_room or written_nbytes <= (high or 0) - _unremovable(live_nbytes, victims),
-        num_evicted_parts=len(victims),
-        evicted_nbytes=sum(victim.nbytes for victim in victims),
-        evicted_seconds=sum({victim.address: victim.seconds for victim in victims}.values()),
+        holds=has_room or written_nbytes <= (high or 0) - _unremovable(live_nbytes, candidates),
+        num_evicted_parts=len(candidates),
+        evicted_nbytes=sum(candidate.nbytes for candidate in candidates),
+        evicted_seconds=sum({candidate.address: candidate.seconds for candidate in candidates}.values()),
     )
 
 
-def _unremovable(live_nbytes: int, victims: Sequence[Victim]) -> int:
+def _unremovable(live_nbytes: int, candidates: Sequence[EvictionCandidate]) -> int:
     """Return what stays when all of them have gone: what is pinned, or needed."""
-    return max(0, live_nbytes - sum(victim.nbytes for victim in victims))
+    return max(0, live_nbytes - sum(candidate.nbytes for candidate in candidates))
 
 
-def _victims(db: Database, nbytes: int) -> Sequence[Victim]:
+def _eviction_order(db: Database, nbytes: int) -> Sequence[EvictionCandidate]:
     config, catalog = db.evictor.limits.config, db.catalog
     if catalog is None:
         return []
@@ -258,7 +256,6 @@ def _victims(db: Database, nbytes: int) -> Sequence[Victim]:
             at=time.time(),
             grace_seconds=config.grace_seconds,
             ttl_seconds=config.ttl_seconds,
-            limit=_VICTIMS_PER_CHOICE,
         )
     except CatalogError as error:
         logger.warning("the catalog cannot be read: %s", error)

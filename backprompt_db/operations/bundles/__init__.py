@@ -1,1 +1,1 @@
-"""Bundles: representations on their way from one database to another."""
+"""Bundles: representations that are carried from one database to another."""

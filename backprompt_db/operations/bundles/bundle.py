@@ -2,14 +2,14 @@
 
     bundle.json                           format, fidelity, creation
     index-000001.jsonl                    which parts come next, their sizes and digests, labels, names of models
-    <address, hex>/scores.safetensors     the parts, in the order of the index; those before which others need first
+    <address, hex>/scores.safetensors     the parts, in the order of the index, each after those that it needs
     ...
     index-000002.jsonl
     ...
     end.json                              the number of parts, and one digest over all: without it, something is missing
 
-Only plain members, no extensions of tar. Digests are XXH3-128, as in the store: they find damage, and no forgery; who
-must know that a bundle is the one that was sent compares a SHA-256 of the file.
+There are only plain members, no extensions of tar. Digests are XXH3-128, as in the store: they find damage, but not
+forgery. To know that a bundle is the one that was sent, compare a SHA-256 of the file.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from backprompt_db.codec.blob import decode_origin, header_nbytes
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.errors import BlobFormat, FormatError
 from backprompt_db.operations.bundles.index import (
+    PARTS,
     End,
     Entry,
     Index,
     PartEntry,
+    bounded,
     description_to_json,
     end_from_json,
     end_to_json,
@@ -69,7 +71,7 @@ class Group:
 
 
 class _Sum:
-    """The running digest over all members of a bundle: of each, its name, a zero byte, and its own digest."""
+    """The digest over all members of a bundle so far: over the name of each, a zero byte, and its own digest."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
@@ -82,7 +84,7 @@ class _Sum:
 
 
 class BundleWriter:
-    """Writes a bundle to a stream, which only needs `write`. Without `finish`, readers take it for cut off."""
+    """Writes a bundle to a stream, which only needs `write`. Readers refuse it unless `finish` was called."""
 
     def __init__(self, stream: BinaryIO, *, fidelity: Fidelity) -> None:
         self.num_parts = 0
@@ -93,10 +95,10 @@ class BundleWriter:
         self._write(_FIRST, description_to_json(fidelity, made_at=self._made_at))
 
     def add(self, group: Group) -> None:
-        """Write parts, and before them what comes. No representation may come in two groups."""
+        """Write the index of parts, then the parts. No representation may come in two groups."""
         digests = [xxh3_128(part.blob) for part in group.parts]
         self._num_groups += 1
-        index = Index(_entries(group.parts, digests), tuple(group.models), tuple(group.tokenizers))
+        index = Index(_entries(group.parts, digests), group.models, group.tokenizers)
         self._write(_index_name(self._num_groups), index_to_json(index))
         for part, digest in zip(group.parts, digests, strict=True):
             self._write(_part_name(part.key), part.blob, digest)
@@ -104,7 +106,7 @@ class BundleWriter:
 
     def finish(self) -> None:
         """Write the end."""
-        self._write(_LAST, end_to_json(End(self.num_parts, self._sum.digest())))
+        self._write(_LAST, end_to_json(End(self.num_parts, self._sum.digest().hex())))
         write_end(self._stream)
 
     def _write(self, name: str, content: bytes | memoryview, digest: bytes | None = None) -> None:
@@ -115,10 +117,10 @@ class BundleWriter:
 def read_bundle(stream: BinaryIO, *, fidelity: Fidelity) -> Iterator[Index | CheckedPart]:
     """Yield what a bundle holds as it is read: each index, then its parts.
 
-    Memory holds an index, one part at a time, and the addresses that came.
+    An index, one part and all addresses so far are in memory.
 
-    A part is yielded when all that can be checked was checked. Raises `FormatError` at the first thing that is wrong,
-    also for a bundle of another fidelity, and at the end for one of which the end is missing.
+    A part is yielded after every possible check. Raises `FormatError` at the first thing that is wrong, also for a
+    bundle of another fidelity, and for one whose end is missing.
     """
     reading = _Reading(ArchiveReader(stream), fidelity)
     reading.begin()
@@ -138,7 +140,7 @@ class _Reading:
         self._sum = _Sum()
         self._num_groups = 0
         self._num_parts = 0
-        self._seen = set[Address]()
+        self._seen = set[str]()
 
     def begin(self) -> None:
         member = self._archive.next()
@@ -152,7 +154,7 @@ class _Reading:
             )
 
     def next_index(self) -> Index | None:
-        """Return what comes next, None at the end."""
+        """Return the next index, None at the end of the bundle."""
         member = self._archive.next(max_nbytes=_MAX_INDEX_NBYTES)
         if member.name == _LAST:
             self._end(member)
@@ -162,21 +164,22 @@ class _Reading:
         index = index_from_json(self._content(member))
         for entry in index.entries:
             if entry.address in self._seen:
-                raise malformed(f"{entry.address.hex()} comes twice")
+                raise malformed(f"{entry.address} comes twice")
             self._seen.add(entry.address)
         return index
 
     def part(self, entry: Entry, expected: PartEntry) -> CheckedPart:
-        """Read a part; what it begins with is checked before the rest is read."""
-        key = Key(entry.address, expected.part)
+        """Read a part; its header is checked before the rest is read."""
+        key = Key(Address(bytes.fromhex(entry.address)), PARTS[expected.part])
         member = self._archive.next(max_nbytes=MAX_MEMBER_NBYTES)
         _require(member, _part_name(key), nbytes=expected.nbytes)
         blob = self._blob(member, key)
-        if xxh3_128(memoryview(blob)) != expected.digest:
+        digest = xxh3_128(memoryview(blob))
+        if digest.hex() != expected.xxh3_128:
             raise malformed(f"the bytes of {member.name} do not match their digest")
-        self._sum.add(member.name, expected.digest)
+        self._sum.add(member.name, digest)
         self._num_parts += 1
-        note = entry.note if expected is entry.parts[0] else Note()
+        note = Note(entry.label, entry.is_pinned) if expected is entry.parts[0] else Note()
         with _refusing_parts():
             return admit(key, memoryview(blob), fidelity=self._fidelity, note=note)
 
@@ -188,9 +191,8 @@ class _Reading:
         return self._archive.read(member.nbytes - len(blob), into=blob)
 
     def _end(self, member: Member) -> None:
-        expected = self._sum.digest()
-        end = end_from_json(self._content(member))
-        if (end.num_parts, end.digest) != (self._num_parts, expected):
+        expected = End(self._num_parts, self._sum.digest().hex())
+        if end_from_json(self._content(member)) != expected:
             raise malformed("its end does not fit what came before")
         self._archive.finish()
 
@@ -202,7 +204,7 @@ class _Reading:
 
 @contextlib.contextmanager
 def _refusing_parts() -> Iterator[None]:
-    """Refuse the bundle for a part that a database would compute again."""
+    """Refuse the bundle for a part that, in a database, would only be computed again."""
     try:
         yield
     except BlobFormat as error:
@@ -214,15 +216,14 @@ def _require(member: Member, name: str, *, nbytes: int | None = None) -> None:
         raise malformed(f"{name} should come, not {member.name!r:.200} of {member.nbytes:,} bytes")
 
 
-def _entries(parts: Sequence[CheckedPart], digests: Sequence[bytes]) -> tuple[Entry, ...]:
+def _entries(parts: Sequence[CheckedPart], digests: Sequence[bytes]) -> list[Entry]:
+    """Return an entry for each representation, with the note of the first of its parts."""
     entries: dict[Address, Entry] = {}
     for part, digest in zip(parts, digests, strict=True):
-        before = entries.get(part.key.address)
-        come = PartEntry(part.key.part, part.blob.nbytes, digest)
-        known = () if before is None else before.parts
-        note = part.note if before is None else before.note
-        entries[part.key.address] = Entry(part.key.address, (*known, come), note)
-    return tuple(entries.values())
+        new = Entry(part.key.address.hex(), [], bounded(part.note.label), part.note.is_pinned)
+        come = PartEntry(part.key.part.name.lower(), part.blob.nbytes, digest.hex())
+        entries.setdefault(part.key.address, new).parts.append(come)
+    return list(entries.values())
 
 
 def _index_name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What leaves a database: its parts, each checked, and what its catalog knows of them."""
+"""What leaves a database: parts, each of them checked, and what the catalog knows about them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class PartReader:
         self._fidelity = fidelity
         self._unusable = set[Key]()
         self._latest: CheckedPart | None = None
-        """What told the latest origin: mostly, it leaves next."""
+        """The part whose origin was read last: mostly, it leaves next."""
         self._with_kv: set[Address] | None = set() if is_closed else None
-        """Those that have left; None where what a part needs may be known elsewhere."""
+        """Addresses whose keys and values have left; None where the receiver may have what a part needs."""
 
     @property
     def num_unusable(self) -> int:
@@ -48,7 +48,7 @@ class PartReader:
         return None if self._latest is None else self._latest.origin
 
     def parts(self, address: Address, *, besides: Store | None = None) -> list[CheckedPart]:
-        """Return what may leave of one representation, but for what `besides` has."""
+        """Return the parts of one representation that may leave, without those that `besides` has."""
         keys = (Key(address, part) for part in Part)
         found = (self._checked(key) for key in keys if besides is None or not besides.has(key))
         return [part for part in found if part is not None and self._may_leave(part)]
@@ -78,7 +78,7 @@ class PartReader:
 
 
 class Remarks:
-    """What a catalog knows of what leaves: nothing where it cannot be read, and `problem` says why."""
+    """What a catalog knows about what leaves. Where it cannot be read, that is nothing, and `problem` says why."""
 
     def __init__(self, catalog: Catalog | None, *, problem: str | None = None) -> None:
         self.problem = problem
@@ -88,7 +88,7 @@ class Remarks:
         self._introduced = set[bytes]()
 
     def rows(self) -> Iterator[Row]:
-        """Yield everything."""
+        """Yield the rows of all representations."""
         try:
             if self._catalog is not None:
                 yield from self._catalog.select(Selection())
@@ -96,14 +96,14 @@ class Remarks:
             self.problem = error.message
 
     def noted(self, parts: Sequence[CheckedPart], note_of: Callable[[Row], Note]) -> list[CheckedPart]:
-        """Return the parts, the first one of each representation with what its row says."""
+        """Return the parts; the first one of each representation has the note that its row says."""
         ids = {part.origin.segment_id for part in parts}
         rows: list[Row] = self._ask(lambda catalog: list(catalog.of_segments(ids)), [])
         notes = {row.address: note_of(row) for row in rows}
         return [replace(part, note=notes.pop(part.key.address, Note())) for part in parts]
 
     def group(self, parts: Sequence[CheckedPart]) -> Group:
-        """Return parts with the models and tokenizers that no group had yet."""
+        """Return the parts as a group, with the models and tokenizers that no group had before."""
         ids: set[bytes] = {part.origin.weights_id for part in parts} | {part.origin.tokenizer_id for part in parts}
         new = ids - self._introduced
         self._introduced |= new

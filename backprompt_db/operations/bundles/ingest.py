@@ -1,4 +1,4 @@
-"""Storing parts that come from elsewhere, as the writer stores what was computed."""
+"""Storing parts that come from elsewhere, each of them checked, as the writer stores what was computed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Arrivals:
     """Parts that the database did not have."""
     nbytes_stored: int
     num_known: int
-    """Parts that it had."""
+    """Parts that the database had already."""
     num_orphaned: int
     """Keys and values that were left out, because those of the text before them are not in the database."""
     catalog_problem: str | None
-    """Why the catalog missed something of this. Reindexing adds the parts; doing it again, labels and pins."""
+    """Why the catalog missed something. Reindexing adds the parts; importing again adds labels and pins."""
     num_unusable: int = 0
     """Parts of another database that cannot be used."""
     source_problem: str | None = None
@@ -46,9 +46,9 @@ class Arrivals:
 
 
 class Intake:
-    """Stores parts in batches; the catalog's rows follow, best effort. Raises `StoreReadOnly` where it may not.
+    """Stores parts in batches, and enters them in the catalog, best effort. Raises `StoreReadOnly` where it may not.
 
-    Parts must come after those that they need. What the database has stays as it is.
+    Parts must come after those that they need. What the database has already stays as it is.
     """
 
     def __init__(self, db: Database) -> None:
@@ -72,7 +72,7 @@ class Intake:
         self.remark(part.key.address, part.origin.segment_id, part.note)
 
     def remark(self, address: Address, segment_id: SegmentId, note: Note) -> None:
-        """Enter a label, unless there is one, a pin and hits, once the parts that came before are stored."""
+        """Enter a pin, hits, and a label unless there is one, as soon as the parts that came before are stored."""
         if not note.is_empty:
             _, known = self._notes.get(address, (segment_id, Note()))
             self._notes[address] = segment_id, known.joined(note)
@@ -80,12 +80,12 @@ class Intake:
             self._flush()
 
     def introduce(self, models: Sequence[ModelRecord], tokenizers: Sequence[TokenizerRecord]) -> None:
-        """Enter names that the catalog lacks. What checking a model has shown is not taken over from anywhere."""
+        """Enter names that the catalog lacks. The verdict about a model is never taken over from elsewhere."""
         if models or tokenizers:
             self._tell(lambda catalog: _introduce(catalog, models, tokenizers))
 
     def finish(self) -> Arrivals:
-        """Store what is left and say what became of everything."""
+        """Store what is left, and return what became of everything."""
         self._flush()
         return Arrivals(
             self._num_stored, self._nbytes_stored, self._num_known, self._num_orphaned, self._catalog_problem
@@ -121,7 +121,7 @@ class Intake:
                 self._num_orphaned += 1
 
     def _tell(self, tell: Callable[[Catalog], None]) -> None:
-        """Tell the catalog something, best effort: no hit needs it."""
+        """Tell the catalog something, best effort: hits do not need it."""
         if self._db.directory is None:
             return
         try:
@@ -145,7 +145,7 @@ def _introduce(catalog: Catalog, models: Sequence[ModelRecord], tokenizers: Sequ
 
 
 def _unchecked(model: ModelRecord) -> ModelRecord:
-    """Return a model without what checking it has shown: it proves itself anew where it is used."""
+    """Return a model without its verdict: it is checked anew where it is used."""
     return replace(
         model, verdict="unchecked", mask_form=None, max_error=None, reason=None, checked_with=None, signature=None
     )
@@ -166,14 +166,14 @@ def _annotate(catalog: Catalog, notes: dict[Address, tuple[SegmentId, Note]]) ->
 
 _MAX_COMPUTE_SECONDS = 1e9
 _MAX_NUM_TOKENS = 1 << 31
-"""The catalog sums both up; what nothing can have computed must not spoil its sums."""
+"""The catalog sums both up; impossible numbers must not spoil its sums."""
 
 _LOSSY_DTYPES = {Fidelity.BFLOAT16: frozenset({"BF16", "F16"}), Fidelity.INT8: frozenset({"I8"})}
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What is known of a representation beside its parts."""
+    """What a bundle carries about a representation besides its parts."""
 
     label: str | None = None
     is_pinned: bool = False
@@ -185,14 +185,14 @@ class Note:
         return self == Note()
 
     def joined(self, other: Note) -> Note:
-        """Return what both say of one representation; of two labels, the first."""
+        """Return what two notes say about one representation; of two labels, the first."""
         label = other.label if self.label is None else self.label
         return Note(label, self.is_pinned or other.is_pinned, self.num_hits + other.num_hits)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckedPart:
-    """A part of which all has been checked that can be, without the model that computed it."""
+    """A part that has passed every check that is possible without the model that computed it."""
 
     key: Key
     origin: Origin
@@ -201,9 +201,9 @@ class CheckedPart:
 
 
 def admit(key: Key, blob: memoryview, *, fidelity: Fidelity, note: Note | None = None) -> CheckedPart:
-    """Return a part that is what its key says, and as closely kept as `fidelity` says.
+    """Return a part that is what its key says, and is kept with `fidelity`.
 
-    Raises `BlobFormat` for any other, `FormatTooNew` for one of a newer version.
+    Raises `BlobFormat` for any other part, `FormatTooNew` for one of a newer version.
     """
     part, origin = decode_origin(blob)
     check_place(key, part, origin)
@@ -214,7 +214,7 @@ def admit(key: Key, blob: memoryview, *, fidelity: Fidelity, note: Note | None =
 
 
 def check_place(key: Key, part: Part, origin: Origin) -> None:
-    """Raise `BlobFormat` for a part that was computed from something else than what its key is the name of."""
+    """Raise `BlobFormat` for a part that was computed from something else than its key says."""
     if (origin.address, part) != key:
         raise _refusal(key, f"it is the {part.name.lower()} part of {origin.address.hex()}")
 

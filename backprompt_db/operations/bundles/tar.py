@@ -13,13 +13,13 @@ from typing import BinaryIO, NamedTuple
 from backprompt_db.errors import FormatError
 
 MAX_MEMBER_NBYTES = (1 << 33) - 1
-"""What the eleven octal digits of a header can say."""
+"""The largest size that the eleven octal digits of a header can express."""
 
 _BLOCK_NBYTES = tarfile.BLOCKSIZE
 _PIECE_NBYTES = 1 << 20
-"""What is read at a time: what a member claims to hold is not allocated before it is there."""
+"""How much is read at a time: memory is allocated for what has arrived, not for what a member claims to hold."""
 _MAX_PADDING_NBYTES = 1 << 20
-"""How many zeros may follow the end. Writers of tar files fill up whole records."""
+"""How many zeros may follow the end: writers of tar files fill whole records."""
 
 
 class Member(NamedTuple):
@@ -40,7 +40,7 @@ def write_member(stream: BinaryIO, name: str, pieces: Sequence[bytes | memoryvie
 
 
 def write_end(stream: BinaryIO) -> None:
-    """Write what ends an archive."""
+    """Write the zeros that end an archive."""
     _write(stream, bytes(2 * _BLOCK_NBYTES))
 
 
@@ -51,9 +51,9 @@ def _write(stream: BinaryIO, piece: bytes | memoryview) -> None:
 
 
 class ArchiveReader:
-    """Reads the members of an archive one after the other, each entirely, and never what is not there.
+    """Reads the members of an archive, one after the other and each of them entirely.
 
-    Every method raises `FormatError`: for whatever is not a plain file of an allowed size, and for an early end.
+    Every method raises `FormatError`, for anything but a plain file of an allowed size, and for an early end.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -62,7 +62,7 @@ class ArchiveReader:
         self._padding = 0
 
     def next(self, *, max_nbytes: int = MAX_MEMBER_NBYTES) -> Member:
-        """Return the header of the next member, the one before it having been read."""
+        """Return the header of the next member; the one before it must have been read."""
         self._end_member()
         block = bytes(self._take(_BLOCK_NBYTES, bytearray()))
         if not any(block):
@@ -76,7 +76,7 @@ class ArchiveReader:
         return Member(header.name, header.size)
 
     def read(self, nbytes: int, *, into: bytearray | None = None) -> bytearray:
-        """Return the next bytes of the member, or what is read `into` with them at its end."""
+        """Return the next bytes of the member, appended to `into` if that is given."""
         if nbytes > self._remaining:
             raise malformed("a file is shorter than what it begins with says")
         self._remaining -= nbytes
@@ -114,7 +114,7 @@ def _header(block: bytes) -> tarfile.TarInfo:
 
 
 def malformed(reason: str) -> FormatError:
-    """Return the error for a bundle that is not what its format prescribes."""
+    """Return the error for a bundle that breaks a rule of its format."""
     return FormatError(
         f"this is not a valid bundle: {reason}",
         hint="Nothing from there on was stored. Export it again; import only bundles of people whom you trust.",
@@ -122,7 +122,7 @@ def malformed(reason: str) -> FormatError:
 
 
 def ended_early() -> FormatError:
-    """Return the error for a bundle of which the end is missing."""
+    """Return the error for a bundle whose end is missing."""
     return FormatError(
         "the bundle ends early: something of it is missing",
         hint="Get the whole file and import it again; what came is kept and is not stored twice.",

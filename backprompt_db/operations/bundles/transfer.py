@@ -1,4 +1,4 @@
-"""Carrying representations from one database to another: in a bundle, or from directory to directory."""
+"""Carrying representations to another database: as a bundle, or from directory to directory."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 _GROUP_NBYTES = 64 << 20
 _GROUP_NUM_REPRESENTATIONS = 256
-"""Representations are carried in groups up to these two, and at least one in each."""
+"""A group has at least one representation, and ends when it reaches one of these two."""
 
 Progress = Callable[[Iterator["Address"]], Iterable["Address"]]
-"""What wraps the iterator of the addresses that were asked for."""
+"""Wraps the iterator of the addresses that were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def export_bundle(
         num_representations += len({part.key.address for part in parts})
         nbytes += sum(part.blob.nbytes for part in parts)
         bundle.add(known.group(known.noted(parts, _label_and_pin)))
-        del parts  # or two groups would be in memory while the next one is read
+        del parts  # else two groups would be in memory while the next one is read
     bundle.finish()
     return Exported(
         num_representations, bundle.num_parts, nbytes, reader.num_orphaned, reader.num_unusable, known.problem
@@ -96,8 +96,8 @@ def import_bundle(db: Database, stream: BinaryIO) -> Arrivals:
 def merge(db: Database, directory: Path, *, progress: Progress = iter) -> Arrivals:
     """Store what the database in another directory has and this one lacks; that one is only read. Can be repeated.
 
-    Parts are checked as in a bundle. Labels and pins are taken over; hits with what was lacking. Raises `FormatError`
-    for a database of another fidelity.
+    Parts are checked as in a bundle. Labels and pins are taken over, hits only for representations that were lacking.
+    Raises `FormatError` for a database of another fidelity.
     """
     intake = Intake(db)
     _require_fidelity(db, directory)
@@ -135,7 +135,7 @@ def _addresses(store: Store) -> Iterator[Address]:
 
 
 def _lacking(theirs: Store, ours: Store) -> Iterator[Address]:
-    """Yield each address of which the one store has a part that the other lacks."""
+    """Yield each address of which one store has a part that the other lacks."""
     for address, keys in itertools.groupby((key for key, _ in theirs.keys()), key=lambda key: key.address):
         if not all(ours.has(key) for key in keys):
             yield address
@@ -151,7 +151,7 @@ def _require_fidelity(db: Database, directory: Path) -> None:
 
 
 def _groups(read: Iterable[Sequence[CheckedPart]]) -> Iterator[list[CheckedPart]]:
-    """Put the parts of several representations together, never dividing those of one."""
+    """Put the parts of several representations together; those of one stay together."""
     group, nbytes, num_representations = list[CheckedPart](), 0, 0
     for parts in read:
         group += parts
@@ -171,7 +171,7 @@ def _remarks(db: Database) -> Remarks:
 
 @contextlib.contextmanager
 def _remarks_in(directory: Path) -> Iterator[Remarks]:
-    """Open what the catalog of another database knows, if it can be read."""
+    """Yield what the catalog of another database knows, if it can be read."""
     try:
         catalog = open_catalog(directory)
     except CatalogError as error:
