@@ -16,7 +16,8 @@ from backprompt_db.cli.options import (
     PrefixOption,
     selected,
 )
-from backprompt_db.cli.output import JsonOption, emit, emit_json, plural
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.formatting import plural
 
 
 def pin(

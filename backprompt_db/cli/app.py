@@ -20,13 +20,13 @@ from backprompt_db.cli.explain import PiecesCommand, explain
 from backprompt_db.cli.graph import graph
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
-from backprompt_db.cli.output import visible
 from backprompt_db.cli.show import show
 from backprompt_db.cli.stats import stats
 from backprompt_db.cli.tree import tree
 from backprompt_db.cli.verify import reindex, verify
 from backprompt_db.cli.warm import warm
 from backprompt_db.errors import BackpromptError
+from backprompt_db.views.formatting import visible
 
 ERROR = 2
 """The exit code of a command that failed; `verify` and `doctor` have others for what they found."""

@@ -25,9 +25,11 @@ from backprompt_db.cli.options import (
     UsedWithinOption,
     selected,
 )
-from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, literal, plural, reading_bar, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, progress_bar, reading_bar
 from backprompt_db.errors import StoreError, UnsafeLocation
 from backprompt_db.store.files import sync_directory
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import plural, size
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import Selection
@@ -107,7 +109,7 @@ def merge(
 
     with open_quietly(db) as database:
         done = merge_databases(
-            database, directory_of(other), progress=lambda lacking: bar(lacking, "Merging", total=None)
+            database, directory_of(other), progress=lambda lacking: progress_bar(lacking, "Merging", total=None)
         )
     _report(done, as_json=as_json)
 
@@ -117,7 +119,7 @@ def _export(db: Path | None, out: Path, selection: Selection, *, force: bool) ->
 
     with open_quietly(db) as database, _writing(out, force=force) as stream:
         return export_bundle(
-            database, stream, selection=selection, progress=lambda wanted: bar(wanted, "Exporting", total=None)
+            database, stream, selection=selection, progress=lambda wanted: progress_bar(wanted, "Exporting", total=None)
         )
 
 

@@ -10,7 +10,9 @@ import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, open_quietly
 from backprompt_db.cli.options import duration_seconds, size_nbytes
-from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, grid, literal, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.console import grid, literal
+from backprompt_db.views.formatting import duration, size
 
 if TYPE_CHECKING:
     from backprompt_db.database.config import Config

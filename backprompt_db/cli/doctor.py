@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.console import bare_table, literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,10 +45,9 @@ def doctor(
 
 
 def _table(checks: list[Check]) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = bare_table()
     table.add_column("check", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("what was found", overflow="fold")

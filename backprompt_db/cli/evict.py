@@ -22,7 +22,9 @@ from backprompt_db.cli.options import (
     selected,
     size_nbytes,
 )
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, plural, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.console import bare_table
+from backprompt_db.views.formatting import age, duration, plural, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -162,9 +164,8 @@ def _seconds(victims: Sequence[Victim]) -> float:
 
 
 def _table(victims: Sequence[Victim]) -> Table:
-    from rich.table import Table
 
-    table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
+    table, now = bare_table(), time.time()
     table.add_column("address", no_wrap=True)
     table.add_column("part")
     for name in ("size", "took", "used"):

@@ -20,8 +20,9 @@ from backprompt_db.cli.options import (
     UsedWithinOption,
     selected,
 )
-from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, plural, size, visible
+from backprompt_db.cli.output import JsonOption, emit, emit_json, progress_bar
 from backprompt_db.errors import StoreError
+from backprompt_db.views.formatting import plural, size, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -92,7 +93,7 @@ def _contents(directory: Path, selection: Selection, *, max_text: int, limit: in
 
 
 def _watched(indexes: Sequence[int]) -> Iterable[int]:
-    return bar(indexes, "Reading log-probabilities", total=len(indexes))
+    return progress_bar(indexes, "Reading log-probabilities", total=len(indexes))
 
 
 def _write(out: Path, contents: dict[str, Any], *, title: str) -> None:

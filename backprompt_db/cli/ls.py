@@ -23,20 +23,9 @@ from backprompt_db.cli.options import (
     UsedWithinOption,
     selected,
 )
-from backprompt_db.cli.output import (
-    JsonOption,
-    age,
-    bar,
-    emit,
-    emit_json,
-    grid,
-    literal,
-    one_line,
-    plain,
-    shortened,
-    size,
-)
-from backprompt_db.views.formatting import visible
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value, progress_bar
+from backprompt_db.views.console import bare_table, grid, literal, one_line
+from backprompt_db.views.formatting import age, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -110,7 +99,7 @@ def ls(
     )
     rows = _rows(directory, selection, limit=limit, sort=sort)
     if as_json:
-        emit_json([plain(row) | {"matches": places(row.text, grep)} for row in rows] if grep else rows)
+        emit_json([json_value(row) | {"matches": places(row.text, grep)} for row in rows] if grep else rows)
     else:
         emit(_table(rows, grep) if rows else "The catalog lists no representations.")
 
@@ -120,7 +109,7 @@ def _make_index(directory: Path) -> None:
     from backprompt_db.operations.reindex import update_index
 
     steps = update_index(directory)
-    for _ in bar(steps, "Indexing texts", total=next(steps) / TEXTS_PER_BATCH):
+    for _ in progress_bar(steps, "Indexing texts", total=next(steps) / TEXTS_PER_BATCH):
         pass
 
 
@@ -146,9 +135,8 @@ def _keep_up_index(directory: Path, catalog: Catalog) -> None:
 
 
 def _table(rows: list[Row], grep: str | None) -> Table:
-    from rich.table import Table
 
-    table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
+    table, now = bare_table(), time.time()
     table.add_column("address", no_wrap=True)
     table.add_column("model", min_width=5, max_width=20)
     for name in ("tokens", "size", "age", "used", "hits"):

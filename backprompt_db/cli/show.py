@@ -10,20 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import (
-    JsonOption,
-    age,
-    duration,
-    emit,
-    emit_json,
-    grid,
-    literal,
-    one_line,
-    plain,
-    shortened,
-    size,
-    visible,
-)
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
+from backprompt_db.views.console import bare_table, grid, literal, one_line
+from backprompt_db.views.formatting import age, duration, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.columns import Columns
@@ -82,7 +71,7 @@ def _describe(prefix: str, db: DbOption, *, top: int) -> list[Description]:
 
 
 def _to_json(description: Description) -> dict[str, Any]:
-    fields: dict[str, Any] = plain(description)
+    fields: dict[str, Any] = json_value(description)
     row: dict[str, Any] = fields.pop("row")
     return row | fields
 
@@ -173,9 +162,8 @@ def _logprob(token: TokenScore) -> str:
 
 
 def _next_tokens(tokens: tuple[TokenScore, ...]) -> Table:
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    table = bare_table(padding=(0, 2))
     for name in ("token", "id", "log-probability", "probability"):
         table.add_column(name, no_wrap=name != "token", justify="left" if name == "token" else "right")
     for token in tokens:

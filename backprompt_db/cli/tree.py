@@ -14,13 +14,14 @@ import typer
 from backprompt_db.cli.explain import explanation_of, text_of
 from backprompt_db.cli.location import DbOption, directory_of, quietly
 from backprompt_db.cli.options import LabelOption, ModelOption, NamespaceOption, selected
-from backprompt_db.cli.output import JsonOption, age, emit, emit_json, literal, shortened
+from backprompt_db.cli.output import JsonOption, emit, emit_json
 from backprompt_db.errors import PromptError
 from backprompt_db.operations.forest import Branch, Measure
-from backprompt_db.views.formatting import plural
+from backprompt_db.views.console import bare_table, literal
+from backprompt_db.views.formatting import age, plural, shortened
 from backprompt_db.views.picture import MIN_ROWS, Picture
 from backprompt_db.views.scene import PicturedSegment, State, Unit
-from backprompt_db.views.terminal import bar
+from backprompt_db.views.terminal import share_bar
 from backprompt_db.views.wording import measure as amount
 
 if TYPE_CHECKING:
@@ -109,9 +110,8 @@ def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace:
 
 
 def _database(directory: Path, selection: Selection, *, by: By, depth: int | None, limit: int) -> _Answer:
-    from backprompt_db.cli.tree import forest_fields, forest_picture, forest_table
     from backprompt_db.database.opening import open_catalog
-    from backprompt_db.operations.forest import Measure, forest, prune
+    from backprompt_db.operations.forest import forest, prune
 
     with open_catalog(directory) as catalog:
         trees, measure = forest(catalog, selection=selection), Measure(by.value)
@@ -147,9 +147,8 @@ class _Line(NamedTuple):
 def forest_table(forest: Forest, pruned: PrunedForest, measure: Measure) -> Group:
     """Return what rich prints: trees whose lines have bars, each within that of its parent."""
     from rich.console import Group
-    from rich.table import Table
 
-    table, now = Table(box=None, pad_edge=False, header_style="bold", expand=True), time.time()
+    table, now = bare_table(expand=True), time.time()
     table.add_column("prompt", ratio=3, no_wrap=True, overflow="ellipsis")
     table.add_column("", ratio=2, min_width=8)
     for name in (measure.value, "own", "hits", "used"):
@@ -157,7 +156,7 @@ def forest_table(forest: Forest, pruned: PrunedForest, measure: Measure) -> Grou
     places = _places(forest)
     for line in _lines(pruned):
         content = line.content
-        share = bar(pruned.total, line.begin, line.begin + content.total, state=_state(content))
+        share = share_bar(pruned.total, line.begin, line.begin + content.total, state=_state(content))
         if isinstance(content, Branch):
             node = forest.nodes[content.node]
             own, hits, used = _amount(content.weight, measure), f"{node.num_hits:,}", age(node.used_at, now=now)

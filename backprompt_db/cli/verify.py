@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, literal, plain, plural, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value, progress_bar
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import plural, size
 
 if TYPE_CHECKING:
     from backprompt_db.database.database import Database
@@ -108,7 +110,7 @@ def verify(
                 _discard(database, problem)
     code = found.found | (again.found if again is not None else Found.NOTHING)
     if as_json:
-        emit_json(plain(found) | {"seed": checks.seed, "recomputation": plain(again), "exit_code": int(code)})
+        emit_json(json_value(found) | {"seed": checks.seed, "recomputation": json_value(again), "exit_code": int(code)})
     else:
         _print(checks, found, again, is_removed=remove)
     raise typer.Exit(int(code))
@@ -125,7 +127,9 @@ def _check(database: Database, checks: Checks) -> Verification:
     from backprompt_db.operations.verify import verify as check
 
     total = sum(1 for _ in database.store.keys()) if sys.stderr.isatty() else 0
-    return check(database, checks=checks, progress=lambda found: bar(found, "Verifying", total=total * checks.share))
+    return check(
+        database, checks=checks, progress=lambda found: progress_bar(found, "Verifying", total=total * checks.share)
+    )
 
 
 def _recompute(
@@ -139,7 +143,7 @@ def _recompute(
 
 
 def _recomputing(targets: Sequence[_Each]) -> Iterable[_Each]:
-    return bar(targets, "Computing", total=len(targets))
+    return progress_bar(targets, "Computing", total=len(targets))
 
 
 def _discard(database: Database, problem: Problem) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, plain, plural, visible
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
 from backprompt_db.cli.prompts import Form, Prompts, num_lines, rows, template_of, unescaped
 from backprompt_db.errors import ModelMismatch, PromptError
+from backprompt_db.views.formatting import duration, plural, visible
 
 if TYPE_CHECKING:
     from backprompt_db.cli.prompts import Place
@@ -206,7 +207,7 @@ def _report(done: RunPlan | Warmed, left_out: list[LeftOut], *, num_left_out: in
     from backprompt_db.compute.batch.run_plan import RunPlan
 
     if as_json:
-        emit_json(plain(done) | {"num_left_out": num_left_out, "left_out": plain(left_out)})
+        emit_json(json_value(done) | {"num_left_out": num_left_out, "left_out": json_value(left_out)})
         return
     emit(done if isinstance(done, RunPlan) else _summary(done))
     for each in left_out[:_NUM_SHOWN]:

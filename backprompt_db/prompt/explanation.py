@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import html
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Part
-from backprompt_db.views.formatting import age, duration, shortened, size, visible
+from backprompt_db.views.console import bare_table, html_text, literal, plain_text
+from backprompt_db.views.formatting import age, duration, shortened, size
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -151,20 +151,14 @@ class Explanation:
 
     def __rich__(self) -> Group:
         """What rich prints: the table, and what is to be said of all."""
-        from backprompt_db.prompt.explanation import terminal_view
-
-        return terminal_view(self)
+        return _view(self)
 
     def __str__(self) -> str:
-        from backprompt_db.prompt.explanation import plain_view
-
-        return plain_view(self)
+        return plain_text(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from backprompt_db.prompt.explanation import html_view
-
-        return html_view(self)
+        return html_text(self)
 
 
 _COLUMNS = ("", "segment", "found", "tokens", "bytes", "seconds")
@@ -176,13 +170,10 @@ _NUM_ID_DIGITS = 8
 _UNKNOWN = "?"
 
 
-def terminal_view(explanation: Explanation) -> Group:
-    """Return what rich prints."""
+def _view(explanation: Explanation) -> Group:
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = bare_table()
     for name in _COLUMNS:
         is_long = name in {"segment", "found"}
         table.add_column(
@@ -193,42 +184,15 @@ def terminal_view(explanation: Explanation) -> Group:
             overflow="fold",
         )
     for number, segment in enumerate(explanation.segments):
-        table.add_row(*(Text(cell) for cell in _cells(number, segment)), style="" if segment.is_found else "yellow")
-    return Group(table, "", *(Text(line) for line in _remarks(explanation)))
-
-
-def plain_view(explanation: Explanation) -> str:
-    """Return the table as text without colours, as wide as the terminal."""
-    from rich.console import Console
-
-    console = Console(color_system=None, force_terminal=False, highlight=False)
-    with console.capture() as captured:
-        console.print(terminal_view(explanation))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
-
-def html_view(explanation: Explanation) -> str:
-    """Return an HTML table. Whatever texts and names hold is shown and means nothing."""
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "".join(_html_row(number, segment) for number, segment in enumerate(explanation.segments))
-    remarks = html.escape("\n".join(_remarks(explanation)))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><pre>{remarks}</pre>"
-
-
-def _html_row(number: int, segment: SegmentExplanation) -> str:
-    style = "" if segment.is_found else ' style="background: rgba(255, 170, 0, 0.2)"'
-    aligned = (
-        f'<td style="text-align: {"right" if name in _RIGHT else "left"}">{html.escape(cell)}</td>'
-        for name, cell in zip(_COLUMNS, _cells(number, segment), strict=True)
-    )
-    return f"<tr{style}>{''.join(aligned)}</tr>"
+        table.add_row(*map(literal, _cells(number, segment)), style="" if segment.is_found else "yellow")
+    return Group(table, "", *map(literal, _remarks(explanation)))
 
 
 def _cells(number: int, segment: SegmentExplanation) -> tuple[str, ...]:
     return (
         str(number),
-        visible(shortened(segment.text, num_characters=_NUM_TEXT_CHARACTERS)),
-        visible(_found(segment)),
+        shortened(segment.text, num_characters=_NUM_TEXT_CHARACTERS),
+        _found(segment),
         _number(segment.num_tokens),
         size(sum(segment.nbytes.values())),
         _seconds(segment.seconds),
@@ -299,7 +263,7 @@ def _differences(explanation: Explanation) -> Iterator[str]:
         yield f"{number} is stored in a prompt that differs from character {difference.at:,} on:"
         ellipsis = "…" if difference.at > len(difference.before) else ""
         for name, rest in (("there", difference.stored), ("here", difference.given)):
-            yield f"  {name + ':':7}{ellipsis}{visible(difference.before)}|{visible(rest)}"
+            yield f"  {name + ':':7}{ellipsis}{difference.before}|{rest}"
 
 
 def _remarks(explanation: Explanation) -> Iterator[str]:
@@ -308,7 +272,7 @@ def _remarks(explanation: Explanation) -> Iterator[str]:
     digits = explanation.weights_id.hex()[:_NUM_ID_DIGITS]
     namespace = f", namespace {explanation.namespace}" if explanation.namespace else ""
     yield from _differences(explanation)
-    yield visible(f"{name} ({explanation.dtype or 'unknown dtype'}, {digits}){namespace}")
+    yield f"{name} ({explanation.dtype or 'unknown dtype'}, {digits}){namespace}"
     yield (
         f"cached: {_number(explanation.num_cached_tokens)} tokens, {size(explanation.nbytes)},"
         f" {_seconds(explanation.saved_seconds)} saved"
@@ -322,7 +286,7 @@ def _remarks(explanation: Explanation) -> Iterator[str]:
     for seam in explanation.seams or ():
         left, right = seam.left[-_NUM_SEAM_CHARACTERS:], seam.right[:_NUM_SEAM_CHARACTERS]
         apart, joined = _changed(seam.tokens_apart, seam.tokens_joined)
-        yield visible(f"a seam changes tokens: {left!r} + {right!r} is {apart}, joined {joined}")
+        yield f"a seam changes tokens: {left!r} + {right!r} is {apart}, joined {joined}"
 
 
 def _changed(apart: Sequence[str], joined: Sequence[str]) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backprompt_db.errors import PromptError
+from backprompt_db.views.console import plain_text
 from backprompt_db.views.scene import Scene
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ class Picture(Scene):
         return terminal_view(self, max_rows=NUM_ROWS)
 
     def __str__(self) -> str:
-        from backprompt_db.views.terminal import plain_view
-
-        return plain_view(self, max_rows=NUM_ROWS)
+        return plain_text(self)
 
     def _repr_svg_(self) -> str:
         """What a notebook shows where it shows no HTML."""

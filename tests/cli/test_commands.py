@@ -17,11 +17,12 @@ import pytest
 
 import backprompt_db as bp
 from backprompt_db.cli.app import app
-from backprompt_db.cli.output import age, duration, plain, size, visible
+from backprompt_db.cli.output import json_value
 from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.lmdb import LmdbStore
+from backprompt_db.views.formatting import age, duration, size, visible
 from tests.support.cli import CONTROL, LONG, SQL, run, run_json, run_prompts
 from tests.support.database_copies import copies_after
 from tests.support.databases import address, new_part
@@ -280,7 +281,7 @@ class TestFormats:
 
     def test_what_json_lacks_becomes_what_it_has(self) -> None:
         value = {Part.KV: (b"\xff", Path("/x"), float("nan"), float("inf"), 1.5, None, True)}
-        assert plain(value) == {"kv": ["ff", "/x", None, None, 1.5, None, True]}
+        assert json_value(value) == {"kv": ["ff", "/x", None, None, 1.5, None, True]}
 
     def test_only_what_cannot_be_seen_is_escaped(self) -> None:
         assert visible("déjà vu 漢字 🎉 \\ '") == "déjà vu 漢字 🎉 \\ '"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backprompt_db.views.formatting import duration, plural, shortened, size, visible
+from backprompt_db.views.console import grid, html_text, literal, plain_text
+from backprompt_db.views.formatting import duration, plural, shortened, size
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -109,20 +109,14 @@ class RunPlan:
 
     def __rich__(self) -> Group:
         """What rich prints: the table, and what is to be said of it."""
-        from backprompt_db.compute.batch.run_plan import terminal_view
-
-        return terminal_view(self)
+        return _view(self)
 
     def __str__(self) -> str:
-        from backprompt_db.compute.batch.run_plan import plain_view
-
-        return plain_view(self)
+        return plain_text(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from backprompt_db.compute.batch.run_plan import html_view
-
-        return html_view(self)
+        return html_text(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,44 +145,17 @@ _NUM_TEXT_CHARACTERS = 60
 _NUM_TOO_LONG = 5
 
 
-def terminal_view(plan: RunPlan) -> Group:
-    """Return what rich prints."""
+def _view(plan: RunPlan) -> Group:
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, value in _rows(plan):
-        table.add_row(name, Text(value))
-    return Group(table, *(Text(line, style="yellow") for line in _warnings(plan)))
-
-
-def plain_view(plan: RunPlan) -> str:
-    """Return the table as text without colours, as wide as the terminal."""
-    from rich.console import Console
-
-    console = Console(color_system=None, force_terminal=False, highlight=False)
-    with console.capture() as captured:
-        console.print(terminal_view(plan))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
-
-def html_view(plan: RunPlan) -> str:
-    """Return an HTML table. Whatever texts and names hold is shown and means nothing."""
-    rows = "".join(
-        f'<tr><th style="text-align: left">{name}</th><td style="text-align: left">{html.escape(value)}</td></tr>'
-        for name, value in _rows(plan)
-    )
-    warnings = html.escape("\n".join(_warnings(plan)))
-    return f"<table><tbody>{rows}</tbody></table>" + (f"<pre>{warnings}</pre>" if warnings else "")
+    warnings = (literal(line, "yellow") for line in _warnings(plan))
+    return Group(grid(dict(_rows(plan)), name_style="bold"), *warnings)
 
 
 def _rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     namespace = f", namespace {plan.namespace}" if plan.namespace else ""
     digits = plan.weights_id.hex()[:_NUM_ID_DIGITS]
-    yield "model", visible(f"{plan.model_name} ({plan.dtype}, {digits}){namespace}")
+    yield "model", f"{plan.model_name} ({plan.dtype}, {digits}){namespace}"
     completions = "" if plan.num_completions is None else f" x {plan.num_completions:,} completions"
     yield "texts", f"{plan.num_texts:,}{completions}, {plan.num_stored_texts:,} stored already"
     yield "segments", f"{plan.num_segments:,} distinct, {plan.num_missing_segments:,} to compute"
@@ -232,7 +199,7 @@ def _warnings(plan: RunPlan) -> Iterator[str]:
     if plan.num_too_long:
         yield f"{plan.num_too_long:,} texts are too long for the model, and are left out:"
     for each in plan.too_long[:_NUM_TOO_LONG]:
-        beginning = visible(shortened(each.beginning, num_characters=_NUM_TEXT_CHARACTERS))
+        beginning = shortened(each.beginning, num_characters=_NUM_TEXT_CHARACTERS)
         yield f"  number {each.number:,} needs {each.num_positions:,} of {each.max_positions:,} positions: {beginning}"
     if plan.num_too_long > _NUM_TOO_LONG:
         yield f"  ... and {plan.num_too_long - _NUM_TOO_LONG:,} more"
