@@ -22,7 +22,8 @@ from backprompt_db.cli.options import (
 )
 from backprompt_db.cli.output import JsonOption, emit, emit_json, progress_bar
 from backprompt_db.errors import StoreError
-from backprompt_db.views.formatting import plural, size, visible
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import plural, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -111,4 +112,4 @@ def _report(out: Path, *, num_segments: int, as_json: bool) -> None:
     if as_json:
         emit_json({"file": out, "num_segments": num_segments, "nbytes": nbytes})
     else:
-        emit(visible(f"{plural(num_segments, 'segment')}, {size(nbytes)}: {out.as_uri()}"), wrap=False)
+        emit(literal(f"{plural(num_segments, 'segment')}, {size(nbytes)}: {out.as_uri()}"), wrap=False)
