@@ -164,7 +164,6 @@ def _seconds(victims: Sequence[Victim]) -> float:
 
 
 def _table(victims: Sequence[Victim]) -> Table:
-
     table, now = bare_table(), time.time()
     table.add_column("address", no_wrap=True)
     table.add_column("part")

@@ -23,6 +23,10 @@ _FILE = "\0"
 
 _STDIN = "-"
 
+FileOption = Annotated[
+    Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
+]
+
 
 class PiecesCommand(TyperCommand):
     """A command that takes `--file FILE` among its texts, and keeps them in the order in which they were given."""
@@ -59,9 +63,7 @@ def explain(
             "--model", metavar="MODEL", help="A name or directory, or 8 digits or more of a weights id, if several are."
         ),
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
-    ] = None,
+    file: FileOption = None,
     namespace: Annotated[
         str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompt is run in.")
     ] = "",

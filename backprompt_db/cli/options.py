@@ -1,16 +1,14 @@
-"""Lengths of time and sizes, as they are given on the command line."""
+"""Options that several commands share: what selects representations, and how lengths of time and sizes are given."""
 
 from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from backprompt_db.catalog.records import Selection
-
+from backprompt_db.catalog.records import Selection
 
 _NUMBER = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?\s*([a-z]*)", re.ASCII | re.IGNORECASE)
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31536000}
@@ -93,9 +91,7 @@ def selected(
     smaller_than: int | None = None,
     **conditions: str | None,
 ) -> Selection:
-    """Return the selection that the options mean; the others are named as the fields of `Selection`."""
-    from backprompt_db.catalog.records import Selection
-
+    """Return what the options select together; `conditions` have the names of the fields of `Selection`."""
     now = time.time()
     return Selection(
         used_before=None if older_than is None else now - older_than,

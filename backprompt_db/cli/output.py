@@ -1,4 +1,4 @@
-"""How answers are written: tables for people, JSON for programs."""
+"""How answers are written, tables for people and JSON for programs, and the bars that show progress."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def json_value(value: object) -> Any:
     if dataclasses.is_dataclass(value):
         return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
+
+
+def short_name(model_name: str | None) -> str:
+    """Return the last part of a model's name or path; `?` for a model without a name."""
+    return (model_name or "?").rstrip("/").rpartition("/")[2]
 
 
 _Each = TypeVar("_Each")

@@ -162,7 +162,6 @@ def _logprob(token: TokenScore) -> str:
 
 
 def _next_tokens(tokens: tuple[TokenScore, ...]) -> Table:
-
     table = bare_table(padding=(0, 2))
     for name in ("token", "id", "log-probability", "probability"):
         table.add_column(name, no_wrap=name != "token", justify="left" if name == "token" else "right")

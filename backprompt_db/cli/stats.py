@@ -158,7 +158,6 @@ def _activity(found: Activity | None) -> dict[str, str]:
 
 
 def _table(name: str, groups: Mapping[str, ModelUsage | NamespaceUsage]) -> Table:
-
     table = bare_table()
     table.add_column(name, overflow="fold")
     for column in ("representations", "size"):

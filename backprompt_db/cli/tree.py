@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from backprompt_db.cli.explain import explanation_of, text_of
+from backprompt_db.cli.explain import FileOption, explanation_of, text_of
 from backprompt_db.cli.location import DbOption, directory_of, quietly
 from backprompt_db.cli.options import LabelOption, ModelOption, NamespaceOption, selected
-from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.cli.output import JsonOption, emit, emit_json, short_name
 from backprompt_db.errors import PromptError
-from backprompt_db.operations.forest import Branch, Measure
+from backprompt_db.operations.forest import Branch, Measure, forest, prune
 from backprompt_db.views.console import bare_table, literal
 from backprompt_db.views.formatting import age, plural, shortened
-from backprompt_db.views.picture import MIN_ROWS, Picture
+from backprompt_db.views.picture import MIN_ROWS, NUM_ROWS, Picture
 from backprompt_db.views.scene import PicturedSegment, State, Unit
-from backprompt_db.views.terminal import share_bar
-from backprompt_db.views.wording import measure as amount
+from backprompt_db.views.terminal import share_bar, terminal_view
+from backprompt_db.views.wording import amount
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -32,16 +31,22 @@ if TYPE_CHECKING:
     from backprompt_db.operations.forest import Forest, Hidden, Node, PrunedForest
 
 
-_NUM_ROWS = 40
+_NUM_TEXT_CHARACTERS = 120
+_NUM_DIGITS = 8
+_UNITS = {Measure.TOKENS: Unit.TOKENS, Measure.NBYTES: Unit.BYTES, Measure.SAVED_SECONDS: Unit.SECONDS}
+_NOUN = "representation"
 
 
-class By(enum.Enum):
-    """What the trees of a database are measured in."""
-
-    TOKENS = "tokens"
-    BYTES = "bytes"
-    SECONDS = "seconds"
-    RECENCY = "recency"
+_Pieces = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of a prompt; - is stdin."),
+]
+_By = Annotated[
+    Measure | None, typer.Option("--by", help="Tokens, bytes, seconds saved, or how recently used: 1 for now.")
+]
+_Depth = Annotated[int | None, typer.Option("--depth", metavar="N", min=0, help="Follow at most N branchings.")]
+_Limit = Annotated[int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help="Show at most N representations.")]
+_Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file, too.")]
 
 
 class _Answer(NamedTuple):
@@ -51,36 +56,24 @@ class _Answer(NamedTuple):
 
 
 def tree(
-    pieces: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of a prompt; - is stdin."),
-    ] = None,
+    pieces: _Pieces = None,
     *,
     db: DbOption = None,
-    by: Annotated[
-        By | None, typer.Option("--by", help="Tokens, bytes, seconds saved, or how recently used: 1 for now.")
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option("--depth", metavar="N", min=0, help="Show no more than so many branchings.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help="Show no more than so many representations.")
-    ] = _NUM_ROWS,
+    by: _By = None,
+    depth: _Depth = None,
+    limit: _Limit = NUM_ROWS,
     namespace: NamespaceOption = None,
     model: ModelOption = None,
     label: LabelOption = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
-    ] = None,
-    svg: Annotated[
-        Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file, too.")
-    ] = None,
+    file: FileOption = None,
+    svg: _Svg = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw a prompt, with what is stored of it and what is missing; without one, all that the database holds.
 
-    A prompt is given as to explain. Of a database those representations are shown that hold most together with all
-    that follow them, and it is said where how many are hidden. Nothing is computed, and no model is loaded.
+    The prompt is given as for explain. Of a database, the representations are shown that, together with all that
+    follows them, hold the most; the others are counted where they are hidden. Nothing is computed, and no model is
+    loaded.
     """
     del file  # it is among the pieces
     directory = directory_of(db)
@@ -90,7 +83,7 @@ def tree(
         answer = _prompt(directory, pieces, model=model, namespace=namespace or "", limit=limit)
     else:
         selection = selected(namespace=namespace, model=model, label=label)
-        answer = _database(directory, selection, by=by or By.TOKENS, depth=depth, limit=limit)
+        answer = _database(directory, selection, by=by or Measure.TOKENS, depth=depth, limit=limit)
     if svg is not None:
         _save(answer.picture, svg, max_rows=limit)
     if as_json:
@@ -101,7 +94,6 @@ def tree(
 
 def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace: str, limit: int) -> _Answer:
     from backprompt_db.prompt.pictures import picture_explanation
-    from backprompt_db.views.terminal import terminal_view
 
     with quietly():
         explanation = explanation_of(directory, text_of(pieces), model=model, namespace=namespace)
@@ -109,14 +101,12 @@ def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace:
     return _Answer(terminal_view(picture, max_rows=limit), picture, picture)
 
 
-def _database(directory: Path, selection: Selection, *, by: By, depth: int | None, limit: int) -> _Answer:
+def _database(directory: Path, selection: Selection, *, by: Measure, depth: int | None, limit: int) -> _Answer:
     from backprompt_db.database.opening import open_catalog
-    from backprompt_db.operations.forest import forest, prune
 
     with open_catalog(directory) as catalog:
-        trees, measure = forest(catalog, selection=selection), Measure(by.value)
-    pruned = prune(trees, trees.weights(measure), limit=limit, max_depth=depth)
-    shown = trees, pruned, measure
+        trees = forest(catalog, selection=selection)
+    shown = trees, prune(trees, trees.weights(by), limit=limit, max_depth=depth), by
     return _Answer(forest_table(*shown), forest_fields(*shown), forest_picture(*shown))
 
 
@@ -125,12 +115,6 @@ def _save(picture: Picture, path: Path, *, max_rows: int) -> None:
         picture.save(path, max_rows=max_rows)
     except OSError as error:
         raise PromptError(f"{path} cannot be written: {error.strerror}", hint="Give another file.") from error
-
-
-_NUM_TEXT_CHARACTERS = 120
-_NUM_DIGITS = 8
-_UNITS = {Measure.TOKENS: Unit.TOKENS, Measure.NBYTES: Unit.BYTES, Measure.SAVED_SECONDS: Unit.SECONDS}
-_NOUN = "representation"
 
 
 class _Line(NamedTuple):
@@ -182,7 +166,7 @@ def _places(forest: Forest) -> list[str]:
 
 
 def _place(node: Node) -> tuple[str, str]:
-    model = (node.model_name or "?").rstrip("/").rpartition("/")[2]
+    model = short_name(node.model_name)
     return node.namespace or "no namespace", f"{model} {node.weights_id.hex()[:_NUM_DIGITS]}"
 
 

@@ -37,7 +37,7 @@ def terminal_view(scene: Scene, *, max_rows: int) -> Group:
             str(row.number),
             Text(wording.label(row, num_characters=_NUM_LABEL_CHARACTERS)),
             share_bar(layout.extent, row.begin, row.end, state=row.state),
-            wording.measure(sum(segment.size for segment in row.segments), scene.unit).split(" ")[0],
+            wording.amount(sum(segment.size for segment in row.segments), scene.unit).split(" ")[0],
             Text(wording.state(row), style=palette.TERMINAL[row.state] if row.state else ""),
             ", ".join(str(layout.rows[parent].number) for parent, child in layout.edges if child == at),
         )

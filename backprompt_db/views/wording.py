@@ -29,7 +29,7 @@ def label(row: Row, *, num_characters: int) -> str:
 
 def facts(row: Row, unit: Unit) -> str:
     """Return how large a row is, and its state: `12 tokens · stored`."""
-    return f"{measure(sum(segment.size for segment in row.segments), unit)} · {state(row)}"
+    return f"{amount(sum(segment.size for segment in row.segments), unit)} · {state(row)}"
 
 
 def state(row: Row) -> str:
@@ -49,18 +49,18 @@ def by_state(segments: Iterable[PicturedSegment]) -> Iterator[tuple[State, list[
     yield from ((each, found[each]) for each in State if each in found)
 
 
-def measure(amount: float, unit: Unit) -> str:
+def amount(number: float, unit: Unit) -> str:
     """Return an amount of a unit.
 
-    >>> measure(1, Unit.TOKENS), measure(1200, Unit.CHARACTERS), measure(2048, Unit.BYTES), measure(0.5, Unit.SECONDS)
+    >>> amount(1, Unit.TOKENS), amount(1200, Unit.CHARACTERS), amount(2048, Unit.BYTES), amount(0.5, Unit.SECONDS)
     ('1 token', '1,200 characters', '2.0 KiB', '0.5 s')
     """
     match unit:
         case Unit.BYTES:
-            return size(round(amount))
+            return size(round(number))
         case Unit.SECONDS:
-            return duration(amount)
-    return plural(round(amount), unit.value.removesuffix("s"))
+            return duration(number)
+    return plural(round(number), unit.value.removesuffix("s"))
 
 
 def tooltip(row: Row) -> str:
@@ -100,7 +100,7 @@ def _folded_texts(row: Row) -> Iterator[str]:
 def totals(scene: Scene) -> list[tuple[State, str]]:
     """Return each state in the picture and how much is in it: `stored: 2 segments, 612 tokens`."""
     return [
-        (each, f"{each.value}: {plural(len(some), 'segment')}, {measure(sum(one.size for one in some), scene.unit)}")
+        (each, f"{each.value}: {plural(len(some), 'segment')}, {amount(sum(one.size for one in some), scene.unit)}")
         for each, some in by_state(scene.segments)
     ]
 
