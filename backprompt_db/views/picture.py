@@ -1,4 +1,4 @@
-"""What a picture of a prompt shows: its segments, in their places, each in a state."""
+"""A picture of a prompt, as users get it: it can be printed, saved, and shown in a notebook."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 NUM_ROWS = 40
-"""Rows of a picture; segments beyond that are folded, and the picture says so."""
+"""The rows of a picture at most. Further segments are folded, and the picture says so."""
 
 MIN_ROWS = 3
 
@@ -56,7 +56,7 @@ class Picture(Scene):
         return self.svg()
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the SVG in the page, so that texts can be pointed at."""
+        """What a notebook shows: the SVG in the page, so that a text can be pointed at."""
         return self.svg()
 
 

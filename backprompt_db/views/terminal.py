@@ -1,4 +1,4 @@
-"""A picture in characters: a table of segments with their bars, for a terminal."""
+"""A picture in characters, for a terminal: a table of segments with their bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NUM_LABEL_CHARACTERS = 60
 _FINENESS = 200
-"""Bars are at least this share of the whole, so that none is too thin to be seen."""
+"""A bar has at least one in so many parts of the whole, so that none is too thin to be seen."""
 
 
 def terminal_view(scene: Scene, *, max_rows: int) -> Group:
@@ -47,7 +47,7 @@ def terminal_view(scene: Scene, *, max_rows: int) -> Group:
 
 
 def share_bar(extent: float, begin: float, end: float, *, state: State | None) -> Bar:
-    """Return a bar from `begin` to `end` of a whole of `extent`, never too thin to be seen."""
+    """Return a bar from `begin` to `end` of the whole, which is `extent` long. It is never too thin to be seen."""
     from rich.bar import Bar
 
     extent = extent or 1
