@@ -1,4 +1,4 @@
-"""`export`, `import`, `merge`: representations on their way from one database to another."""
+"""`export`, `import` and `merge`: moving representations from one database to another."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def export(
 ) -> None:
     """Write representations to one file, a bundle: everything, or what all given options select.
 
-    What a representation follows goes with it, so that another database can go on from it. Everything is checked when
-    it is read. With - the bundle goes to stdout and the report to stderr.
+    What a representation follows is exported with it, so that another database can continue from it. Everything is
+    checked when it is read. With -, the bundle goes to stdout and the report to stderr.
     """
     selection = selected(
         text_prefix=text_prefix,
@@ -70,7 +70,7 @@ def export(
         smaller_than=smaller_than,
     )
     done = _export(db, out, selection, force=force)
-    # Stdout is the bundle's when it goes there.
+    # The report must not be mixed with a bundle that goes to stdout.
     with contextlib.redirect_stdout(sys.stderr) if _is_standard(out) else contextlib.nullcontext():
         if as_json:
             emit_json(done)
@@ -86,7 +86,7 @@ def import_(
 ) -> None:
     """Store what a bundle holds and the database lacks. Everything is checked before it is stored.
 
-    Checks find damage, not lies: import only what people made whom you trust. Can be repeated after an interruption.
+    Checks find damage, not lies: import only what was made by people you trust. Can be repeated after an interruption.
     """
     from backprompt_db.operations.bundles.transfer import import_bundle
 
@@ -155,14 +155,14 @@ def _writing(out: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def _opened(stream: TextIO | None) -> TextIO:
-    if stream is None:  # its number may by now be that of a file of the database
+    if stream is None:  # by now its descriptor may belong to a file of the database
         raise StoreError("the standard stream is closed", hint="Give a file.")
     return stream
 
 
 @contextlib.contextmanager
 def _replacing(out: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """Give a new file with permissions of its owner alone, which takes its name when all is written."""
+    """Give a new file that only its owner may read. It gets its name when everything is written."""
     _require_free(out, force=force)
     descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")  # 0600, never through a link
     try:
@@ -190,7 +190,7 @@ def _require_free(out: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def _naming_failures(path: Path) -> Iterator[None]:
-    """Say which file the operating system refused; a pipe that nobody reads any more is no failure."""
+    """Say which file the operating system refused. A pipe that nobody reads any more is no failure."""
     try:
         yield
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""`doctor`: what keeps the database from working well, and what mends it."""
+"""`doctor`: what keeps a database from working well, and how to repair it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 def doctor(
     *,
     db: DbOption = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without a loss.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without losing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at everything that the database depends on, and say what mends what is wrong.
+    """Check everything that the database depends on, and say how to repair what is wrong.
 
     Python and libraries, filesystem and free space, owners and modes of files, writing, leftovers of killed processes,
     limit, secret, catalog and clock. Values are checked by `verify`. Exits with 1 if there is a problem.

@@ -1,4 +1,4 @@
-"""`graph`: a page that shows the prompt trees of a database."""
+"""`graph`: an HTML page with the prompt trees of a database."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from backprompt_db.catalog.records import Selection
 
 _MODE = 0o600
-"""As a database's own files have it: the page holds its texts."""
+"""The mode of a database's own files: the page has the same texts."""
 
 
 def graph(
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write; one that is there goes.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write. An older one is replaced.")],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     max_text: Annotated[
         int, typer.Option("--max-text", metavar="N", min=1, help="Characters of each text, from its beginning.")

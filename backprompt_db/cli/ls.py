@@ -83,8 +83,8 @@ def ls(
 ) -> None:
     """List the newest representations: address, model, tokens, size, age, last use, hits, text.
 
-    With --grep, only those whose text contains something, and where. All that is given must be true. `show` takes the
-    beginning of an address. With --models, list every model with what checking it has shown.
+    With --grep, only those whose text contains a string, and where. Representations must match all given options.
+    `show` takes the beginning of an address. With --models, list every model with the results of its checks.
     """
     directory = directory_of(db)
     if models:
@@ -164,14 +164,14 @@ def _beginning(text: str) -> str:
 
 
 def places(text: str, string: str) -> list[tuple[int, int]]:
-    """Return where a string, in any case, begins and ends in a text: the first hundred places."""
+    """Return the first hundred places, each with begin and end, where a text has a string in lower or upper case."""
     from backprompt_db.catalog.search import occurrences
 
     return list(itertools.islice(occurrences(text, string), _MAX_PLACES))
 
 
 def excerpt(text: str, string: str) -> Text:
-    """Return the text from shortly before the first place where it has the string, with ellipses where it goes on."""
+    """Return a text from shortly before the first place where it has a string, with ellipses where more is left out."""
     from rich.text import Text
 
     found = places(text, string)
@@ -201,7 +201,7 @@ def _list_models(directory: Path, *, as_json: bool) -> None:
 
 def _fields(value: ModelRecord | GroupSums) -> dict[str, Any]:
     fields = dataclasses.asdict(value)
-    fields.pop("signature", None)  # which tells nobody anything
+    fields.pop("signature", None)  # means nothing to people
     return fields
 
 

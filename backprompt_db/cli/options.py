@@ -51,14 +51,14 @@ ContainsOption = Annotated[
 ]
 GrepOption = Annotated[
     str | None,
-    typer.Option("--grep", metavar="TEXT", help="Segments whose own text contains this, whatever the case of letters."),
+    typer.Option("--grep", metavar="TEXT", help="Segments whose own text contains this, in lower or upper case."),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", metavar="DIGITS", help="The first hex digits of an address.")
 ]
-LabelOption = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="What has this label.")]
+LabelOption = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="Representations with this label.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="A model's name, or 8 digits or more of its weights id.")
+    str | None, typer.Option("--model", metavar="MODEL", help="A model's name, or at least 8 digits of its weights id.")
 ]
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", metavar="NAME", help="One namespace; '' is the default one.")
@@ -75,11 +75,11 @@ OlderThanOption = Annotated[
 ]
 LargerThanOption = Annotated[
     int | None,
-    typer.Option("--larger-than", metavar="SIZE", parser=size_nbytes, help="Of more stored bytes than this: 10MB."),
+    typer.Option("--larger-than", metavar="SIZE", parser=size_nbytes, help="Stored in more bytes than this: 10MB."),
 ]
 SmallerThanOption = Annotated[
     int | None,
-    typer.Option("--smaller-than", metavar="SIZE", parser=size_nbytes, help="Of fewer stored bytes than this."),
+    typer.Option("--smaller-than", metavar="SIZE", parser=size_nbytes, help="Stored in fewer bytes than this."),
 ]
 
 

@@ -70,7 +70,7 @@ _Each = TypeVar("_Each")
 
 
 def progress_bar(each: Iterable[_Each], what: str, *, total: float | None) -> Iterable[_Each]:
-    """Put a progress bar around what is done; without a total, one that only moves."""
+    """Yield from `each` behind a progress bar; without a total, the bar only moves."""
     if not sys.stderr.isatty():
         return each
     from rich.console import Console
@@ -80,7 +80,7 @@ def progress_bar(each: Iterable[_Each], what: str, *, total: float | None) -> It
 
 
 def reading_bar(file: BinaryIO, what: str, *, nbytes: int) -> contextlib.AbstractContextManager[BinaryIO]:
-    """Put a progress bar around reading a file."""
+    """Return a file that shows a progress bar while it is read."""
     if not sys.stderr.isatty():
         return contextlib.nullcontext(file)
     from rich.console import Console

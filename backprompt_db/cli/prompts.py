@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from backprompt_db.prompt.text import Text
 
 MAX_LISTED = 1_000
-"""Rows that are left out are listed up to this number, and counted beyond it."""
+"""Up to so many rows that are left out are listed; further ones are only counted."""
 
 _COLUMNS = ("prompt", "completion", "text", LINE)
 """Without a template, the first of these that a row has is the prompt."""
@@ -26,7 +26,7 @@ _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 class Prompts:
-    r"""Texts out of rows, one after the other.
+    """Texts out of rows, one after the other.
 
     Iterating raises `PromptError` at the first row of which no text can be made, unless errors are skipped.
     """
@@ -52,7 +52,7 @@ class Prompts:
                 yield made
 
     def place_of(self, number: int) -> Place:
-        """Return where a prompt came from, by its place among all, from 0."""
+        """Return where a prompt came from, by its number among all prompts, from 0."""
         firsts = [first for first, _ in self._files]
         return Place(self._files[bisect_right(firsts, number) - 1][1], self._lines[number])
 
@@ -89,7 +89,7 @@ def template_of(pieces: Sequence[str], separator: str | None) -> Template | None
     plain = [unescaped(piece) for piece in pieces]
     if separator is not None:
         plain = [each for piece in plain for each in piece.split(unescaped(separator))]
-        plain += [""] if len(plain) == 1 else []  # not to be cut any further
+        plain += [""] if len(plain) == 1 else []  # a template of two pieces is not cut any further
     return Template(*plain)
 
 

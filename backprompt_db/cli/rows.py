@@ -1,4 +1,4 @@
-"""The rows of files: JSON lines, CSV, TSV and plain lines, each row with its place, or with what is wrong with it."""
+"""Reading rows from JSON lines, CSV, TSV and plain lines: each row with its place, or with what is wrong with it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Place:
 
     file: str
     line: int
-    """From 1; the last one of a row that has several."""
+    """The number of the line, from 1; of a row with several lines, the last."""
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}"
@@ -62,7 +62,7 @@ class Broken:
 
 
 def rows(paths: Iterable[Path], form: Form | None) -> Iterator[Row | Broken]:
-    """Yield the rows of files, one after the other; `-` is stdin. Empty lines are passed over.
+    """Yield the rows of files, one after the other; `-` is stdin. Empty lines are skipped.
 
     A file's form is that of its name, unless given. Raises `PromptError` for a file that cannot be read.
     """
@@ -80,7 +80,7 @@ def form_of(path: Path) -> Form:
 
 
 def num_lines(paths: Iterable[Path]) -> int | None:
-    """Return how many lines files have; None where that can only be known by reading them once: of stdin and pipes."""
+    """Return how many lines files have; None for stdin and pipes, which can be read only once."""
     total = 0
     for path in paths:
         if path == _STDIN or not path.is_file():
@@ -150,7 +150,7 @@ def _string(value: object) -> str:
 
 
 class _Decoded:
-    """Lines as strings. Unlike a generator it goes on after one that is not UTF-8."""
+    """Lines as strings. Unlike a generator, it can continue after a line that is not UTF-8."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

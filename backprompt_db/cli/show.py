@@ -27,7 +27,7 @@ _NUM_TEXT_CHARACTERS = 200
 _NUM_PIECES = 20
 _NUM_IDS = 20
 _SURPRISES = ((-1.0, ""), (-4.0, "yellow"), (-math.inf, "red"))
-"""Styles of tokens, by the log-probability down to which each is for."""
+"""The lowest log-probability for each style of a token."""
 
 _TopOption = Annotated[
     int, typer.Option("--top", metavar="N", min=1, max=1_000, help="How many of the likeliest next tokens to show.")
@@ -43,8 +43,8 @@ def show(
 ) -> None:
     """Show everything about the representations whose address or segment id begins with PREFIX.
 
-    The prompt that it ends, its text in full, parents and children, each part as the store has it, each token with its
-    log-probability, and the likeliest next tokens. No model is loaded. The newest 50 are shown if there are more.
+    The prompt that it ends, its full text, parents and children, each stored part, each token with its log-probability,
+    and the likeliest next tokens. No model is loaded. If there are more than 50, the newest 50 are shown.
     """
     found = _describe(prefix, db, top=top)
     if as_json:
@@ -121,7 +121,7 @@ def _part_line(part: PartDescription) -> str:
 
 
 def _prompt(pieces: tuple[Piece, ...]) -> Table:
-    """List the pieces of a prompt, the last of which is marked; of a long one, those before the last are left out."""
+    """List the pieces of a prompt and mark the last. Of a long prompt, only the last pieces are listed."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))

@@ -1,4 +1,4 @@
-"""`stats`: what the database holds and did, in numbers."""
+"""`stats`: numbers about what a database holds and what it did."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ _Namespace = Annotated[
     str | None, typer.Option("--namespace", metavar="NAME", help="Sum up one namespace alone; '' is the default one.")
 ]
 _OpenMetrics = Annotated[bool, typer.Option("--openmetrics", help="Print OpenMetrics text, for Prometheus.")]
-_Watch = Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C; with --json, one line each time.")]
+_Watch = Annotated[
+    bool, typer.Option("--watch", help="Show it again and again until Ctrl-C; with --json, one line each time.")
+]
 _Interval = Annotated[float, typer.Option("--interval", metavar="SECONDS", min=0.1, help="How often --watch looks.")]
 
 
@@ -78,7 +80,7 @@ def _watch(look: Callable[[], Stats], interval: float, *, as_json: bool) -> None
         else:
             for found in _repeatedly(look, interval):
                 emit(_view(found), "")
-    except KeyboardInterrupt:  # which is how one ends it
+    except KeyboardInterrupt:  # the way to end it
         raise typer.Exit from None
 
 

@@ -1,4 +1,4 @@
-"""`tree`: the graph of a prompt, or the prompt trees of the whole database."""
+"""`tree`: a prompt as a graph, or the prompt trees of the whole database, in a terminal, as JSON or as a picture."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _state(content: Branch | Hidden) -> State:
 
 
 def _places(forest: Forest) -> list[str]:
-    """Return for each node, if nothing is above it, which namespace and model it is of, where there are several."""
+    """Return the namespace and model of each node without parents, where there are several; `""` for other nodes."""
     has_several = len({node.namespace for node in forest.nodes}) > 1, len({n.weights_id for n in forest.nodes}) > 1
     return ["" if node.parents else ", ".join(itertools.compress(_place(node), has_several)) for node in forest.nodes]
 
@@ -171,7 +171,7 @@ def _place(node: Node) -> tuple[str, str]:
 
 
 def _title(line: _Line, node: Node, *, place: str) -> Text:
-    """Return a node's text behind its guides, its place, and what the tree cannot show: further or absent parents."""
+    """Return a node's line: guides, place, label, parents that the tree cannot show, and text."""
     num_parents = len(node.parents) + node.num_absent_parents
     absent = f", {node.num_absent_parents:,} absent" if node.num_absent_parents else ""
     parents = f"({plural(num_parents, 'parent')}{absent}) " if num_parents > 1 or absent else ""
@@ -181,14 +181,14 @@ def _title(line: _Line, node: Node, *, place: str) -> Text:
 
 
 def _amount(weight: float, measure: Measure) -> str:
-    """Return an amount in the fewest characters."""
+    """Return a weight in few characters: the column's heading names the unit."""
     if measure is Measure.RECENCY:
         return f"{weight:,.2f}"
     return f"{weight:,}" if measure is Measure.TOKENS else amount(weight, _UNITS[measure])
 
 
 def _summary(forest: Forest, pruned: PrunedForest, measure: Measure) -> str:
-    """Return how much there is; the sum of how recently things were used would tell nobody anything."""
+    """Return how much there is. A sum of how recently things were used would mean nothing."""
     parts = [plural(len(forest.nodes), _NOUN)]
     if measure is not Measure.RECENCY:
         parts.append(amount(pruned.total, _UNITS[measure]) + " saved" * (measure is Measure.SAVED_SECONDS))
@@ -196,7 +196,7 @@ def _summary(forest: Forest, pruned: PrunedForest, measure: Measure) -> str:
 
 
 def _lines(pruned: PrunedForest) -> Iterator[_Line]:
-    """Yield the lines from top to bottom. What follows alone stands below its parent without being indented."""
+    """Yield the lines from top to bottom. An only child stands below its parent without indentation."""
     stack = _entries(pruned.roots, pruned.hidden, below="", begin=0, are_roots=True)[::-1]
     while stack:
         line = stack.pop()
@@ -220,7 +220,7 @@ def _entries(
 
 
 def forest_fields(forest: Forest, pruned: PrunedForest, measure: Measure) -> dict[str, Any]:
-    """Return what programs get: the nodes that are shown, each followed by what is below it."""
+    """Return what --json prints: the nodes that are shown, each followed by those below it."""
     return {
         "by": measure.value,
         "num_representations": len(forest.nodes),
@@ -256,7 +256,7 @@ def _node_fields(forest: Forest, branch: Branch) -> dict[str, Any]:
 
 
 def forest_picture(forest: Forest, pruned: PrunedForest, measure: Measure) -> Picture:
-    """Return a picture of the nodes that are shown. In tokens for recency, which does not add up along a prompt."""
+    """Return a picture of the nodes that are shown. For recency it is in tokens: recency cannot be summed up."""
     shown = _parents_first(forest, [branch.node for branch in pruned.branches()])
     measure = Measure.TOKENS if measure is Measure.RECENCY else measure
     weights, numbers = forest.weights(measure), {node: number for number, node in enumerate(shown)}
@@ -269,7 +269,7 @@ def forest_picture(forest: Forest, pruned: PrunedForest, measure: Measure) -> Pi
 
 
 def _parents_first(forest: Forest, nodes: Sequence[int]) -> list[int]:
-    """Return nodes in their order, but none before one of its parents."""
+    """Return nodes in their order, but parents before children."""
     wanted, done = frozenset(nodes), dict[int, None]()
     for each in nodes:
         stack = [each]

@@ -34,7 +34,7 @@ _NUM_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row that was not run, and why."""
+    """A row that was left out, and why."""
 
     file: str
     line: int
@@ -146,7 +146,7 @@ def _loaded(model: str, database: Database, *, dtype: str | None) -> LanguageMod
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         return LanguageModel.from_pretrained(model, db=database, progress=False, **arguments)
-    except (OSError, ValueError, AttributeError) as error:  # whatever transformers says of a name, a path or a dtype
+    except (OSError, ValueError, AttributeError) as error:  # what transformers raises for a wrong name, path or dtype
         if isinstance(error, PromptError):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -190,7 +190,7 @@ def _total(files: list[Path], limit: int | None) -> int | None:
 def _behind_bar(
     texts: Iterable[Text], lm: LanguageModel, *, total: int | None, step: int
 ) -> Generator[Text, None, None]:
-    """Yield texts, of which `step` are run at a time, behind a bar with the tokens per second and the time left."""
+    """Yield texts behind a bar with the tokens per second and the time left. `step` texts are run at a time."""
     if not sys.stderr.isatty():
         yield from texts
         return
@@ -211,7 +211,7 @@ def _behind_bar(
 
 
 def _left_out(prompts: Prompts, done: RunPlan | Warmed) -> list[LeftOut]:
-    """Return the first rows that were left out: those that are broken, then those that are too long."""
+    """Return the first rows that were left out: first those that are broken, then those that are too long."""
     broken = [LeftOut.at(each.place, each.problem) for each in prompts.broken]
     return broken + [
         LeftOut.at(

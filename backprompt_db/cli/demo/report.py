@@ -1,4 +1,4 @@
-"""What the demo says: one line per step, the table, and what went wrong."""
+"""What the demo prints: a line for each step, the table, and which promises were broken."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def say(line: str) -> None:
 
 
 def failures(runs: list[Run], plain: Plain | None) -> list[str]:
-    """Return what the demo promised and did not keep; empty when all is well."""
+    """Return the promises of the demo that were broken; empty when all is well."""
     first, second = (run.result for run in runs)
     promises = {
         "the second process loaded the model": not second.is_model_loaded,
@@ -81,7 +81,7 @@ def show(task: Task, runs: list[Run], plain: Plain | None, failed: list[str]) ->
 
 
 def _table(task: Task, runs: list[Run], plain: Plain | None) -> Table:
-    """A column for each way of doing the job: that fits into 80 characters, a row for each would not."""
+    """Return a table with a column for each way to do the job. A row for each would not fit into 80 characters."""
     num_asked = f"{runs[0].result.num_asked_tokens:,}"
     table = bare_table(padding=(0, 2, 0, 0))
     table.add_column(f"{len(task.gold)} requests,\n{len(task.completions)} endpoints", vertical="bottom", no_wrap=True)

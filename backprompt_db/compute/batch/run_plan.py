@@ -1,4 +1,4 @@
-"""What a large run would take, before it, and what came of it: what `lm.plan` and `lm.warm` return."""
+"""What `lm.plan` and `lm.warm` return: what a large run would take, and what it did."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 MAX_LISTED = 1_000
-"""Texts that are too long are listed up to this number, and counted beyond it."""
+"""Up to so many texts that are too long are listed; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TooLong:
     """A text that the model cannot run."""
 
     number: int
-    """Its place among the texts, from 0."""
+    """Its number among the texts, from 0."""
     num_positions: int
     """Positions that it needs, with the longest of the completions; or tokens that it needs in one pass."""
     max_positions: int
@@ -35,33 +35,33 @@ class TooLong:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryForecast:
-    """Bytes of memory at the peak of a run, beside what Python and its libraries take. All of it is estimated."""
+    """Bytes of memory at the peak of a run, besides Python and its libraries. They are estimated."""
 
     weights_nbytes: int
-    """Of all parameters; this alone is exact."""
+    """Bytes of all parameters; only this number is exact."""
     prefixes_nbytes: int
     """Keys and values of the longest pass, and those that are kept in memory for passes to come."""
     activations_nbytes: int
-    """Of the largest pass: hidden states, its mask, and a block of logits."""
+    """What the largest pass takes: hidden states, its mask, and a block of logits."""
     queue_nbytes: int
-    """What waits to be written, at most."""
+    """The most that waits to be written."""
     total_nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoomForecast:
-    """Whether a database would hold what a run writes. Sizes are bytes of pages in use, about."""
+    """Whether a database has room for what a run writes. Sizes are approximate bytes of pages in use."""
 
     live_nbytes: int
     """In use now."""
     written_nbytes: int
-    """More that the run takes."""
+    """How much more the run takes."""
     max_live_nbytes: int | None
-    """What may be in use before something must go; None without a limit."""
+    """How much may be in use before something is evicted; None without a limit."""
     holds: bool
-    """Whether everything that is written would be there at the end; if not, some of it is evicted by the rest."""
+    """Whether everything that is written would be there at the end. If not, the run evicts some of it itself."""
     num_evicted_parts: int
-    """Parts that are there now and would go, what is worth least first."""
+    """How many parts that are there now would be evicted, beginning with those that are worth least."""
     evicted_nbytes: int
     evicted_seconds: float
     """What computing them took."""
@@ -83,23 +83,23 @@ class RunPlan:
     num_stored_texts: int
     """Texts of which nothing must be computed."""
     num_completions: int | None
-    """After each text; None where texts are run and nothing is scored."""
+    """How many completions are scored after each text; None where texts are only run."""
     num_segments: int
     """Distinct ones."""
     num_missing_segments: int
     """Those that would be computed."""
     num_cached_tokens: int
-    """Of distinct segments of which nothing must be computed."""
+    """Tokens of the distinct segments of which nothing must be computed."""
     num_missing_tokens: int
-    """To compute."""
+    """Tokens to compute."""
     num_passes: int
-    """Calls of the model. One that never ran is taken for one whose passes hold several segments; a few cannot."""
+    """Calls of the model. A model that never ran is assumed to compute several segments in one pass; a few cannot."""
     seconds: float | None
-    """In these passes, about; None where nothing is recorded of the model to judge by."""
+    """About how long these passes take; None where no run of the model is recorded."""
     nbytes: Mapping[Part, int]
     """Bytes of the arrays to be written, by part."""
     overhead_nbytes: int
-    """What is written beside them, about: texts, names and digests."""
+    """About how much is written besides: texts, names and digests."""
     memory: MemoryForecast
     room: RoomForecast | None
     """None for a database that is only read, or that is in memory."""
@@ -108,7 +108,7 @@ class RunPlan:
     """The first thousand of them."""
 
     def __rich__(self) -> Group:
-        """What rich prints: the table, and what is to be said of it."""
+        """What rich prints: the table, and warnings."""
         return _view(self)
 
     def __str__(self) -> str:
@@ -136,7 +136,7 @@ class Warmed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that were computed in a second, over all."""
+        """Tokens that were computed in a second, on average."""
         return self.num_computed_tokens / self.seconds if self.seconds else 0.0
 
 
@@ -186,7 +186,7 @@ def _memory(memory: MemoryForecast) -> str:
 
 
 def _warnings(plan: RunPlan) -> Iterator[str]:
-    """Yield what will not go as one may think, a line each."""
+    """Yield warnings about the limit and about long texts, a line each."""
     room = plan.room
     if room is not None and not room.holds:
         yield "The limit does not hold all that would be written: what was computed first would go before the end."
