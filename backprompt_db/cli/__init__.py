@@ -9,7 +9,7 @@ import sys
 def main() -> None:
     """Run the command line on the process's arguments, and exit."""
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that lacks a character shows its escape; it must not cost the whole answer.
+        # A terminal that lacks a character shows its escape, instead of failing in the middle of an answer.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:

@@ -1,4 +1,4 @@
-"""`pin` and `label`: what people set on representations."""
+"""`pin` and `label`: marks that people put on representations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from backprompt_db.cli.options import (
     PrefixOption,
     selected,
 )
-from backprompt_db.cli.output import JsonOption, emit, emit_json, plural
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.formatting import plural
 
 
 def pin(
@@ -31,7 +32,7 @@ def pin(
     remove: Annotated[bool, typer.Option("--remove", help="Unpin them instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Keep representations from being evicted, with all that they follow; or with --remove let them go again."""
+    """Protect representations, and all that they follow, from eviction. With --remove, stop protecting them."""
     from backprompt_db.operations import annotate
 
     selection = selected(
@@ -59,7 +60,7 @@ def label(
     remove: Annotated[bool, typer.Option("--remove", help="Remove the label NAME from them instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Label what the options select, so that other commands can select them by --label. Each has one label at most."""
+    """Label what the options select, so that other commands can select it by --label. Each has one label at most."""
     from backprompt_db.operations import annotate
 
     if not name:

@@ -1,4 +1,4 @@
-"""The commands, under their names, and what every one of them does about errors."""
+"""All commands under their names, and how their errors become exit codes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from backprompt_db.cli.explain import PiecesCommand, explain
 from backprompt_db.cli.graph import graph
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
-from backprompt_db.cli.output import visible
 from backprompt_db.cli.show import show
 from backprompt_db.cli.stats import stats
 from backprompt_db.cli.tree import tree
 from backprompt_db.cli.verify import reindex, verify
 from backprompt_db.cli.warm import warm
 from backprompt_db.errors import BackpromptError
+from backprompt_db.views.formatting import visible
 
 ERROR = 2
 """The exit code of a command that failed; `verify` and `doctor` have others for what they found."""
 
 
 class Commands(TyperGroup):
-    """The group of all commands: an error is one line and a hint, a closed pipe is nothing."""
+    """The group of all commands. An error is printed as one line and a hint; a closed pipe is no error."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command and turn what the library raises into an exit code."""
@@ -96,7 +96,7 @@ def commands(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """The database for prompt representations: make it, look into it, limit it, mend it.
+    """The database for prompt representations: make it, look into it, limit its size, repair it.
 
     A representation is what a model computed for one segment of a prompt: scores, logits, keys and values.
     The store holds representations; the catalog lists what the store holds and can always be rebuilt from it.

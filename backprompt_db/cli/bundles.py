@@ -1,4 +1,4 @@
-"""`export`, `import`, `merge`: representations on their way from one database to another."""
+"""`export`, `import` and `merge`: moving representations from one database to another."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ from backprompt_db.cli.options import (
     UsedWithinOption,
     selected,
 )
-from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, literal, plural, reading_bar, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, progress_bar, reading_bar
 from backprompt_db.errors import StoreError, UnsafeLocation
 from backprompt_db.store.files import sync_directory
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import plural, size
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import Selection
@@ -54,8 +56,8 @@ def export(
 ) -> None:
     """Write representations to one file, a bundle: everything, or what all given options select.
 
-    What a representation follows goes with it, so that another database can go on from it. Everything is checked when
-    it is read. With - the bundle goes to stdout and the report to stderr.
+    What a representation follows is exported with it, so that another database can continue from it. Everything is
+    checked when it is read. With -, the bundle goes to stdout and the report to stderr.
     """
     selection = selected(
         text_prefix=text_prefix,
@@ -68,7 +70,7 @@ def export(
         smaller_than=smaller_than,
     )
     done = _export(db, out, selection, force=force)
-    # Stdout is the bundle's when it goes there.
+    # The report must not be mixed with a bundle that goes to stdout.
     with contextlib.redirect_stdout(sys.stderr) if _is_standard(out) else contextlib.nullcontext():
         if as_json:
             emit_json(done)
@@ -84,7 +86,7 @@ def import_(
 ) -> None:
     """Store what a bundle holds and the database lacks. Everything is checked before it is stored.
 
-    Checks find damage, not lies: import only what people made whom you trust. Can be repeated after an interruption.
+    Checks find damage, not lies: import only what was made by people you trust. Can be repeated after an interruption.
     """
     from backprompt_db.operations.bundles.transfer import import_bundle
 
@@ -107,7 +109,7 @@ def merge(
 
     with open_quietly(db) as database:
         done = merge_databases(
-            database, directory_of(other), progress=lambda lacking: bar(lacking, "Merging", total=None)
+            database, directory_of(other), progress=lambda lacking: progress_bar(lacking, "Merging", total=None)
         )
     _report(done, as_json=as_json)
 
@@ -117,7 +119,7 @@ def _export(db: Path | None, out: Path, selection: Selection, *, force: bool) ->
 
     with open_quietly(db) as database, _writing(out, force=force) as stream:
         return export_bundle(
-            database, stream, selection=selection, progress=lambda wanted: bar(wanted, "Exporting", total=None)
+            database, stream, selection=selection, progress=lambda wanted: progress_bar(wanted, "Exporting", total=None)
         )
 
 
@@ -153,14 +155,14 @@ def _writing(out: Path, *, force: bool) -> Iterator[BinaryIO]:
 
 
 def _opened(stream: TextIO | None) -> TextIO:
-    if stream is None:  # its number may by now be that of a file of the database
+    if stream is None:  # by now its descriptor may belong to a file of the database
         raise StoreError("the standard stream is closed", hint="Give a file.")
     return stream
 
 
 @contextlib.contextmanager
 def _replacing(out: Path, *, force: bool) -> Iterator[BinaryIO]:
-    """Give a new file with permissions of its owner alone, which takes its name when all is written."""
+    """Give a new file that only its owner may read. It gets its name when everything is written."""
     _require_free(out, force=force)
     descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")  # 0600, never through a link
     try:
@@ -188,7 +190,7 @@ def _require_free(out: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def _naming_failures(path: Path) -> Iterator[None]:
-    """Say which file the operating system refused; a pipe that nobody reads any more is no failure."""
+    """Say which file the operating system refused. A pipe that nobody reads any more is no failure."""
     try:
         yield
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""`init` and `config`: making a database as it shall be, and changing what may be changed."""
+"""`init` and `config`: making a database, and changing what may be changed about it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, open_quietly
 from backprompt_db.cli.options import duration_seconds, size_nbytes
-from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, grid, literal, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.console import grid, literal
+from backprompt_db.views.formatting import duration, size
 
 if TYPE_CHECKING:
     from backprompt_db.database.config import Config
@@ -31,7 +33,7 @@ def _duration_or_none(given: str) -> float:
 
 
 def _positive(number: _Number, given: str) -> _Number:
-    """Return what was given; 0 stands for `none` from here on, and is what nobody can have meant."""
+    """Return a number that was given. From here on 0 stands for `none`, so a 0 that was given is refused."""
     if not number:
         raise typer.BadParameter(f"{given!r} leaves nothing: give more, or none for no limit.")
     return number
@@ -39,12 +41,17 @@ def _positive(number: _Number, given: str) -> _Number:
 
 MaxSizeOption = Annotated[
     int | None,
-    typer.Option("--max-size", metavar="SIZE", parser=_size_or_none, help="How large it may grow: 50GB; or none."),
+    typer.Option(
+        "--max-size", metavar="SIZE", parser=_size_or_none, help="The largest size of the database: 50GB; or none."
+    ),
 ]
 TimeToLiveOption = Annotated[
     float | None,
     typer.Option(
-        "--ttl", metavar="DURATION", parser=_duration_or_none, help="What is not used for longer goes: 30d; or none."
+        "--ttl",
+        metavar="DURATION",
+        parser=_duration_or_none,
+        help="Remove what is not used for longer than this: 30d; or none.",
     ),
 ]
 
@@ -78,7 +85,7 @@ def init(
     limits = _limits(max_size, ttl)
     create_database(place, sharing=sharing, group=group, fidelity=Fidelity(fidelity), limits=limits)
     with open_quietly(place) as database:
-        _ = database.catalog  # which is made now, so that there is one to look into
+        _ = database.catalog  # made now, so that other commands find one
     emit(literal(f"Made {place}: {sharing.value}."), wrap=False)
     config(db=directory)
 
@@ -90,13 +97,17 @@ def config(
     ttl: TimeToLiveOption = None,
     grace: Annotated[
         float | None,
-        typer.Option("--grace", metavar="DURATION", parser=duration_seconds, help="What is younger goes last: 10s."),
+        typer.Option(
+            "--grace", metavar="DURATION", parser=duration_seconds, help="Evict what is younger than this last: 10s."
+        ),
     ] = None,
     high_water: Annotated[
-        float | None, typer.Option("--high-water", metavar="SHARE", help="Room is made above this share of the limit.")
+        float | None,
+        typer.Option("--high-water", metavar="SHARE", help="Start to make room above this share of the limit."),
     ] = None,
     low_water: Annotated[
-        float | None, typer.Option("--low-water", metavar="SHARE", help="Room is made until this share is reached.")
+        float | None,
+        typer.Option("--low-water", metavar="SHARE", help="Make room until this share of the limit is reached."),
     ] = None,
     shared: Annotated[str | None, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = None,
     as_json: JsonOption = False,
@@ -123,13 +134,13 @@ def config(
 
 
 def _limits(max_size: int | None, ttl: float | None) -> dict[str, Any]:
-    """Return what is given of the two, by the names that a configuration has for them; `none` is None there."""
+    """Return the limits that were given, under their names in a configuration, where `none` is None."""
     given = {"max_nbytes": max_size, "ttl_seconds": ttl}
     return {name: value or None for name, value in given.items() if value is not None}
 
 
 def _known(directory: Path, *, is_written_anew: bool) -> Config:
-    """Return the configuration of a database; the default one in place of one that cannot be read."""
+    """Return the configuration of a database. If it cannot be read, but is written anew, return the default one."""
     from backprompt_db.database.config import default_config, read_config
     from backprompt_db.database.opening import manifest_of
     from backprompt_db.errors import FormatError

@@ -1,4 +1,4 @@
-"""`doctor`: what keeps the database from working well, and what mends it."""
+"""`doctor`: what keeps a database from working well, and how to repair it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.output import JsonOption, emit, emit_json, literal
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.console import bare_table, literal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,10 +24,10 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 def doctor(
     *,
     db: DbOption = None,
-    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended without a loss.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired without losing anything.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at everything that the database depends on, and say what mends what is wrong.
+    """Check everything that the database depends on, and say how to repair what is wrong.
 
     Python and libraries, filesystem and free space, owners and modes of files, writing, leftovers of killed processes,
     limit, secret, catalog and clock. Values are checked by `verify`. Exits with 1 if there is a problem.
@@ -44,10 +45,9 @@ def doctor(
 
 
 def _table(checks: list[Check]) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = bare_table()
     table.add_column("check", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("what was found", overflow="fold")

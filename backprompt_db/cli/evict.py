@@ -1,4 +1,4 @@
-"""`evict`, `compact`, `purge`: making room, and making things disappear."""
+"""`evict`, `compact` and `purge`: making room, and removing texts for good."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from backprompt_db.cli.options import (
     selected,
     size_nbytes,
 )
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, plural, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json
+from backprompt_db.views.console import bare_table
+from backprompt_db.views.formatting import age, duration, plural, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,7 +35,8 @@ _NUM_ADDRESS_DIGITS = 12
 _NUM_SHOWN = 40
 
 _To = Annotated[
-    int | None, typer.Option("--to", metavar="SIZE", parser=size_nbytes, help="Until no more than this is in use.")
+    int | None,
+    typer.Option("--to", metavar="SIZE", parser=size_nbytes, help="Evict until at most this much is in use."),
 ]
 _DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would go, and why, and remove nothing.")]
 
@@ -53,10 +56,10 @@ def evict(
     dry_run: _DryRun = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what is expired, then what is worth least: seconds of computation per byte, the less the longer unused.
+    """Remove what is expired, then what is worth least: seconds of computation per byte, less the longer it is unused.
 
-    Until --to SIZE is in use; without it, everything that the options select, and without any the part above the low
-    water mark. Pinned representations stay, and keys and values on which others build.
+    With --to, removal stops when SIZE is in use. Without it, everything that the options select is removed, and without
+    any option what is above the low water mark. Pinned representations stay, and keys and values that others need.
     """
     from backprompt_db.operations import evict
 
@@ -86,7 +89,7 @@ def evict(
 def compact(*, db: DbOption = None, as_json: JsonOption = False) -> None:
     """Give the room of what was removed back to the filesystem, while others read and write.
 
-    Needs room for a second copy of what is stored, until all processes that have the old file open have gone over.
+    Needs room for a second copy of what is stored, until every process that uses the old file has changed to the new.
     """
     from backprompt_db.operations.evict import compact as compact_database
 
@@ -113,10 +116,10 @@ def purge(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove texts for good, pinned or not, with all that follows them; nothing of them stays in the files.
+    """Remove texts for good, pinned or not, with all that follows them. Nothing of them stays in the files.
 
-    What follows a text goes with it, because keys and values hold what they were computed from. Bundles, backups and
-    databases that were merged from this one are not touched. Needs room for a second copy of what stays.
+    What follows a text is removed too, because keys and values contain what they were computed from. Bundles, backups
+    and databases that were merged from this one are not touched. Needs room for a second copy of what stays.
     """
     from backprompt_db.operations import purge as purging
 
@@ -157,14 +160,12 @@ def _print_order(candidates: Sequence[EvictionCandidate]) -> None:
 
 
 def _seconds(candidates: Sequence[EvictionCandidate]) -> float:
-    """Return what computing all of it took; the parts of a representation were computed together."""
+    """Return the seconds that computing all of it took. The parts of one representation were computed together."""
     return sum({candidate.address: candidate.seconds for candidate in candidates}.values())
 
 
 def _table(candidates: Sequence[EvictionCandidate]) -> Table:
-    from rich.table import Table
-
-    table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
+    table, now = bare_table(), time.time()
     table.add_column("address", no_wrap=True)
     table.add_column("part")
     for name in ("size", "took", "used"):

@@ -1,4 +1,4 @@
-"""`explain`: where the segments of a prompt were found, or why not."""
+"""`explain`: where the segments of a prompt are stored, or why they are not."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ if TYPE_CHECKING:
     from backprompt_db.prompt.text import Text
 
 _FILE = "\0"
-"""Begins a piece that is a file's name: no argument of a process can hold it."""
+"""Marks a piece that is the name of a file. No argument of a process can contain this character."""
 
 _STDIN = "-"
+
+FileOption = Annotated[
+    Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
+]
 
 
 class PiecesCommand(TyperCommand):
     """A command that takes `--file FILE` among its texts, and keeps them in the order in which they were given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put files among the texts."""
+        """Put the files among the texts, in the order of the command line."""
         return super().parse_args(ctx, list(_in_order(args)))
 
 
@@ -56,12 +60,12 @@ def explain(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", metavar="MODEL", help="A name or directory, or 8 digits or more of a weights id, if several are."
+            "--model",
+            metavar="MODEL",
+            help="A name, a directory, or at least 8 digits of a weights id; needed if there are several models.",
         ),
     ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
-    ] = None,
+    file: FileOption = None,
     namespace: Annotated[
         str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompt is run in.")
     ] = "",
@@ -86,7 +90,7 @@ def explain(
 
 
 def text_of(pieces: Iterable[str]) -> Text:
-    """Return the text that pieces mean: strings, files and stdin. Raises `PromptError` for an empty one."""
+    """Return the text of pieces: strings, files and stdin. Raises `PromptError` for an empty text."""
     from backprompt_db.prompt.text import Text
 
     text = Text("")

@@ -1,4 +1,4 @@
-"""`graph`: a page that shows the prompt trees of a database."""
+"""`graph`: an HTML page with the prompt trees of a database."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from backprompt_db.cli.options import (
     UsedWithinOption,
     selected,
 )
-from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, plural, size, visible
+from backprompt_db.cli.output import JsonOption, emit, emit_json, progress_bar
 from backprompt_db.errors import StoreError
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import plural, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
     from backprompt_db.catalog.records import Selection
 
 _MODE = 0o600
-"""As a database's own files have it: the page holds its texts."""
+"""The mode of a database's own files: the page has the same texts."""
 
 
 def graph(
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write; one that is there goes.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write. An older one is replaced.")],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     max_text: Annotated[
         int, typer.Option("--max-text", metavar="N", min=1, help="Characters of each text, from its beginning.")
@@ -92,7 +94,7 @@ def _contents(directory: Path, selection: Selection, *, max_text: int, limit: in
 
 
 def _watched(indexes: Sequence[int]) -> Iterable[int]:
-    return bar(indexes, "Reading log-probabilities", total=len(indexes))
+    return progress_bar(indexes, "Reading log-probabilities", total=len(indexes))
 
 
 def _write(out: Path, contents: dict[str, Any], *, title: str) -> None:
@@ -110,4 +112,4 @@ def _report(out: Path, *, num_segments: int, as_json: bool) -> None:
     if as_json:
         emit_json({"file": out, "num_segments": num_segments, "nbytes": nbytes})
     else:
-        emit(visible(f"{plural(num_segments, 'segment')}, {size(nbytes)}: {out.as_uri()}"), wrap=False)
+        emit(literal(f"{plural(num_segments, 'segment')}, {size(nbytes)}: {out.as_uri()}"), wrap=False)

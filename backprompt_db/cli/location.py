@@ -1,4 +1,4 @@
-"""Which directory a command works on."""
+"""The directory that a command works on, and opening the database there; `path` prints it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DbOption = Annotated[
 
 
 def path(*, db: DbOption = None) -> None:
-    """Print the database's directory, whether or not there is one."""
-    # As bytes: a name that is no valid UTF-8 must come out as it is.
+    """Print the database's directory, even if it does not exist yet."""
+    # As bytes: a name that is not valid UTF-8 must be printed as it is.
     typer.echo(os.fsencode(directory_of(db)))
 
 

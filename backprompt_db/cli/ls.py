@@ -1,4 +1,4 @@
-"""`ls`: representations, the newest first unless told otherwise, or the models."""
+"""`ls`: the representations of a database, or its models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backprompt_db.catalog.records import Order
 from backprompt_db.cli.location import DbOption, directory_of
 from backprompt_db.cli.options import (
     GrepOption,
@@ -23,20 +24,9 @@ from backprompt_db.cli.options import (
     UsedWithinOption,
     selected,
 )
-from backprompt_db.cli.output import (
-    JsonOption,
-    age,
-    bar,
-    emit,
-    emit_json,
-    grid,
-    literal,
-    one_line,
-    plain,
-    shortened,
-    size,
-)
-from backprompt_db.views.formatting import visible
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value, progress_bar, short_name
+from backprompt_db.views.console import bare_table, grid, literal, one_line
+from backprompt_db.views.formatting import age, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,17 +38,21 @@ if TYPE_CHECKING:
 
 _NUM_ADDRESS_DIGITS = 12
 _NUM_TEXT_CHARACTERS = 200
+_NUM_CHARACTERS_BEFORE = 8
+"""Shown before a string that was found: few, so that the string is seen in a narrow column, too."""
+_MAX_PLACES = 100
+_FOUND_STYLE = "bold red"
 _LONG_SEARCH_SECONDS = 2.0
 
 
 class Sort(enum.StrEnum):
-    """What comes first: orders of the catalog, which is not imported before it is needed."""
+    """Those orders of the catalog that the command offers."""
 
-    NEWEST = "newest"
-    SIZE = "size"
-    HITS = "hits"
-    USED = "used"
-    SECONDS = "seconds"
+    NEWEST = Order.NEWEST.value
+    SIZE = Order.SIZE.value
+    HITS = Order.HITS.value
+    USED = Order.USED.value
+    SECONDS = Order.SECONDS.value
 
 
 _SortOption = Annotated[
@@ -88,8 +82,8 @@ def ls(
 ) -> None:
     """List the newest representations: address, model, tokens, size, age, last use, hits, text.
 
-    With --grep, only those whose text contains something, and where. All that is given must be true. `show` takes the
-    beginning of an address. With --models, list every model with what checking it has shown.
+    With --grep, only those whose text contains a string, and where. Representations must match all given options.
+    `show` takes the beginning of an address. With --models, list every model with the results of its checks.
     """
     directory = directory_of(db)
     if models:
@@ -109,7 +103,7 @@ def ls(
     )
     rows = _rows(directory, selection, limit=limit, sort=sort)
     if as_json:
-        emit_json([plain(row) | {"matches": places(row.text, grep)} for row in rows] if grep else rows)
+        emit_json([json_value(row) | {"matches": places(row.text, grep)} for row in rows] if grep else rows)
     else:
         emit(_table(rows, grep) if rows else "The catalog lists no representations.")
 
@@ -119,12 +113,11 @@ def _make_index(directory: Path) -> None:
     from backprompt_db.operations.reindex import update_index
 
     steps = update_index(directory)
-    for _ in bar(steps, "Indexing texts", total=next(steps) / TEXTS_PER_BATCH):
+    for _ in progress_bar(steps, "Indexing texts", total=next(steps) / TEXTS_PER_BATCH):
         pass
 
 
 def _rows(directory: Path, selection: Selection, *, limit: int, sort: Sort) -> list[Row]:
-    from backprompt_db.catalog.records import Order
     from backprompt_db.database.opening import open_catalog
 
     with open_catalog(directory) as catalog:
@@ -145,9 +138,7 @@ def _keep_up_index(directory: Path, catalog: Catalog) -> None:
 
 
 def _table(rows: list[Row], grep: str | None) -> Table:
-    from rich.table import Table
-
-    table, now = Table(box=None, pad_edge=False, header_style="bold"), time.time()
+    table, now = bare_table(), time.time()
     table.add_column("address", no_wrap=True)
     table.add_column("model", min_width=5, max_width=20)
     for name in ("tokens", "size", "age", "used", "hits"):
@@ -156,7 +147,7 @@ def _table(rows: list[Row], grep: str | None) -> Table:
     for row in rows:
         table.add_row(
             row.address.hex()[:_NUM_ADDRESS_DIGITS],
-            one_line(literal((row.model_name or "?").rstrip("/").rpartition("/")[2])),
+            one_line(literal(short_name(row.model_name))),
             f"{row.num_tokens:,}",
             size(sum(row.nbytes.values())),
             age(row.created_at, now=now),
@@ -169,6 +160,27 @@ def _table(rows: list[Row], grep: str | None) -> Table:
 
 def _beginning(text: str) -> str:
     return shortened(text, num_characters=_NUM_TEXT_CHARACTERS)
+
+
+def places(text: str, string: str) -> list[tuple[int, int]]:
+    """Return the first hundred places, each with begin and end, where a text has a string in lower or upper case."""
+    from backprompt_db.catalog.search import occurrences
+
+    return list(itertools.islice(occurrences(text, string), _MAX_PLACES))
+
+
+def excerpt(text: str, string: str) -> Text:
+    """Return a text from shortly before the first place where it has a string, with ellipses where more is left out."""
+    from rich.text import Text
+
+    found = places(text, string)
+    begin = max(0, found[0][0] - _NUM_CHARACTERS_BEFORE) if found else 0
+    end = begin + _NUM_TEXT_CHARACTERS
+    shown = Text("…" if begin else "")
+    for first, last in itertools.takewhile(lambda place: place[0] < end, found):
+        shown.append(visible(text[begin:first])).append(visible(text[first:last]), _FOUND_STYLE)
+        begin = last
+    return shown.append(visible(text[begin:end])).append("…" if max(begin, end) < len(text) else "")
 
 
 def _list_models(directory: Path, *, as_json: bool) -> None:
@@ -192,7 +204,7 @@ def _list_models(directory: Path, *, as_json: bool) -> None:
 
 def _fields(value: ModelRecord | GroupTotals) -> dict[str, Any]:
     fields = dataclasses.asdict(value)
-    fields.pop("signature", None)  # which tells nobody anything
+    fields.pop("signature", None)  # means nothing to people
     return fields
 
 
@@ -209,31 +221,3 @@ def _model_facts(record: ModelRecord, total: GroupTotals) -> dict[str, str]:
         "representations": f"{total.num_representations:,}",
         "size": size(sum(total.nbytes.values())),
     }
-
-
-_NUM_CHARACTERS_BEFORE = 8
-"""So few that in a narrow column, too, the string is seen."""
-_NUM_CHARACTERS = 200
-_MAX_PLACES = 100
-_STYLE = "bold red"
-
-
-def places(text: str, string: str) -> list[tuple[int, int]]:
-    """Return where a string, in any case, begins and ends in a text: the first hundred places."""
-    from backprompt_db.catalog.search import occurrences
-
-    return list(itertools.islice(occurrences(text, string), _MAX_PLACES))
-
-
-def excerpt(text: str, string: str) -> Text:
-    """Return the text from shortly before the first place where it has the string, with ellipses where it goes on."""
-    from rich.text import Text
-
-    found = places(text, string)
-    begin = max(0, found[0][0] - _NUM_CHARACTERS_BEFORE) if found else 0
-    end = begin + _NUM_CHARACTERS
-    shown = Text("…" if begin else "")
-    for first, last in itertools.takewhile(lambda place: place[0] < end, found):
-        shown.append(visible(text[begin:first])).append(visible(text[first:last]), _STYLE)
-        begin = last
-    return shown.append(visible(text[begin:end])).append("…" if max(begin, end) < len(text) else "")

@@ -1,16 +1,14 @@
-"""Lengths of time and sizes, as they are given on the command line."""
+"""Options that several commands share: what selects representations, and how lengths of time and sizes are given."""
 
 from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from backprompt_db.catalog.records import Selection
-
+from backprompt_db.catalog.records import Selection
 
 _NUMBER = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?\s*([a-z]*)", re.ASCII | re.IGNORECASE)
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 604800, "y": 31536000}
@@ -53,14 +51,14 @@ ContainsOption = Annotated[
 ]
 GrepOption = Annotated[
     str | None,
-    typer.Option("--grep", metavar="TEXT", help="Segments whose own text contains this, whatever the case of letters."),
+    typer.Option("--grep", metavar="TEXT", help="Segments whose own text contains this, in lower or upper case."),
 ]
 AddressOption = Annotated[
     str | None, typer.Option("--address", metavar="DIGITS", help="The first hex digits of an address.")
 ]
-LabelOption = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="What has this label.")]
+LabelOption = Annotated[str | None, typer.Option("--label", metavar="LABEL", help="Representations with this label.")]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="MODEL", help="A model's name, or 8 digits or more of its weights id.")
+    str | None, typer.Option("--model", metavar="MODEL", help="A model's name, or at least 8 digits of its weights id.")
 ]
 NamespaceOption = Annotated[
     str | None, typer.Option("--namespace", metavar="NAME", help="One namespace; '' is the default one.")
@@ -77,11 +75,11 @@ OlderThanOption = Annotated[
 ]
 LargerThanOption = Annotated[
     int | None,
-    typer.Option("--larger-than", metavar="SIZE", parser=size_nbytes, help="Of more stored bytes than this: 10MB."),
+    typer.Option("--larger-than", metavar="SIZE", parser=size_nbytes, help="Stored in more bytes than this: 10MB."),
 ]
 SmallerThanOption = Annotated[
     int | None,
-    typer.Option("--smaller-than", metavar="SIZE", parser=size_nbytes, help="Of fewer stored bytes than this."),
+    typer.Option("--smaller-than", metavar="SIZE", parser=size_nbytes, help="Stored in fewer bytes than this."),
 ]
 
 
@@ -93,9 +91,7 @@ def selected(
     smaller_than: int | None = None,
     **conditions: str | None,
 ) -> Selection:
-    """Return the selection that the options mean; the others are named as the fields of `Selection`."""
-    from backprompt_db.catalog.records import Selection
-
+    """Return what the options select together; `conditions` have the names of the fields of `Selection`."""
     now = time.time()
     return Selection(
         used_before=None if older_than is None else now - older_than,

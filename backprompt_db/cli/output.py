@@ -1,4 +1,4 @@
-"""How answers are written: tables for people, JSON for programs."""
+"""How answers are written, tables for people and JSON for programs, and the bars that show progress."""
 
 from __future__ import annotations
 
@@ -15,29 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TypeVar
 import typer
 
 from backprompt_db.prompt.representation import Part
-from backprompt_db.views.formatting import age, duration, plural, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
-    from rich.text import Text
-
-
-__all__ = [
-    "JsonOption",
-    "age",
-    "duration",
-    "emit",
-    "emit_json",
-    "grid",
-    "literal",
-    "one_line",
-    "plain",
-    "plural",
-    "shortened",
-    "size",
-    "visible",
-]
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -56,10 +36,10 @@ def emit(*renderables: RenderableType, wrap: bool = True) -> None:
 
 def emit_json(value: object) -> None:
     """Print a value as JSON."""
-    typer.echo(json.dumps(plain(value), indent=2, allow_nan=False))
+    typer.echo(json.dumps(json_value(value), indent=2, allow_nan=False))
 
 
-def plain(value: object) -> Any:
+def json_value(value: object) -> Any:
     """Return a value in JSON's types: ids in hex, parts by name, NaN as null, dataclasses by field."""
     match value:
         case bytes():
@@ -73,44 +53,24 @@ def plain(value: object) -> Any:
         case float():
             return value if math.isfinite(value) else None
         case Mapping():
-            return {plain(key): plain(item) for key, item in value.items()}
+            return {json_value(key): json_value(item) for key, item in value.items()}
         case tuple() | list():
-            return [plain(item) for item in value]
+            return [json_value(item) for item in value]
     if dataclasses.is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: json_value(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return value
 
 
-def grid(rows: Mapping[str, object]) -> Table:
-    """Return names and values side by side."""
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, literal(str(value)))
-    return table
-
-
-def one_line(text: Text) -> Text:
-    """Make a text one line. Not the column is unwrappable but the text, so that the column can shrink."""
-    text.no_wrap, text.overflow = True, "ellipsis"
-    return text
-
-
-def literal(string: str) -> Text:
-    """Return text that is shown as it is, control characters escaped."""
-    from rich.text import Text
-
-    return Text(visible(string))
+def short_name(model_name: str | None) -> str:
+    """Return the last part of a model's name or path; `?` for a model without a name."""
+    return (model_name or "?").rstrip("/").rpartition("/")[2]
 
 
 _Each = TypeVar("_Each")
 
 
-def bar(each: Iterable[_Each], what: str, *, total: float | None) -> Iterable[_Each]:
-    """Put a progress bar around what is done; without a total, one that only moves."""
+def progress_bar(each: Iterable[_Each], what: str, *, total: float | None) -> Iterable[_Each]:
+    """Yield from `each` behind a progress bar; without a total, the bar only moves."""
     if not sys.stderr.isatty():
         return each
     from rich.console import Console
@@ -120,7 +80,7 @@ def bar(each: Iterable[_Each], what: str, *, total: float | None) -> Iterable[_E
 
 
 def reading_bar(file: BinaryIO, what: str, *, nbytes: int) -> contextlib.AbstractContextManager[BinaryIO]:
-    """Put a progress bar around reading a file."""
+    """Return a file that shows a progress bar while it is read."""
     if not sys.stderr.isatty():
         return contextlib.nullcontext(file)
     from rich.console import Console

@@ -1,218 +1,22 @@
-"""Prompts out of the rows of files: which column or template makes them, and where each of them came from."""
+"""Prompts out of rows: which column or template makes them, and where each of them came from."""
 
 from __future__ import annotations
 
-import csv
-import enum
-import json
 import re
-import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from backprompt_db.cli.rows import LINE, Broken, Place, Row
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.template import Template
 
 if TYPE_CHECKING:
     from backprompt_db.prompt.text import Text
 
-
-_STDIN = Path("-")
-_BOM = b"\xef\xbb\xbf"
-_MAX_FIELD_NBYTES = 1 << 30
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-LINE = "line"
-"""The name of the only column of plain lines, and of JSON lines that are strings."""
-
-
-class Form(enum.StrEnum):
-    """What a file is made of."""
-
-    JSONL = "jsonl"
-    """An object, or a string, on each line."""
-    CSV = "csv"
-    """A header with the names of the columns, then rows."""
-    TSV = "tsv"
-    LINES = "lines"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a row is."""
-
-    file: str
-    line: int
-    """From 1; the last one of a row that has several."""
-
-    def __str__(self) -> str:
-        return f"{self.file}, line {self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row that could be read."""
-
-    place: Place
-    values: Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A row that could not be used, and why."""
-
-    place: Place
-    problem: str
-
-
-def rows(paths: Iterable[Path], form: Form | None) -> Iterator[Row | Broken]:
-    """Yield the rows of files, one after the other; `-` is stdin. Empty lines are passed over.
-
-    A file's form is that of its name, unless given. Raises `PromptError` for a file that cannot be read.
-    """
-    for path in paths:
-        with _opened(path) as file:
-            yield from _READERS[form or form_of(path)](file, str(path))
-
-
-def form_of(path: Path) -> Form:
-    """Return what a file is made of, by its name."""
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        return Form.JSONL
-    return Form(suffix[1:]) if suffix in _DELIMITERS else Form.LINES
-
-
-def num_lines(paths: Iterable[Path]) -> int | None:
-    """Return how many lines files have; None where that can only be known by reading them once: of stdin and pipes."""
-    total = 0
-    for path in paths:
-        if path == _STDIN or not path.is_file():
-            return None
-        with _opened(path) as file:
-            total += sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-    return total
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    if path == _STDIN:
-        yield sys.stdin.buffer
-        return
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror}", hint="Give another file.") from error
-    with file:
-        yield file
-
-
-def _jsonl(file: BinaryIO, name: str) -> Iterator[Row | Broken]:
-    return (_row(place, line, _of_json) for place, line in _lines(file, name))
-
-
-def _plain(file: BinaryIO, name: str) -> Iterator[Row | Broken]:
-    return (_row(place, line, lambda line: {LINE: line.decode()}) for place, line in _lines(file, name))
-
-
-def _lines(file: BinaryIO, name: str) -> Iterator[tuple[Place, bytes]]:
-    for number, line in enumerate(file, start=1):
-        content = line.removeprefix(_BOM) if number == 1 else line
-        if content.strip():
-            yield Place(name, number), content.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _row(place: Place, line: bytes, read: Callable[[bytes], Mapping[str, str]]) -> Row | Broken:
-    try:
-        return Row(place, read(line))
-    except UnicodeDecodeError:
-        return Broken(place, "it is not UTF-8")
-    except json.JSONDecodeError as error:
-        return Broken(place, f"it is not JSON, from character {error.pos + 1} on")
-    except ValueError as error:
-        return Broken(place, str(error))
-    except RecursionError:
-        return Broken(place, "it is nested too deeply")
-
-
-def _of_json(line: bytes) -> dict[str, str]:
-    value = json.loads(line.decode())
-    if isinstance(value, str):
-        return {LINE: value}
-    if not isinstance(value, dict):
-        raise ValueError("it is neither an object nor a string")
-    return {name: _string(each) for name, each in value.items() if _is_text(each)}
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value can stand in a prompt: a string or a number."""
-    return isinstance(value, str | int | float) and not isinstance(value, bool)
-
-
-def _string(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-class _Decoded:
-    """Lines as strings. Unlike a generator it goes on after one that is not UTF-8."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.num_lines = 0
-
-    def __iter__(self) -> _Decoded:
-        return self
-
-    def __next__(self) -> str:
-        line = next(self._file)
-        self.num_lines += 1
-        return (line.removeprefix(_BOM) if self.num_lines == 1 else line).decode()
-
-
-def _csv(file: BinaryIO, name: str, delimiter: str = ",") -> Iterator[Row | Broken]:
-    csv.field_size_limit(min(sys.maxsize, _MAX_FIELD_NBYTES))
-    lines = _Decoded(file)
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except UnicodeDecodeError:
-            yield Broken(Place(name, lines.num_lines), "it is not UTF-8")
-        except csv.Error as error:
-            yield Broken(Place(name, lines.num_lines), str(error))
-        else:
-            if cells and header:
-                yield _of_cells(Place(name, lines.num_lines), header, cells)
-            header = header or cells
-
-
-def _of_cells(place: Place, header: list[str], cells: list[str]) -> Row | Broken:
-    if len(cells) != len(header):
-        return Broken(place, f"it has {len(cells)} cells, and the header {len(header)}")
-    return Row(place, dict(zip(header, cells, strict=True)))
-
-
-def _tsv(file: BinaryIO, name: str) -> Iterator[Row | Broken]:
-    return _csv(file, name, _DELIMITERS[".tsv"])
-
-
-_READERS: dict[Form, Callable[[BinaryIO, str], Iterator[Row | Broken]]] = {
-    Form.JSONL: _jsonl,
-    Form.CSV: _csv,
-    Form.TSV: _tsv,
-    Form.LINES: _plain,
-}
-
-
 MAX_LISTED = 1_000
-"""Rows that are left out are listed up to this number, and counted beyond it."""
+"""Up to so many rows that are left out are listed; further ones are only counted."""
 
 _COLUMNS = ("prompt", "completion", "text", LINE)
 """Without a template, the first of these that a row has is the prompt."""
@@ -222,7 +26,7 @@ _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 class Prompts:
-    r"""Texts out of rows, one after the other.
+    """Texts out of rows, one after the other.
 
     Iterating raises `PromptError` at the first row of which no text can be made, unless errors are skipped.
     """
@@ -248,7 +52,7 @@ class Prompts:
                 yield made
 
     def place_of(self, number: int) -> Place:
-        """Return where a prompt came from, by its place among all, from 0."""
+        """Return where a prompt came from, by its number among all prompts, from 0."""
         firsts = [first for first, _ in self._files]
         return Place(self._files[bisect_right(firsts, number) - 1][1], self._lines[number])
 
@@ -285,7 +89,7 @@ def template_of(pieces: Sequence[str], separator: str | None) -> Template | None
     plain = [unescaped(piece) for piece in pieces]
     if separator is not None:
         plain = [each for piece in plain for each in piece.split(unescaped(separator))]
-        plain += [""] if len(plain) == 1 else []  # not to be cut any further
+        plain += [""] if len(plain) == 1 else []  # a template of two pieces is not cut any further
     return Template(*plain)
 
 

@@ -10,20 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import (
-    JsonOption,
-    age,
-    duration,
-    emit,
-    emit_json,
-    grid,
-    literal,
-    one_line,
-    plain,
-    shortened,
-    size,
-    visible,
-)
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
+from backprompt_db.views.console import bare_table, grid, literal, one_line
+from backprompt_db.views.formatting import age, duration, shortened, size, visible
 
 if TYPE_CHECKING:
     from rich.columns import Columns
@@ -38,7 +27,7 @@ _NUM_TEXT_CHARACTERS = 200
 _NUM_PIECES = 20
 _NUM_IDS = 20
 _SURPRISES = ((-1.0, ""), (-4.0, "yellow"), (-math.inf, "red"))
-"""Styles of tokens, by the log-probability down to which each is for."""
+"""The lowest log-probability for each style of a token."""
 
 _TopOption = Annotated[
     int, typer.Option("--top", metavar="N", min=1, max=1_000, help="How many of the likeliest next tokens to show.")
@@ -54,8 +43,8 @@ def show(
 ) -> None:
     """Show everything about the representations whose address or segment id begins with PREFIX.
 
-    The prompt that it ends, its text in full, parents and children, each part as the store has it, each token with its
-    log-probability, and the likeliest next tokens. No model is loaded. The newest 50 are shown if there are more.
+    The prompt that it ends, its full text, parents and children, each stored part, each token with its log-probability,
+    and the likeliest next tokens. No model is loaded. If there are more than 50, the newest 50 are shown.
     """
     found = _describe(prefix, db, top=top)
     if as_json:
@@ -82,7 +71,7 @@ def _describe(prefix: str, db: DbOption, *, top: int) -> list[Description]:
 
 
 def _to_json(description: Description) -> dict[str, Any]:
-    fields: dict[str, Any] = plain(description)
+    fields: dict[str, Any] = json_value(description)
     row: dict[str, Any] = fields.pop("row")
     return row | fields
 
@@ -132,7 +121,7 @@ def _part_line(part: PartDescription) -> str:
 
 
 def _prompt(pieces: tuple[Piece, ...]) -> Table:
-    """List the pieces of a prompt, the last of which is marked; of a long one, those before the last are left out."""
+    """List the pieces of a prompt and mark the last. Of a long prompt, only the last pieces are listed."""
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
@@ -173,9 +162,7 @@ def _logprob(token: TokenScore) -> str:
 
 
 def _next_tokens(tokens: tuple[TokenScore, ...]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2))
+    table = bare_table(padding=(0, 2))
     for name in ("token", "id", "log-probability", "probability"):
         table.add_column(name, no_wrap=name != "token", justify="left" if name == "token" else "right")
     for token in tokens:

@@ -1,4 +1,4 @@
-"""`stats`: what the database holds and did, in numbers."""
+"""`stats`: numbers about what a database holds and what it did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
-from backprompt_db.cli.output import JsonOption, age, duration, emit, emit_json, grid, literal, plain, plural, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
+from backprompt_db.views.console import bare_table, grid, literal
+from backprompt_db.views.formatting import age, duration, plural, size
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -28,7 +30,9 @@ _Namespace = Annotated[
     str | None, typer.Option("--namespace", metavar="NAME", help="Sum up one namespace alone; '' is the default one.")
 ]
 _OpenMetrics = Annotated[bool, typer.Option("--openmetrics", help="Print OpenMetrics text, for Prometheus.")]
-_Watch = Annotated[bool, typer.Option("--watch", help="Go on until Ctrl-C; with --json, one line each time.")]
+_Watch = Annotated[
+    bool, typer.Option("--watch", help="Show it again and again until Ctrl-C; with --json, one line each time.")
+]
 _Interval = Annotated[float, typer.Option("--interval", metavar="SECONDS", min=0.1, help="How often --watch looks.")]
 
 
@@ -70,13 +74,13 @@ def _watch(look: Callable[[], Stats], interval: float, *, as_json: bool) -> None
     try:
         if as_json:
             for found in _repeatedly(look, interval):
-                typer.echo(json.dumps(plain(found), allow_nan=False))
+                typer.echo(json.dumps(json_value(found), allow_nan=False))
         elif sys.stdout.isatty():
             _show_live(look, interval)
         else:
             for found in _repeatedly(look, interval):
                 emit(_view(found), "")
-    except KeyboardInterrupt:  # which is how one ends it
+    except KeyboardInterrupt:  # the way to end it
         raise typer.Exit from None
 
 
@@ -156,9 +160,7 @@ def _activity(found: Activity | None) -> dict[str, str]:
 
 
 def _table(name: str, groups: Mapping[str, ModelUsage | NamespaceUsage]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = bare_table()
     table.add_column(name, overflow="fold")
     for column in ("representations", "size"):
         table.add_column(column, no_wrap=True, justify="right")

@@ -1,8 +1,7 @@
-"""`tree`: the graph of a prompt, or the prompt trees of the whole database."""
+"""`tree`: a prompt as a graph, or the prompt trees of the whole database, in a terminal, as JSON or as a picture."""
 
 from __future__ import annotations
 
-import enum
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,17 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from backprompt_db.cli.explain import explanation_of, text_of
+from backprompt_db.cli.explain import FileOption, explanation_of, text_of
 from backprompt_db.cli.location import DbOption, directory_of, quietly
 from backprompt_db.cli.options import LabelOption, ModelOption, NamespaceOption, selected
-from backprompt_db.cli.output import JsonOption, age, emit, emit_json, literal, shortened
+from backprompt_db.cli.output import JsonOption, emit, emit_json, short_name
 from backprompt_db.errors import PromptError
-from backprompt_db.operations.forest import Branch, Measure
-from backprompt_db.views.formatting import plural
-from backprompt_db.views.picture import MIN_ROWS, Picture
+from backprompt_db.operations.forest import Branch, Measure, forest, prune
+from backprompt_db.views.console import bare_table, literal
+from backprompt_db.views.formatting import age, plural, shortened
+from backprompt_db.views.picture import MIN_ROWS, NUM_ROWS, Picture
 from backprompt_db.views.scene import PicturedSegment, State, Unit
-from backprompt_db.views.terminal import bar
-from backprompt_db.views.wording import measure as amount
+from backprompt_db.views.terminal import share_bar, terminal_view
+from backprompt_db.views.wording import amount
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -31,16 +31,22 @@ if TYPE_CHECKING:
     from backprompt_db.operations.forest import Forest, Hidden, Node, PrunedForest
 
 
-_NUM_ROWS = 40
+_NUM_TEXT_CHARACTERS = 120
+_NUM_DIGITS = 8
+_UNITS = {Measure.TOKENS: Unit.TOKENS, Measure.NBYTES: Unit.BYTES, Measure.SAVED_SECONDS: Unit.SECONDS}
+_NOUN = "representation"
 
 
-class By(enum.Enum):
-    """What the trees of a database are measured in."""
-
-    TOKENS = "tokens"
-    BYTES = "bytes"
-    SECONDS = "seconds"
-    RECENCY = "recency"
+_Pieces = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of a prompt; - is stdin."),
+]
+_By = Annotated[
+    Measure | None, typer.Option("--by", help="Tokens, bytes, seconds saved, or how recently used: 1 for now.")
+]
+_Depth = Annotated[int | None, typer.Option("--depth", metavar="N", min=0, help="Follow at most N branchings.")]
+_Limit = Annotated[int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help="Show at most N representations.")]
+_Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file, too.")]
 
 
 class _Answer(NamedTuple):
@@ -50,36 +56,24 @@ class _Answer(NamedTuple):
 
 
 def tree(
-    pieces: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of a prompt; - is stdin."),
-    ] = None,
+    pieces: _Pieces = None,
     *,
     db: DbOption = None,
-    by: Annotated[
-        By | None, typer.Option("--by", help="Tokens, bytes, seconds saved, or how recently used: 1 for now.")
-    ] = None,
-    depth: Annotated[
-        int | None, typer.Option("--depth", metavar="N", min=0, help="Show no more than so many branchings.")
-    ] = None,
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help="Show no more than so many representations.")
-    ] = _NUM_ROWS,
+    by: _By = None,
+    depth: _Depth = None,
+    limit: _Limit = NUM_ROWS,
     namespace: NamespaceOption = None,
     model: ModelOption = None,
     label: LabelOption = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
-    ] = None,
-    svg: Annotated[
-        Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file, too.")
-    ] = None,
+    file: FileOption = None,
+    svg: _Svg = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw a prompt, with what is stored of it and what is missing; without one, all that the database holds.
 
-    A prompt is given as to explain. Of a database those representations are shown that hold most together with all
-    that follow them, and it is said where how many are hidden. Nothing is computed, and no model is loaded.
+    The prompt is given as for explain. Of a database, the representations are shown that, together with all that
+    follows them, hold the most; the others are counted where they are hidden. Nothing is computed, and no model is
+    loaded.
     """
     del file  # it is among the pieces
     directory = directory_of(db)
@@ -89,7 +83,7 @@ def tree(
         answer = _prompt(directory, pieces, model=model, namespace=namespace or "", limit=limit)
     else:
         selection = selected(namespace=namespace, model=model, label=label)
-        answer = _database(directory, selection, by=by or By.TOKENS, depth=depth, limit=limit)
+        answer = _database(directory, selection, by=by or Measure.TOKENS, depth=depth, limit=limit)
     if svg is not None:
         _save(answer.picture, svg, max_rows=limit)
     if as_json:
@@ -100,7 +94,6 @@ def tree(
 
 def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace: str, limit: int) -> _Answer:
     from backprompt_db.prompt.pictures import picture_explanation
-    from backprompt_db.views.terminal import terminal_view
 
     with quietly():
         explanation = explanation_of(directory, text_of(pieces), model=model, namespace=namespace)
@@ -108,15 +101,12 @@ def _prompt(directory: Path, pieces: list[str], *, model: str | None, namespace:
     return _Answer(terminal_view(picture, max_rows=limit), picture, picture)
 
 
-def _database(directory: Path, selection: Selection, *, by: By, depth: int | None, limit: int) -> _Answer:
-    from backprompt_db.cli.tree import forest_fields, forest_picture, forest_table
+def _database(directory: Path, selection: Selection, *, by: Measure, depth: int | None, limit: int) -> _Answer:
     from backprompt_db.database.opening import open_catalog
-    from backprompt_db.operations.forest import Measure, forest, prune
 
     with open_catalog(directory) as catalog:
-        trees, measure = forest(catalog, selection=selection), Measure(by.value)
-    pruned = prune(trees, trees.weights(measure), limit=limit, max_depth=depth)
-    shown = trees, pruned, measure
+        trees = forest(catalog, selection=selection)
+    shown = trees, prune(trees, trees.weights(by), limit=limit, max_depth=depth), by
     return _Answer(forest_table(*shown), forest_fields(*shown), forest_picture(*shown))
 
 
@@ -125,12 +115,6 @@ def _save(picture: Picture, path: Path, *, max_rows: int) -> None:
         picture.save(path, max_rows=max_rows)
     except OSError as error:
         raise PromptError(f"{path} cannot be written: {error.strerror}", hint="Give another file.") from error
-
-
-_NUM_TEXT_CHARACTERS = 120
-_NUM_DIGITS = 8
-_UNITS = {Measure.TOKENS: Unit.TOKENS, Measure.NBYTES: Unit.BYTES, Measure.SAVED_SECONDS: Unit.SECONDS}
-_NOUN = "representation"
 
 
 class _Line(NamedTuple):
@@ -147,9 +131,8 @@ class _Line(NamedTuple):
 def forest_table(forest: Forest, pruned: PrunedForest, measure: Measure) -> Group:
     """Return what rich prints: trees whose lines have bars, each within that of its parent."""
     from rich.console import Group
-    from rich.table import Table
 
-    table, now = Table(box=None, pad_edge=False, header_style="bold", expand=True), time.time()
+    table, now = bare_table(expand=True), time.time()
     table.add_column("prompt", ratio=3, no_wrap=True, overflow="ellipsis")
     table.add_column("", ratio=2, min_width=8)
     for name in (measure.value, "own", "hits", "used"):
@@ -157,7 +140,7 @@ def forest_table(forest: Forest, pruned: PrunedForest, measure: Measure) -> Grou
     places = _places(forest)
     for line in _lines(pruned):
         content = line.content
-        share = bar(pruned.total, line.begin, line.begin + content.total, state=_state(content))
+        share = share_bar(pruned.total, line.begin, line.begin + content.total, state=_state(content))
         if isinstance(content, Branch):
             node = forest.nodes[content.node]
             own, hits, used = _amount(content.weight, measure), f"{node.num_hits:,}", age(node.used_at, now=now)
@@ -177,18 +160,18 @@ def _state(content: Branch | Hidden) -> State:
 
 
 def _places(forest: Forest) -> list[str]:
-    """Return for each node, if nothing is above it, which namespace and model it is of, where there are several."""
+    """Return the namespace and model of each node without parents, where there are several; `""` for other nodes."""
     has_several = len({node.namespace for node in forest.nodes}) > 1, len({n.weights_id for n in forest.nodes}) > 1
     return ["" if node.parents else ", ".join(itertools.compress(_place(node), has_several)) for node in forest.nodes]
 
 
 def _place(node: Node) -> tuple[str, str]:
-    model = (node.model_name or "?").rstrip("/").rpartition("/")[2]
+    model = short_name(node.model_name)
     return node.namespace or "no namespace", f"{model} {node.weights_id.hex()[:_NUM_DIGITS]}"
 
 
 def _title(line: _Line, node: Node, *, place: str) -> Text:
-    """Return a node's text behind its guides, its place, and what the tree cannot show: further or absent parents."""
+    """Return a node's line: guides, place, label, parents that the tree cannot show, and text."""
     num_parents = len(node.parents) + node.num_absent_parents
     absent = f", {node.num_absent_parents:,} absent" if node.num_absent_parents else ""
     parents = f"({plural(num_parents, 'parent')}{absent}) " if num_parents > 1 or absent else ""
@@ -198,14 +181,14 @@ def _title(line: _Line, node: Node, *, place: str) -> Text:
 
 
 def _amount(weight: float, measure: Measure) -> str:
-    """Return an amount in the fewest characters."""
+    """Return a weight in few characters: the column's heading names the unit."""
     if measure is Measure.RECENCY:
         return f"{weight:,.2f}"
     return f"{weight:,}" if measure is Measure.TOKENS else amount(weight, _UNITS[measure])
 
 
 def _summary(forest: Forest, pruned: PrunedForest, measure: Measure) -> str:
-    """Return how much there is; the sum of how recently things were used would tell nobody anything."""
+    """Return how much there is. A sum of how recently things were used would mean nothing."""
     parts = [plural(len(forest.nodes), _NOUN)]
     if measure is not Measure.RECENCY:
         parts.append(amount(pruned.total, _UNITS[measure]) + " saved" * (measure is Measure.SAVED_SECONDS))
@@ -213,7 +196,7 @@ def _summary(forest: Forest, pruned: PrunedForest, measure: Measure) -> str:
 
 
 def _lines(pruned: PrunedForest) -> Iterator[_Line]:
-    """Yield the lines from top to bottom. What follows alone stands below its parent without being indented."""
+    """Yield the lines from top to bottom. An only child stands below its parent without indentation."""
     stack = _entries(pruned.roots, pruned.hidden, below="", begin=0, are_roots=True)[::-1]
     while stack:
         line = stack.pop()
@@ -237,7 +220,7 @@ def _entries(
 
 
 def forest_fields(forest: Forest, pruned: PrunedForest, measure: Measure) -> dict[str, Any]:
-    """Return what programs get: the nodes that are shown, each followed by what is below it."""
+    """Return what --json prints: the nodes that are shown, each followed by those below it."""
     return {
         "by": measure.value,
         "num_representations": len(forest.nodes),
@@ -273,7 +256,7 @@ def _node_fields(forest: Forest, branch: Branch) -> dict[str, Any]:
 
 
 def forest_picture(forest: Forest, pruned: PrunedForest, measure: Measure) -> Picture:
-    """Return a picture of the nodes that are shown. In tokens for recency, which does not add up along a prompt."""
+    """Return a picture of the nodes that are shown. For recency it is in tokens: recency cannot be summed up."""
     shown = _parents_first(forest, [branch.node for branch in pruned.branches()])
     measure = Measure.TOKENS if measure is Measure.RECENCY else measure
     weights, numbers = forest.weights(measure), {node: number for number, node in enumerate(shown)}
@@ -286,7 +269,7 @@ def forest_picture(forest: Forest, pruned: PrunedForest, measure: Measure) -> Pi
 
 
 def _parents_first(forest: Forest, nodes: Sequence[int]) -> list[int]:
-    """Return nodes in their order, but none before one of its parents."""
+    """Return nodes in their order, but parents before children."""
     wanted, done = frozenset(nodes), dict[int, None]()
     for each in nodes:
         stack = [each]

@@ -1,4 +1,4 @@
-"""`verify`: finding what is wrong."""
+"""`verify` and `reindex`: finding what is wrong in a database, and making its catalog agree with its store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
-from backprompt_db.cli.output import JsonOption, bar, emit, emit_json, literal, plain, plural, size
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value, progress_bar
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import plural, size
 
 if TYPE_CHECKING:
     from backprompt_db.database.database import Database
@@ -59,16 +61,18 @@ _Recompute = Annotated[
     ),
 ]
 _Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", min=0, help="Choose what a run chose that printed this seed.")
+    int | None,
+    typer.Option("--seed", metavar="N", min=0, help="Choose the same sample as a run that printed this seed."),
 ]
 _Model = Annotated[str | None, _of_recompute("--model", metavar="NAME", help="The model's name or path.")]
 _Dtype = Annotated[
     str | None, _of_recompute("--dtype", metavar="NAME", help="The dtype that the model was used in, if not its own.")
 ]
 _MaxError = Annotated[
-    float | None, _of_recompute("--max-error", metavar="X", min=0, help="The error up to which values are the same.")
+    float | None,
+    _of_recompute("--max-error", metavar="X", min=0, help="The largest error with which values count as the same."),
 ]
-_Remove = Annotated[bool, _of_recompute("--remove", help="Remove the parts that the model does not give.")]
+_Remove = Annotated[bool, _of_recompute("--remove", help="Remove the parts that the model computes differently.")]
 
 
 def verify(
@@ -87,8 +91,8 @@ def verify(
 ) -> None:
     """Check what is stored: without options, the structure and all data.
 
-    Parts that cannot be used are removed and will be computed again. Digests show whether values are those that were
-    written; only --recompute shows whether they were right, whoever wrote them.
+    Parts that cannot be used are removed, and computed again when they are needed. Digests show whether values are
+    those that were written; only --recompute shows whether they were right when they were written.
 
     Exit codes: 0 if nothing is wrong, else the sum of 1 (data), 4 (structure), 8 (the catalog disagrees) and 16 (the
     model gives something else). 2 is an error, as for every command.
@@ -108,7 +112,7 @@ def verify(
                 _discard(database, problem)
     code = found.found | (again.found if again is not None else Found.NOTHING)
     if as_json:
-        emit_json(plain(found) | {"seed": checks.seed, "recomputation": plain(again), "exit_code": int(code)})
+        emit_json(json_value(found) | {"seed": checks.seed, "recomputation": json_value(again), "exit_code": int(code)})
     else:
         _print(checks, found, again, is_removed=remove)
     raise typer.Exit(int(code))
@@ -125,7 +129,9 @@ def _check(database: Database, checks: Checks) -> Verification:
     from backprompt_db.operations.verify import verify as check
 
     total = sum(1 for _ in database.store.keys()) if sys.stderr.isatty() else 0
-    return check(database, checks=checks, progress=lambda found: bar(found, "Verifying", total=total * checks.share))
+    return check(
+        database, checks=checks, progress=lambda found: progress_bar(found, "Verifying", total=total * checks.share)
+    )
 
 
 def _recompute(
@@ -139,7 +145,7 @@ def _recompute(
 
 
 def _recomputing(targets: Sequence[_Each]) -> Iterable[_Each]:
-    return bar(targets, "Computing", total=len(targets))
+    return progress_bar(targets, "Computing", total=len(targets))
 
 
 def _discard(database: Database, problem: Problem) -> None:
@@ -191,9 +197,9 @@ def _line(problem: Problem) -> str:
 
 
 def reindex(*, db: DbOption = None, as_json: JsonOption = False) -> None:
-    """Make the catalog agree with the store: add what it lacks, forget what is gone.
+    """Make the catalog agree with the store: add what is missing there, remove what is no longer stored.
 
-    Hits, pins and labels of what stays are kept. A damaged catalog is moved aside and built anew.
+    Hits, pins and labels of what stays are kept. A damaged catalog is moved aside and built again.
     """
     from backprompt_db.operations.reindex import reindex as rebuild
 

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.output import JsonOption, duration, emit, emit_json, plain, plural, visible
-from backprompt_db.cli.prompts import Form, Prompts, num_lines, rows, template_of, unescaped
+from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
+from backprompt_db.cli.prompts import Prompts, template_of, unescaped
+from backprompt_db.cli.rows import Form, num_lines, rows
 from backprompt_db.errors import ModelMismatch, PromptError
+from backprompt_db.views.console import literal
+from backprompt_db.views.formatting import duration, plural
 
 if TYPE_CHECKING:
-    from backprompt_db.cli.prompts import Place
+    from backprompt_db.cli.rows import Place
     from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
     from backprompt_db.database.database import Database
     from backprompt_db.model import LanguageModel
@@ -31,7 +34,7 @@ _NUM_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A row that was not run, and why."""
+    """A row that was left out, and why."""
 
     file: str
     line: int
@@ -43,72 +46,81 @@ class LeftOut:
         return cls(place.file, place.line, problem)
 
 
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help="A causal language model's name or directory.")]
+_Files = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE...", help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
+]
+_Template = Annotated[
+    list[str] | None,
+    typer.Option("--template", metavar="TEXT", help=r"The prompt: {name} is a column, \n a line break. Repeatable."),
+]
+_Separator = Annotated[
+    str | None, typer.Option("--separator", metavar="TEXT", help="Cut the template here, and nowhere else.")
+]
+_Completion = Annotated[
+    list[str] | None,
+    typer.Option("--completion", metavar="TEXT", help="Score this completion after each prompt. Repeatable."),
+]
+_Completions = Annotated[
+    Path | None,
+    typer.Option("--completions", metavar="FILE", help="A file of completions, in a format that prompts can have."),
+]
+_Form = Annotated[Form | None, typer.Option("--format", help="The format of the files, if their names do not say it.")]
+_Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="PART", help="Keep this part of prompts: scores, logits or kv. Repeatable."),
+]
+_Namespace = Annotated[
+    str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompts are run in.")
+]
+_Dtype = Annotated[
+    str | None, typer.Option("--dtype", metavar="NAME", help="The dtype to use the model in, if not its own.")
+]
+_Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Take only the first N prompts.")]
+_BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="How many prompts are computed together.")
+]
+_SkipErrors = Annotated[
+    bool, typer.Option("--skip-errors", help="Leave out rows that cannot be used, and exit with 0 all the same.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print what it would take: time, memory, bytes. Nothing is computed.")
+]
+
+
 def warm(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A causal language model's name or directory.")],
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE...", help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
-    ],
+    model: _Model,
+    files: _Files,
     *,
     db: DbOption = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template", metavar="TEXT", help=r"The prompt: {name} is a column, \n a line break. Repeatable."
-        ),
-    ] = None,
-    separator: Annotated[
-        str | None, typer.Option("--separator", metavar="TEXT", help="Cut the template here, and nowhere else.")
-    ] = None,
-    completion: Annotated[
-        list[str] | None,
-        typer.Option("--completion", metavar="TEXT", help="Score this completion after each prompt. Repeatable."),
-    ] = None,
-    completions: Annotated[
-        Path | None, typer.Option("--completions", metavar="FILE", help="A file with completions, as the prompts' are.")
-    ] = None,
-    form: Annotated[
-        Form | None, typer.Option("--format", help="What the files are made of, if their names do not say.")
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--keep", metavar="PART", help="Keep scores, logits or kv of prompts; all without it. Repeatable."
-        ),
-    ] = None,
-    namespace: Annotated[
-        str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompts are run in.")
-    ] = "",
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="NAME", help="The dtype to use the model in, if not its own.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", min=1, help="Take the first N prompts alone.")
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", metavar="N", min=1, help="How many prompts are computed together.")
-    ] = 64,
-    skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Leave out rows that cannot be used, and exit with 0 all the same.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what it would take: time, memory, bytes. Nothing is computed.")
-    ] = False,
+    template: _Template = None,
+    separator: _Separator = None,
+    completion: _Completion = None,
+    completions: _Completions = None,
+    form: _Form = None,
+    keep: _Keep = None,
+    namespace: _Namespace = "",
+    dtype: _Dtype = None,
+    limit: _Limit = None,
+    batch_size: _BatchSize = 64,
+    skip_errors: _SkipErrors = False,
+    dry_run: _DryRun = False,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Compute and store what running many prompts needs; with completions, what scoring these after each of them does.
+    r"""Compute and store what running many prompts needs; with completions, what scoring them after each prompt needs.
 
-    What is stored is skipped: after Ctrl-C, the same command goes on where it was.
+    What is stored already is skipped: after Ctrl-C, the same command goes on where it was.
 
     A template is cut into segments before each {column}, with the white space before it, so that prompts share all up
     to the first column in which they differ: put columns that vary least first. Each of several --template is a
     segment as it is. Programs find what is stored when their segments are the same: backprompt_db.Template makes them.
-    Without a template, the prompt is the column prompt, text or line, or the only one.
+    Without a template, the prompt is the column prompt, completion, text or line, or the only one.
 
     Exit codes: 1 if rows were left out, unless --skip-errors; 130 after Ctrl-C.
     """
     prompts = Prompts(rows(files, form), template_of(template or [], separator), skip_errors=skip_errors)
-    endings = _completions(completion or [], completions)
+    endings = _endings(completion or [], completions)
     options: dict[str, Any] = {"batch_size": batch_size, **({"keep": keep} if keep else {})}
     with quietly(), _opened(db, namespace) as database:
         lm = _loaded(model, database, dtype=dtype)
@@ -116,8 +128,7 @@ def warm(
         if dry_run:
             done: RunPlan | Warmed = lm.plan(texts, endings, **options)
         else:
-            with closing(_behind_bar(texts, lm, total=_total(files, limit), step=batch_size)) as shown:
-                done = _run(lm, shown, endings, options)
+            done = _run(lm, texts, endings, options, total=_total(files, limit))
     left_out = _left_out(prompts, done)
     _report(done, left_out, num_left_out=prompts.num_broken + done.num_too_long, as_json=as_json)
     raise typer.Exit(_LEFT_OUT if left_out and not skip_errors else 0)
@@ -135,7 +146,7 @@ def _loaded(model: str, database: Database, *, dtype: str | None) -> LanguageMod
     arguments: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     try:
         return LanguageModel.from_pretrained(model, db=database, progress=False, **arguments)
-    except (OSError, ValueError, AttributeError) as error:  # whatever transformers says of a name, a path or a dtype
+    except (OSError, ValueError, AttributeError) as error:  # what transformers raises for a wrong name, path or dtype
         if isinstance(error, PromptError):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -144,7 +155,8 @@ def _loaded(model: str, database: Database, *, dtype: str | None) -> LanguageMod
         ) from error
 
 
-def _completions(given: list[str], path: Path | None) -> list[Text] | None:
+def _endings(given: list[str], path: Path | None) -> list[Text] | None:
+    """Return the completions to score, None where nothing is to be scored."""
     from backprompt_db.prompt.text import Text
 
     if not given and path is None:
@@ -152,9 +164,17 @@ def _completions(given: list[str], path: Path | None) -> list[Text] | None:
     return [Text(unescaped(each)) for each in given] + list(Prompts(rows([path] if path else [], None), None))
 
 
-def _run(lm: LanguageModel, texts: Iterable[Text], completions: list[Text] | None, options: dict[str, Any]) -> Warmed:
+def _run(
+    lm: LanguageModel,
+    texts: Iterable[Text],
+    completions: list[Text] | None,
+    options: dict[str, Any],
+    *,
+    total: int | None,
+) -> Warmed:
     try:
-        return lm.warm(texts, completions, **options)
+        with closing(_behind_bar(texts, lm, total=total, step=options["batch_size"])) as shown:
+            return lm.warm(shown, completions, **options)
     except KeyboardInterrupt:
         num_tokens = lm.counters.num_computed_tokens
         typer.echo(f"interrupted: {plural(num_tokens, 'token')} computed and stored", err=True)
@@ -170,7 +190,7 @@ def _total(files: list[Path], limit: int | None) -> int | None:
 def _behind_bar(
     texts: Iterable[Text], lm: LanguageModel, *, total: int | None, step: int
 ) -> Generator[Text, None, None]:
-    """Yield texts, of which `step` are run at a time, behind a bar with the tokens per second and the time left."""
+    """Yield texts behind a bar with the tokens per second and the time left. `step` texts are run at a time."""
     if not sys.stderr.isatty():
         yield from texts
         return
@@ -191,7 +211,7 @@ def _behind_bar(
 
 
 def _left_out(prompts: Prompts, done: RunPlan | Warmed) -> list[LeftOut]:
-    """Return the first rows that were left out: those that are broken, then those that are too long."""
+    """Return the first rows that were left out: first those that are broken, then those that are too long."""
     broken = [LeftOut.at(each.place, each.problem) for each in prompts.broken]
     return broken + [
         LeftOut.at(
@@ -206,11 +226,11 @@ def _report(done: RunPlan | Warmed, left_out: list[LeftOut], *, num_left_out: in
     from backprompt_db.compute.batch.run_plan import RunPlan
 
     if as_json:
-        emit_json(plain(done) | {"num_left_out": num_left_out, "left_out": plain(left_out)})
+        emit_json(json_value(done) | {"num_left_out": num_left_out, "left_out": json_value(left_out)})
         return
     emit(done if isinstance(done, RunPlan) else _summary(done))
     for each in left_out[:_NUM_SHOWN]:
-        emit(visible(f"left out: {each.file}, line {each.line:,}: {each.problem}"))
+        emit(literal(f"left out: {each.file}, line {each.line:,}: {each.problem}"))
     if num_left_out > _NUM_SHOWN:
         emit(f"... and {num_left_out - _NUM_SHOWN:,} more; --json lists a thousand.")
 

@@ -1,9 +1,8 @@
-"""Why a text is answered from the database, or is not: what `text.explain()` returns."""
+"""What `text.explain()` returns: which segments of a text are stored, which must be computed, and why."""
 
 from __future__ import annotations
 
 import enum
-import html
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Part
-from backprompt_db.views.formatting import age, duration, shortened, size, visible
+from backprompt_db.views.console import bare_table, html_text, literal, plain_text
+from backprompt_db.views.formatting import age, duration, shortened, size
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -24,7 +24,7 @@ class Place(enum.Enum):
     """Where a part was found. The value is its name in tables and JSON."""
 
     MEMORY = "memory"
-    """Still queued for writing, or kept by the memory cache."""
+    """Still queued for writing, or in the memory cache."""
     DISK = "disk"
     BASE = "base"
     """In the database below, of a layered one."""
@@ -34,7 +34,7 @@ class Reason(enum.Enum):
     """Why something must be computed. The value is its name in JSON."""
 
     NEVER_SEEN = "never-seen"
-    """As far as the catalog goes back."""
+    """Never in the time that the catalog covers."""
     OTHER_MODEL = "other-model"
     """The same segment was computed with other weights, or in another dtype."""
     OTHER_TOKENIZER = "other-tokenizer"
@@ -45,11 +45,11 @@ class Reason(enum.Enum):
     QUARANTINED = "quarantined"
     """It was damaged, and removed."""
     NOT_KEPT = "not-kept"
-    """Other parts of it were kept: of a completion that was scored, scores alone."""
+    """Only other parts of it were kept: after scoring a completion, only its scores are."""
     LOST = "lost"
-    """The catalog lists it, and it is not in the store."""
+    """The catalog lists it, but the store does not have it."""
     UNKNOWN = "unknown"
-    """Only a catalog would know, and there is none that can be read."""
+    """Only a catalog would know, and no catalog can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +65,16 @@ class SeenUnder:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two prompts, each joined up to the same string at its end, begin to differ."""
+    """Where two prompts that end with the same string begin to differ."""
 
     at: int
-    """Characters that are the same before."""
+    """How many characters are the same before that."""
     before: str
-    """The last of them."""
+    """The last of these characters."""
     stored: str
     """How the stored prompt goes on."""
     given: str
-    """How the one that is explained goes on."""
+    """How the prompt that is explained goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,18 +82,18 @@ class Miss:
     """Why parts of a segment must be computed."""
 
     needed: tuple[Part, ...]
-    """Those that running the text needs and that are not there."""
+    """The parts that running the text needs, and that are not there."""
     reason: Reason
     at: float | None = None
     """When it was evicted or quarantined, POSIX seconds."""
     detail: str | None = None
-    """What was wrong with what was quarantined."""
+    """What was wrong with the part that was quarantined."""
     seen_under: tuple[SeenUnder, ...] = ()
     """The models and tokenizers under which it was computed."""
     difference: Difference | None = None
-    """To the nearest stored prompt with this string in another place; None if that has the same characters.
+    """The difference from the nearest stored prompt that has this string in another place.
 
-    Then its pieces, its starts or its branches are other ones.
+    None if that prompt has the same characters: then its pieces, its starts or its branches are different.
     """
 
 
@@ -108,19 +108,19 @@ class SegmentExplanation:
     segment_id: SegmentId
     address: Address
     places: Mapping[Part, Place]
-    """Where each part is that is there."""
+    """Where each part is, of those that are there."""
     nbytes: Mapping[Part, int]
-    """Their sizes."""
+    """The sizes of the parts that are there."""
     num_tokens: int | None
-    """None where only the tokenizer would know, and it is not at hand."""
+    """None where only the tokenizer would know, and it is not available."""
     seconds: float | None
-    """What computing it took, or would take at the rate that was recorded last for the model; None if unknown."""
+    """What computing it took, or would take at the rate last recorded for the model; None if unknown."""
     miss: Miss | None
-    """None where all is there that running the text needs of it."""
+    """None where everything is there that running the text needs of it."""
 
     @property
     def is_found(self) -> bool:
-        """Whether nothing of it must be computed."""
+        """Whether nothing of it needs to be computed."""
         return self.miss is None
 
 
@@ -128,7 +128,7 @@ class SegmentExplanation:
 class Explanation:
     """What running a text would find, and what it would compute and why. Printed, it is a table.
 
-    It is about a run: `lm(text)` wants the scores of each segment, and the logits of the last one.
+    A run is meant: `lm(text)` wants the scores of each segment, and the logits of the last one.
     """
 
     model_name: str | None
@@ -139,32 +139,26 @@ class Explanation:
     segments: tuple[SegmentExplanation, ...]
     """Parents before children, in the order written."""
     seams: tuple[Seam, ...] | None
-    """Those that change tokens; None where the tokenizer is not at hand."""
+    """The seams that change tokens; None where the tokenizer is not available."""
     num_cached_tokens: int | None
     num_missing_tokens: int | None
     nbytes: int
-    """Of all parts that are there."""
+    """The size of all parts that are there."""
     saved_seconds: float | None
     """What computing the segments that are found took."""
     needed_seconds: float | None
-    """What computing the others would take, about."""
+    """About what computing the others would take."""
 
     def __rich__(self) -> Group:
-        """What rich prints: the table, and what is to be said of all."""
-        from backprompt_db.prompt.explanation import terminal_view
-
-        return terminal_view(self)
+        """What rich prints: the table, and remarks about the whole text."""
+        return _view(self)
 
     def __str__(self) -> str:
-        from backprompt_db.prompt.explanation import plain_view
-
-        return plain_view(self)
+        return plain_text(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from backprompt_db.prompt.explanation import html_view
-
-        return html_view(self)
+        return html_text(self)
 
 
 _COLUMNS = ("", "segment", "found", "tokens", "bytes", "seconds")
@@ -176,13 +170,10 @@ _NUM_ID_DIGITS = 8
 _UNKNOWN = "?"
 
 
-def terminal_view(explanation: Explanation) -> Group:
-    """Return what rich prints."""
+def _view(explanation: Explanation) -> Group:
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = bare_table()
     for name in _COLUMNS:
         is_long = name in {"segment", "found"}
         table.add_column(
@@ -193,42 +184,15 @@ def terminal_view(explanation: Explanation) -> Group:
             overflow="fold",
         )
     for number, segment in enumerate(explanation.segments):
-        table.add_row(*(Text(cell) for cell in _cells(number, segment)), style="" if segment.is_found else "yellow")
-    return Group(table, "", *(Text(line) for line in _remarks(explanation)))
-
-
-def plain_view(explanation: Explanation) -> str:
-    """Return the table as text without colours, as wide as the terminal."""
-    from rich.console import Console
-
-    console = Console(color_system=None, force_terminal=False, highlight=False)
-    with console.capture() as captured:
-        console.print(terminal_view(explanation))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
-
-def html_view(explanation: Explanation) -> str:
-    """Return an HTML table. Whatever texts and names hold is shown and means nothing."""
-    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
-    rows = "".join(_html_row(number, segment) for number, segment in enumerate(explanation.segments))
-    remarks = html.escape("\n".join(_remarks(explanation)))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table><pre>{remarks}</pre>"
-
-
-def _html_row(number: int, segment: SegmentExplanation) -> str:
-    style = "" if segment.is_found else ' style="background: rgba(255, 170, 0, 0.2)"'
-    aligned = (
-        f'<td style="text-align: {"right" if name in _RIGHT else "left"}">{html.escape(cell)}</td>'
-        for name, cell in zip(_COLUMNS, _cells(number, segment), strict=True)
-    )
-    return f"<tr{style}>{''.join(aligned)}</tr>"
+        table.add_row(*map(literal, _cells(number, segment)), style="" if segment.is_found else "yellow")
+    return Group(table, "", *map(literal, _remarks(explanation)))
 
 
 def _cells(number: int, segment: SegmentExplanation) -> tuple[str, ...]:
     return (
         str(number),
-        visible(shortened(segment.text, num_characters=_NUM_TEXT_CHARACTERS)),
-        visible(_found(segment)),
+        shortened(segment.text, num_characters=_NUM_TEXT_CHARACTERS),
+        _found(segment),
         _number(segment.num_tokens),
         size(sum(segment.nbytes.values())),
         _seconds(segment.seconds),
@@ -248,7 +212,7 @@ def _by_place(segment: SegmentExplanation) -> dict[Place, list[Part]]:
 
 
 def why(miss: Miss) -> str:
-    """Return the reason of a miss in words, with how long ago that was."""
+    """Return the reason of a miss in words, with how long ago it was evicted or quarantined."""
     needed = _names(miss.needed)
     when = "" if miss.at is None else f" {age(miss.at, now=time.time())} ago"
     match miss.reason:
@@ -299,16 +263,16 @@ def _differences(explanation: Explanation) -> Iterator[str]:
         yield f"{number} is stored in a prompt that differs from character {difference.at:,} on:"
         ellipsis = "…" if difference.at > len(difference.before) else ""
         for name, rest in (("there", difference.stored), ("here", difference.given)):
-            yield f"  {name + ':':7}{ellipsis}{visible(difference.before)}|{visible(rest)}"
+            yield f"  {name + ':':7}{ellipsis}{difference.before}|{rest}"
 
 
 def _remarks(explanation: Explanation) -> Iterator[str]:
-    """Yield what is to be said of the whole text, a line each."""
+    """Yield remarks about the whole text, a line each."""
     name = explanation.model_name or "a model without a name"
     digits = explanation.weights_id.hex()[:_NUM_ID_DIGITS]
     namespace = f", namespace {explanation.namespace}" if explanation.namespace else ""
     yield from _differences(explanation)
-    yield visible(f"{name} ({explanation.dtype or 'unknown dtype'}, {digits}){namespace}")
+    yield f"{name} ({explanation.dtype or 'unknown dtype'}, {digits}){namespace}"
     yield (
         f"cached: {_number(explanation.num_cached_tokens)} tokens, {size(explanation.nbytes)},"
         f" {_seconds(explanation.saved_seconds)} saved"
@@ -322,7 +286,7 @@ def _remarks(explanation: Explanation) -> Iterator[str]:
     for seam in explanation.seams or ():
         left, right = seam.left[-_NUM_SEAM_CHARACTERS:], seam.right[:_NUM_SEAM_CHARACTERS]
         apart, joined = _changed(seam.tokens_apart, seam.tokens_joined)
-        yield visible(f"a seam changes tokens: {left!r} + {right!r} is {apart}, joined {joined}")
+        yield f"a seam changes tokens: {left!r} + {right!r} is {apart}, joined {joined}"
 
 
 def _changed(apart: Sequence[str], joined: Sequence[str]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What pictures show of prompts: segments of which nothing else is known, an explanation, and the result of a run."""
+"""Pictures of prompts: of segments alone, of an explanation, and of the result of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def picture_segments(segments: Sequence[Segment], *, remarks: tuple[str, ...] = ()) -> Picture:
-    """Return a picture of segments of which nothing else is known: widths are characters."""
+    """Return a picture of segments of which nothing else is known. Widths are characters."""
     return Picture(
         segments=tuple(
             PicturedSegment(text=segment.string, parents=parents, state=State.UNKNOWN, size=len(segment.string))
@@ -31,7 +31,7 @@ def picture_segments(segments: Sequence[Segment], *, remarks: tuple[str, ...] = 
 
 
 def picture_result(segments: Sequence[Segment], scores: Sequence[Arrays], is_computed: Sequence[bool]) -> Picture:
-    """Return a picture of what a run has found and computed of each segment. Nothing is looked up."""
+    """Return a picture of which segments a run has found, and which it has computed. Nothing is looked up."""
     counts = [part["input_ids"].shape[0] for part in scores]
     states = [State.COMPUTED if each else State.STORED for each in is_computed]
     return Picture(
@@ -59,7 +59,7 @@ def scored_tokens(
 
 
 def picture_explanation(explanation: Explanation, *, computed: Container[SegmentId] = ()) -> Picture:
-    """Return a picture of what a run would find; the segments with the ids `computed` were computed just now.
+    """Return a picture of what a run would find. The segments with the ids `computed` were computed just now.
 
     Widths are characters where the tokens of a segment are not known.
     """
@@ -89,7 +89,7 @@ def _explained(segment: SegmentExplanation, *, unit: Unit, is_computed: bool) ->
 
 
 def _reason(miss: Miss) -> str:
-    """Return why something is missing, with the date and not the age: pictures stay what they are."""
+    """Return why something is missing, with a date instead of an age: a picture is also looked at later."""
     if miss.at is None:
         return why(miss)
     return f"{why(replace(miss, at=None))} ({datetime.fromtimestamp(miss.at, UTC):%Y-%m-%d %H:%M:%S} UTC)"

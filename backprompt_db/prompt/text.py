@@ -448,9 +448,9 @@ class ModelRepr:
         Loads the tokenizer where the database does not know its tokens, never the model.
         """
         from backprompt_db.prompt.pictures import scored_tokens
-        from backprompt_db.views.surprise import surprise_view
+        from backprompt_db.views.token_colours import coloured_tokens
 
-        return surprise_view(
+        return coloured_tokens(
             scored_tokens(self.text.segments(), self.scores, self.is_computed),
             num_cached_tokens=self.num_cached_tokens,
             num_computed_tokens=self.num_computed_tokens,

@@ -1,1 +1,1 @@
-"""Drawings of prompt graphs: pure functions from what is known to SVG, HTML and rich. Nothing here opens a database."""
+"""Pictures of what is handed in, as SVG, HTML and text. Nothing here knows a text, a model or a database."""

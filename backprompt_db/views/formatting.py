@@ -9,7 +9,7 @@ _PERIODS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s")
 
 
 def visible(string: str) -> str:
-    """Return the string with every character that a terminal would obey, or not show, as its escape."""
+    """Return the string with escapes in place of all control characters and other characters that cannot be seen."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in string

@@ -1,14 +1,11 @@
-"""Where everything in a picture lies: rows from top to bottom, places from left to right, in the picture's unit."""
+"""Where the segments of a picture lie: in rows from top to bottom, and from left to right in the picture's unit."""
 
 from __future__ import annotations
 
 import itertools
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from backprompt_db.views.formatting import shortened
 
 if TYPE_CHECKING:
     from backprompt_db.views.scene import PicturedSegment, Scene, State
@@ -19,7 +16,7 @@ class Row:
     """One row: a segment, or several that follow each other in the order written and are folded."""
 
     number: int
-    """Of its first segment."""
+    """The number of its first segment."""
     segments: tuple[PicturedSegment, ...]
     begin: float
     end: float
@@ -85,8 +82,8 @@ def _edges(rows: Sequence[Row]) -> tuple[tuple[int, int], ...]:
 def _folded(states: Sequence[State], max_rows: int) -> Iterator[Sequence[int]]:
     """Yield which segments share a row.
 
-    What is interesting is where one state ends and another begins: of a run of segments in one state, its middle is
-    folded. Where even that is too much, the middle of everything is.
+    The reader looks for where one state ends and another begins. So of each run of segments in one state, the middle is
+    folded; where even that leaves too many rows, the middle of the whole picture is.
     """
     groups = itertools.groupby(range(len(states)), key=lambda number: states[number])
     runs = [list(run) for _, run in groups]
@@ -106,19 +103,3 @@ def _without_middle(numbers: Sequence[int], num_first: int, num_last: int) -> It
     if middle:
         yield middle
     yield from ([number] for number in numbers[end:])
-
-
-CHARACTER_WIDTH = 7.3
-"""Pixels; wide characters take two."""
-
-
-def num_columns(string: str) -> int:
-    """Return how many columns of a terminal, or of a monospaced font, a string takes."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in string)
-
-
-def fitting(string: str, columns: int) -> str:
-    """Return as much of the beginning of a string as fits."""
-    while num_columns(string) > max(1, columns):
-        string = shortened(string, num_characters=len(string) - 1)
-    return string

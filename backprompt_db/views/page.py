@@ -1,4 +1,4 @@
-"""One HTML page that holds all that it needs: markup, style, scripts and contents. It asks nothing of any network."""
+"""The HTML page of a database's prompts, in one file: markup, style, scripts and contents. It needs no network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLACE = re.compile(r"\{\{ ([a-z ]+) \}\}")
 
 
 def html_page(contents: Mapping[str, Any], *, title: str) -> str:
-    """Return the page; `contents` is what `maintenance.page_contents` makes. Whatever texts hold is shown as text."""
+    """Return the page; `operations.graph_page.page_contents` makes its `contents`. Markup in texts is shown as text."""
     style, script = _read("page.css"), _script()
     values = {
         "title": html.escape(title),
@@ -50,7 +50,7 @@ def _read(name: str) -> str:
 
 
 def _source_hash(source: str) -> str:
-    """Return what a Content-Security-Policy calls a script or a style that may stand in the page."""
+    """Return the hash by which a Content-Security-Policy allows a script or a style in the page."""
     return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
 
 

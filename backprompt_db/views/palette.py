@@ -1,7 +1,8 @@
 """The colours of pictures, in light and dark, and the style sheet that chooses among them.
 
-Colours are those of Okabe and Ito, which differ for all eyes, and never alone: what is stored is filled darkly, what
-was computed now lightly, what is missing is hollow and dashed, and words say the same.
+The colours are those of Okabe and Ito, which people with colour blindness can tell apart. Colour never stands alone:
+what is stored is filled darkly, what was computed now is filled lightly, what is missing is hollow and dashed, and
+words say the same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from backprompt_db.views.scene import State
 
 ROOT = "backprompt-picture"
-"""The class of a picture's outermost element: rules are for what is below it, on whatever page it stands."""
+"""The class of a picture's outermost element. Rules are only for what is inside it, on any page."""
 
 FONT = 'ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace'
 
@@ -48,11 +49,11 @@ _LIGHT_PAGES = (
     '[data-theme="light"] ',
     '[data-md-color-scheme="default"] ',
 )
-"""How notebooks and documentation say which theme the reader has chosen, whatever the system's is."""
+"""How notebooks and documentation say which theme the reader has chosen there, against the system's theme."""
 
 
 def style_sheet() -> str:
-    """Return the CSS of a picture. It is the same for all, so that several on one page do not disturb each other."""
+    """Return the CSS of a picture. It is the same for all pictures, so that several can be on one page."""
     return "".join(
         [
             _common(),

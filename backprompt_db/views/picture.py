@@ -1,4 +1,4 @@
-"""What a picture of a prompt shows: its segments, in their places, each in a state."""
+"""A picture of a prompt, as users get it: it can be printed, saved, and shown in a notebook."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backprompt_db.errors import PromptError
+from backprompt_db.views.console import plain_text
 from backprompt_db.views.scene import Scene
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 NUM_ROWS = 40
-"""Rows of a picture; segments beyond that are folded, and the picture says so."""
+"""The rows of a picture at most. Further segments are folded, and the picture says so."""
 
 MIN_ROWS = 3
 
@@ -48,16 +49,14 @@ class Picture(Scene):
         return terminal_view(self, max_rows=NUM_ROWS)
 
     def __str__(self) -> str:
-        from backprompt_db.views.terminal import plain_view
-
-        return plain_view(self, max_rows=NUM_ROWS)
+        return plain_text(self)
 
     def _repr_svg_(self) -> str:
         """What a notebook shows where it shows no HTML."""
         return self.svg()
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the SVG in the page, so that texts can be pointed at."""
+        """What a notebook shows: the SVG in the page, so that a text can be pointed at."""
         return self.svg()
 
 

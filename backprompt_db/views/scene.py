@@ -1,4 +1,4 @@
-"""What a picture shows: segments in their places, each in a state, or with the surprise of its tokens."""
+"""What is drawn: the segments of a prompt, each with its parents and its state, or with its tokens and their scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class State(enum.Enum):
     """By the run whose result is drawn."""
     MISSING = "missing"
     UNKNOWN = "unknown"
-    """Nobody was asked: the text belongs to no model, or the database did not answer."""
+    """Not looked up: the text belongs to no model, or the database did not answer."""
 
 
 class Unit(enum.Enum):
@@ -50,20 +50,20 @@ class PicturedSegment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """What one picture of a prompt shows."""
+    """What one picture of a prompt shows. `Picture` adds what a user can do with it."""
 
     segments: tuple[PicturedSegment, ...]
     """Parents before children, in the order written."""
     unit: Unit
     remarks: tuple[str, ...] = ()
-    """What is to be said of all of it, a line each."""
+    """What the picture says about the whole prompt, a line each."""
 
 
 class Vocabulary(Protocol):
     """The tokens of one tokenizer, as strings."""
 
     def pieces(self, text: str, ids: Sequence[int]) -> list[str]:
-        """Return one string for each token of a text, which join to the text where these are its tokens."""
+        """Return one string for each token. Joined they are the text, where these are its tokens."""
 
     def token(self, token_id: int) -> str:
         """Return what a token adds to a text, or its name."""

@@ -1,21 +1,22 @@
-"""A picture as SVG: in each row a text, its bar, as wide as its segment, and what is to be said of it.
+"""A picture as SVG: each row has a segment's text, a bar as wide as the segment, and facts about it.
 
 Lines lead from the bars of parents to those of their children.
 
-No element has an id, so that pictures on one page cannot get in each other's way. Whatever texts hold is shown and
-means nothing.
+No element has an id, so that several pictures on one page do not disturb each other. Markup in texts is shown as text.
 """
 
 from __future__ import annotations
 
 import html
 import textwrap
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.views import palette, wording
-from backprompt_db.views.layout import CHARACTER_WIDTH, fitting, lay_out
+from backprompt_db.views.formatting import shortened
+from backprompt_db.views.layout import lay_out
 
 if TYPE_CHECKING:
     from backprompt_db.views.layout import Layout, Row
@@ -34,15 +35,17 @@ _LINE_HEIGHT = 18
 _GAP = 6
 _RAIL = 8
 """How far left of a bar the line runs down that leads to it."""
-_NUM_LABEL_COLUMNS = int(_LABELS_WIDTH / CHARACTER_WIDTH)
-_NUM_FACTS_COLUMNS = int((_FACTS_WIDTH + _MARGIN) / CHARACTER_WIDTH)
-_NUM_REMARK_COLUMNS = int((_WIDTH - 2 * _MARGIN) / CHARACTER_WIDTH)
+_CHARACTER_WIDTH = 7.3
+"""Pixels; wide characters take two such columns."""
+_NUM_LABEL_COLUMNS = int(_LABELS_WIDTH / _CHARACTER_WIDTH)
+_NUM_FACTS_COLUMNS = int((_FACTS_WIDTH + _MARGIN) / _CHARACTER_WIDTH)
+_NUM_REMARK_COLUMNS = int((_WIDTH - 2 * _MARGIN) / _CHARACTER_WIDTH)
 _ISOLATED = "\u2068{}\u2069"
-"""Keeps what is written from right to left from turning what stands beside it around."""
+"""Between these marks, text from right to left does not reorder what stands beside it."""
 
 
 class _Span(NamedTuple):
-    """From where to where a bar goes, in pixels."""
+    """The left and right end of a bar, in pixels."""
 
     left: float
     right: float
@@ -66,7 +69,7 @@ def svg_view(scene: Scene, *, max_rows: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Canvas:
-    """Draws what is laid out."""
+    """Draws the parts of one picture."""
 
     scene: Scene
     layout: Layout
@@ -98,9 +101,9 @@ class _Canvas:
             )
 
     def _words(self, row: Row, at: int) -> str:
-        """Write a row's text before its bar, and what is to be said of it behind."""
-        label = fitting(wording.label(row, num_characters=_NUM_LABEL_COLUMNS), _NUM_LABEL_COLUMNS)
-        facts = fitting(wording.facts(row, self.scene.unit), _NUM_FACTS_COLUMNS)
+        """Write a row's text before its bar, and its facts behind the bar."""
+        label = _fitting(wording.label(row, num_characters=_NUM_LABEL_COLUMNS), _NUM_LABEL_COLUMNS)
+        facts = _fitting(wording.facts(row, self.scene.unit), _NUM_FACTS_COLUMNS)
         words = (("label", label, _MARGIN), ("facts pale", facts, _WIDTH - _MARGIN - _FACTS_WIDTH))
         return "".join(
             f'<text class="{kind}" x="{x}" y="{_top(at) + _BAR_HEIGHT - 5}">'
@@ -109,7 +112,7 @@ class _Canvas:
         )
 
     def legend(self) -> Iterator[str]:
-        """Yield the lines below: how much is in which state, and what else is to be said."""
+        """Yield the lines below the rows: how much is in which state, and remarks."""
         lines = wording.totals(self.scene)
         for at, (state, text) in enumerate(lines):
             swatch = f'x="{_MARGIN}" y="{self._baseline(at) - 9}" width="16" height="10" rx="2"'
@@ -144,3 +147,15 @@ def _top(row: int) -> int:
 
 def _pixels(number: float) -> str:
     return f"{number:.3f}".rstrip("0").rstrip(".")
+
+
+def _num_columns(string: str) -> int:
+    """Return how many columns of a monospaced font a string takes."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in string)
+
+
+def _fitting(string: str, columns: int) -> str:
+    """Return as much of the beginning of a string as fits into so many columns."""
+    while _num_columns(string) > max(1, columns):
+        string = shortened(string, num_characters=len(string) - 1)
+    return string

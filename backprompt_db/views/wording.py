@@ -1,4 +1,4 @@
-"""What pictures say in words: of a row, beside its bar and when it is pointed at, and of the whole."""
+"""What pictures say in words: beside the bar of a row, when a row is pointed at, and about the whole picture."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ def label(row: Row, *, num_characters: int) -> str:
     if row.is_fold:
         return f"… {len(row.segments):,} segments"
     text = row.segments[0].text
-    # Shortened twice: an escape is longer than what it stands for, and a text may be a megabyte.
+    # Shortened twice: first because a text may be a megabyte, then because escapes are longer than their characters.
     return shortened(visible(shortened(text, num_characters=num_characters + 1)), num_characters=num_characters)
 
 
 def facts(row: Row, unit: Unit) -> str:
-    """Return how large a row is, and its state: `12 tokens · stored`."""
-    return f"{measure(sum(segment.size for segment in row.segments), unit)} · {state(row)}"
+    """Return the size and the state of a row: `12 tokens · stored`."""
+    return f"{amount(sum(segment.size for segment in row.segments), unit)} · {state(row)}"
 
 
 def state(row: Row) -> str:
-    """Return the state of a row, or how many of its segments are in which."""
-    return row.state.value if row.state else ", ".join(f"{len(some):,} {each.value}" for each, some in _by_state(row))
+    """Return the state of a row; of several states, how many of its segments are in each."""
+    return (
+        row.state.value
+        if row.state
+        else ", ".join(f"{len(some):,} {each.value}" for each, some in _by_state(row.segments))
+    )
 
 
-def _by_state(row: Row) -> Iterator[tuple[State, list[PicturedSegment]]]:
-    return by_state(row.segments)
-
-
-def by_state(segments: Iterable[PicturedSegment]) -> Iterator[tuple[State, list[PicturedSegment]]]:
-    """Yield each state that some of the segments are in, with these."""
+def _by_state(segments: Iterable[PicturedSegment]) -> Iterator[tuple[State, list[PicturedSegment]]]:
+    """Yield each state with the segments that are in it, if there are any."""
     found: dict[State, list[PicturedSegment]] = {}
     for segment in segments:
         found.setdefault(segment.state, []).append(segment)
     yield from ((each, found[each]) for each in State if each in found)
 
 
-def measure(amount: float, unit: Unit) -> str:
-    """Return an amount of a unit.
+def amount(number: float, unit: Unit) -> str:
+    """Return a number with its unit.
 
-    >>> measure(1, Unit.TOKENS), measure(1200, Unit.CHARACTERS), measure(2048, Unit.BYTES), measure(0.5, Unit.SECONDS)
+    >>> amount(1, Unit.TOKENS), amount(1200, Unit.CHARACTERS), amount(2048, Unit.BYTES), amount(0.5, Unit.SECONDS)
     ('1 token', '1,200 characters', '2.0 KiB', '0.5 s')
     """
     match unit:
         case Unit.BYTES:
-            return size(round(amount))
+            return size(round(number))
         case Unit.SECONDS:
-            return duration(amount)
-    return plural(round(amount), unit.value.removesuffix("s"))
+            return duration(number)
+    return plural(round(number), unit.value.removesuffix("s"))
 
 
 def tooltip(row: Row) -> str:
-    """Return what is shown when a row is pointed at: the whole text, if it is not very long, and all that is known."""
+    """Return what is shown when a row is pointed at: its text, cut if very long, and all that is known of it."""
     if row.is_fold:
         return "\n".join([*_folded_texts(row), "", state(row)])
     (segment,) = row.segments
@@ -98,15 +98,15 @@ def _folded_texts(row: Row) -> Iterator[str]:
 
 
 def totals(scene: Scene) -> list[tuple[State, str]]:
-    """Return each state in the picture and how much is in it: `stored: 2 segments, 612 tokens`."""
+    """Return a line for each state in the picture, with how much is in it: `stored: 2 segments, 612 tokens`."""
     return [
-        (each, f"{each.value}: {plural(len(some), 'segment')}, {measure(sum(one.size for one in some), scene.unit)}")
-        for each, some in by_state(scene.segments)
+        (each, f"{each.value}: {plural(len(some), 'segment')}, {amount(sum(one.size for one in some), scene.unit)}")
+        for each, some in _by_state(scene.segments)
     ]
 
 
 def remarks(scene: Scene, layout: Layout) -> list[str]:
-    """Return what is to be said of the whole picture, a line each."""
+    """Return the remarks about the whole picture, a line each."""
     lines = [visible(shortened(remark, num_characters=_NUM_REMARK_CHARACTERS)) for remark in scene.remarks]
     if not scene.segments:
         lines.append("an empty text")

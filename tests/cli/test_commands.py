@@ -17,7 +17,7 @@ import pytest
 
 import backprompt_db as bp
 from backprompt_db.cli.app import app
-from backprompt_db.cli.output import age, duration, plain, size, visible
+from backprompt_db.cli.output import json_value
 from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Blob, Key
@@ -247,8 +247,8 @@ class TestDemo:
             calls.append(options)
             return 7
 
-        fake = SimpleNamespace(run_demo=record, run_once=record)
-        monkeypatch.setitem(sys.modules, "backprompt_db.cli.demo", fake)
+        monkeypatch.setitem(sys.modules, "backprompt_db.cli.demo.run", SimpleNamespace(run_demo=record))
+        monkeypatch.setitem(sys.modules, "backprompt_db.cli.demo.job", SimpleNamespace(run_once=record))
         assert run("demo").exit_code == 7
         assert run("demo", "--model", "m", "--dir", tmp_path, "--requests", "3", "--sample", "0").exit_code == 7
         assert run("demo-run", "--model", "m", "--dir", tmp_path).exit_code == 7
@@ -259,29 +259,6 @@ class TestDemo:
         ]
 
 
-class TestFormats:
-    @pytest.mark.parametrize(
-        ("nbytes", "expected"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (1 << 30, "1.0 GiB")]
-    )
-    def test_sizes(self, nbytes: int, expected: str) -> None:
-        assert size(nbytes) == expected
-
-    @pytest.mark.parametrize(
-        ("seconds", "expected"),
-        [(0, "0 s"), (0.25, "0.25 s"), (90, "1 min 30 s"), (3725, "1 h 2 min"), (86400, "1 d"), (86405, "1 d")],
-    )
-    def test_durations(self, seconds: float, expected: str) -> None:
-        assert duration(seconds) == expected
-
-    def test_ages(self) -> None:
-        assert [age(moment, now=100_000.0) for moment in (None, 200_000.0, 99_999.0, 99_900.0, 5_000.0)] == [
-            "-", "0 s", "1 s", "1 min", "1 d",
-        ]  # fmt: skip
-
-    def test_what_json_lacks_becomes_what_it_has(self) -> None:
-        value = {Part.KV: (b"\xff", Path("/x"), float("nan"), float("inf"), 1.5, None, True)}
-        assert plain(value) == {"kv": ["ff", "/x", None, None, 1.5, None, True]}
-
-    def test_only_what_cannot_be_seen_is_escaped(self) -> None:
-        assert visible("déjà vu 漢字 🎉 \\ '") == "déjà vu 漢字 🎉 \\ '"
-        assert visible("\n\x00\x7f\ud800\u2028") == r"\n\x00\x7f\ud800\u2028"
+def test_what_json_lacks_becomes_what_it_has() -> None:
+    value = {Part.KV: (b"\xff", Path("/x"), float("nan"), float("inf"), 1.5, None, True)}
+    assert json_value(value) == {"kv": ["ff", "/x", None, None, 1.5, None, True]}

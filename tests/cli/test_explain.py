@@ -71,9 +71,9 @@ class TestAnswer:
         with bp.open(directory) as db:
             lm = bp.LanguageModel.from_pretrained(str(model), db=db)
             text = lm.text(pieces[0]) + pieces[1] + pieces[2]
-            from backprompt_db.cli.output import plain
+            from backprompt_db.cli.output import json_value
 
-            assert plain(lm.explain(text)) == found
+            assert json_value(lm.explain(text)) == found
 
     def test_people_get_a_table_and_the_difference(self, directory: Path) -> None:
         result = run("explain", "--db", directory, CONTEXT, "Request: who left?", ENDING)

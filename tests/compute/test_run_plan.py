@@ -315,10 +315,10 @@ class TestFidelity:
 
 class TestViews:
     def test_json_has_what_python_has(self, lm: bp.LanguageModel) -> None:
-        from backprompt_db.cli.output import plain
+        from backprompt_db.cli.output import json_value
 
         foretold = lm.plan(prompts())
-        fields = plain(foretold)
+        fields = json_value(foretold)
         assert list(fields) == list(RunPlan.__dataclass_fields__)
         assert fields["nbytes"] == {part.name.lower(): nbytes for part, nbytes in foretold.nbytes.items()}
         assert fields["memory"]["total_nbytes"] == sum(fields["memory"].values()) - fields["memory"]["total_nbytes"]

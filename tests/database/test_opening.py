@@ -82,6 +82,9 @@ def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+_WRONG_DIGESTS: list[object] = ["blake3", 7, None, []]
+_WRONG_SECRET_IDS: list[object] = [7, []]
+
 MANIFEST = {
     "format": 1, "fidelity": "exact", "digest": "xxh3-128", "lmdb": {"generation": 0, "chunk_nbytes": (1 << 20) - 16}
 }  # fmt: skip
@@ -100,8 +103,8 @@ MANIFEST = {
             (b'{"format": 1, "fidelity": %s}' % each, FormatTooNew)
             for each in (b'"int4"', b'"EXACT"', b"null", b"8", b"[]")
         ],
-        *[(json.dumps(MANIFEST | {"digest": each}).encode(), FormatTooNew) for each in ("blake3", 7, None, [])],
-        *[(json.dumps(MANIFEST | {"secret_id": each}).encode(), FormatError) for each in (7, [])],
+        *[(json.dumps(MANIFEST | {"digest": each}).encode(), FormatTooNew) for each in _WRONG_DIGESTS],
+        *[(json.dumps(MANIFEST | {"secret_id": each}).encode(), FormatError) for each in _WRONG_SECRET_IDS],
         (json.dumps(MANIFEST | {"format": 2, "lmdb": 7}).encode(), FormatTooNew),
         (json.dumps(MANIFEST | {"lmdb": {"generation": True, "chunk_nbytes": 1.5}}).encode(), FormatError),
         (json.dumps(MANIFEST | {"lmdb": {"generation": 1, "chunk_nbytes": (1 << 20) - 16}}).encode(), FormatTooNew),

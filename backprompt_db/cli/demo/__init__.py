@@ -1,4 +1,4 @@
-"""`demo`: the whole idea, run on this machine: one job run twice on one database, and once without it.
+"""`demo`: the whole idea on this machine. One job runs twice on one database, and a sample of it runs without.
 
 The job is API endpoint classification: which of 28 endpoints serves a request? The documentation of all endpoints is
 the context of every request, and a model's log-probability of each endpoint after each request is the answer.

@@ -30,7 +30,7 @@ class Choice:
 
 
 def choose_model(name: str, *, deadline_seconds: float = _DEADLINE_SECONDS) -> Choice:
-    """Return the model to run: any but GPT-2 as it is named, GPT-2 unless that takes a hub that does not answer.
+    """Return the model to run: what was named; but in place of GPT-2 another one, if the hub is needed and not reached.
 
     Looking for the hub takes no longer than `deadline_seconds`, whatever the network does. Raises `UnsupportedModel`
     where neither the hub nor the wheel with the other model is there.
@@ -55,7 +55,7 @@ def _is_cached(name: str) -> bool:
 
 
 def _hub_answers(deadline_seconds: float) -> bool:
-    """Ask in a thread that nobody waits for: resolving a name can hang for longer than any timeout that it is given."""
+    """Ask in a thread that nobody joins at the end: resolving a name can hang for longer than any timeout."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -70,7 +70,7 @@ def _hub_answers(deadline_seconds: float) -> bool:
 
 
 def _download() -> bool:
-    """Fetch GPT-2, so that no process of the demo is measured downloading. Whether that worked."""
+    """Download GPT-2 now, so that no process of the demo is measured downloading. Return whether that worked."""
     with suppress(Exception):
         huggingface_hub.snapshot_download(_DEFAULT, allow_patterns=[*_FILES, *_OPTIONAL_FILES])
     return _is_cached(_DEFAULT)

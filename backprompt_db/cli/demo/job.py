@@ -28,7 +28,7 @@ class Task:
     """What is scored: every completion after every prompt, which is the context and one ending."""
 
     context: str
-    """The documentation, in the very form of the requests: a description, then its endpoint."""
+    """The documentation, in the same form as the requests: a description, then its endpoint."""
     endings: list[str]
     """The content-free ones, then one per request."""
     completions: list[str]
@@ -128,9 +128,9 @@ def _num_asked_tokens(tokenizer: Any, task: Task) -> int:
 def accuracy(scores: Sequence[Sequence[float]], gold: Sequence[int], *, is_calibrated: bool) -> float:
     """Return the share of requests whose best completion is the right one.
 
-    Calibrated, the best one gains most over its probability after the content-free requests, averaged over these
-    (contextual calibration, Zhao et al. 2021, arXiv 2102.09690): what is short or common is not preferred for that.
-    Otherwise it is the most probable one.
+    Without calibration, the best completion is the most probable one. With it, the best one gains most over its average
+    probability after the content-free requests, so that short or common completions are not preferred (contextual
+    calibration, Zhao et al. 2021, arXiv 2102.09690).
     """
     logprobs = np.asarray(scores)
     free, real = np.split(logprobs, [len(CONTENT_FREE)])

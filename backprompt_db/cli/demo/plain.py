@@ -17,12 +17,12 @@ from backprompt_db.cli.demo.job import CONTENT_FREE, Task, load_task
 
 _BATCH_SIZE = 4
 _PADDED_SHARE = 8
-"""Full prompts cost so much that they are run on one request for so many of the sample."""
+"""Full prompts cost much, so they are run on one in so many requests of the sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainResult:
-    """What one way to score cost: measured on the sample, extrapolated to all prompts."""
+    """The cost of one way to score: measured on the sample, extrapolated to all prompts."""
 
     name: str
     num_sampled: int
@@ -118,7 +118,7 @@ def _batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
 
 
 def _tokens(tokenizer: Any, task: Task) -> _Tokens:
-    """Tokenise each piece alone, as the library does, so that both score the same tokens."""
+    """Tokenise each piece separately, as the library does, so that both score the same tokens."""
 
     def encode(strings: list[str]) -> list[list[int]]:
         return [list(ids) for ids in tokenizer(strings, add_special_tokens=False)["input_ids"]]

@@ -1,4 +1,4 @@
-"""What the demo says: one line per step, the table, and what went wrong."""
+"""What the demo prints: a line for each step, the table, and which promises were broken."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from rich.table import Table
 
 from backprompt_db.cli.demo.job import CONTENT_FREE, JobResult, Task, accuracy
 from backprompt_db.cli.demo.plain import PlainResult
+from backprompt_db.cli.output import emit
+from backprompt_db.views.console import bare_table
+from backprompt_db.views.formatting import plural
 
 _TOLERANCE = 1e-3
 """Largest difference of a log-probability from that of plain transformers, in nats, summed over a completion."""
@@ -49,7 +52,7 @@ def say(line: str) -> None:
 
 
 def failures(runs: list[Run], plain: Plain | None) -> list[str]:
-    """Return what the demo promised and did not keep; empty when all is well."""
+    """Return the promises of the demo that were broken; empty when all is well."""
     first, second = (run.result for run in runs)
     promises = {
         "the second process loaded the model": not second.is_model_loaded,
@@ -71,18 +74,16 @@ def _difference(ours: JobResult, plain: Plain) -> float:
 
 def show(task: Task, runs: list[Run], plain: Plain | None, failed: list[str]) -> None:
     """Print the table and what follows from it to stdout, `failed` to stderr."""
-    console = Console(highlight=False, markup=False)
-    console.print(_table(task, runs, plain), "")
-    for line in (_speed(runs, plain), _accuracy(task, runs[0].result), _agreement(runs[0].result, plain)):
-        console.print(line)
+    result = runs[0].result
+    emit(_table(task, runs, plain), "", _speed(runs, plain), _accuracy(task, result), _agreement(result, plain))
     for line in failed:
         say(f"FAILED: {line}")
 
 
 def _table(task: Task, runs: list[Run], plain: Plain | None) -> Table:
-    """A column for each way of doing the job: that fits into 80 characters, a row for each would not."""
+    """Return a table with a column for each way to do the job. A row for each would not fit into 80 characters."""
     num_asked = f"{runs[0].result.num_asked_tokens:,}"
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table = bare_table(padding=(0, 2, 0, 0))
     table.add_column(f"{len(task.gold)} requests,\n{len(task.completions)} endpoints", vertical="bottom", no_wrap=True)
     columns = [_run_cells(run, num_asked, task) for run in runs]
     columns += [_plain_cells(result, plain.start_seconds, num_asked) for result in plain.results] if plain else []
@@ -103,9 +104,8 @@ def _run_cells(run: Run, num_asked: str, task: Task) -> list[str]:
 
 
 def _plain_cells(result: PlainResult, start_seconds: float, num_asked: str) -> list[str]:
-    requests = f"{result.num_sampled} request{'s' if result.num_sampled > 1 else ''}"
     return [
-        f"transformers,\n{result.name},\nextrapolated\nfrom {requests}",
+        f"transformers,\n{result.name},\nextrapolated\nfrom {plural(result.num_sampled, 'request')}",
         _seconds(start_seconds + result.scoring_seconds), _seconds(result.scoring_seconds), num_asked,
         f"{result.num_computed_tokens:,}", "-", f"{result.num_model_calls:,}", "-", "same",
     ]  # fmt: skip

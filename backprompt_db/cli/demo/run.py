@@ -22,8 +22,8 @@ def run_demo(
 ) -> int:
     """Run the job in two processes on one new database, and a sample of it without; print a table of all.
 
-    `directory` must hold no database yet; without it a temporary one is used. Returns 0, or 1 where the second process
-    did any of what it shall not, or scores differ. Raises `BackpromptError` where the demo cannot run.
+    `directory` must hold no database yet; without it a temporary one is used. Returns 0, or 1 where a promise of the
+    demo was broken: the second process did work, or scores differ. Raises `BackpromptError` where the demo cannot run.
     """
     from backprompt_db.cli.demo.choose import choose_model
     from backprompt_db.cli.demo.plain import PlainResult
@@ -68,7 +68,7 @@ def _new_database(directory: Path | None) -> Iterator[Path]:
 
 
 def _environment(*, is_local: bool) -> dict[str, str]:
-    """Return the environment of the children: their output is results, and a local model asks nobody."""
+    """Return the environment of the children: they print only results, and do not look for a local model on the hub."""
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return {**os.environ, **quiet, **({"HF_HUB_OFFLINE": "1"} if is_local else {})}
 

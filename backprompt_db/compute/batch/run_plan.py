@@ -1,13 +1,13 @@
-"""What a large run would take, before it, and what came of it: what `lm.plan` and `lm.warm` return."""
+"""What `lm.plan` and `lm.warm` return: what a large run would take, and what it did."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backprompt_db.views.formatting import duration, plural, shortened, size, visible
+from backprompt_db.views.console import grid, html_text, literal, plain_text
+from backprompt_db.views.formatting import duration, plural, shortened, size
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 MAX_LISTED = 1_000
-"""Texts that are too long are listed up to this number, and counted beyond it."""
+"""Up to so many texts that are too long are listed; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TooLong:
     """A text that the model cannot run."""
 
     number: int
-    """Its place among the texts, from 0."""
+    """Its number among the texts, from 0."""
     num_positions: int
     """Positions that it needs, with the longest of the completions; or tokens that it needs in one pass."""
     max_positions: int
@@ -35,33 +35,33 @@ class TooLong:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryForecast:
-    """Bytes of memory at the peak of a run, beside what Python and its libraries take. All of it is estimated."""
+    """Bytes of memory at the peak of a run, besides Python and its libraries. They are estimated."""
 
     weights_nbytes: int
-    """Of all parameters; this alone is exact."""
+    """Bytes of all parameters; only this number is exact."""
     prefixes_nbytes: int
     """Keys and values of the longest pass, and those that are kept in memory for passes to come."""
     activations_nbytes: int
-    """Of the largest pass: hidden states, its mask, and a block of logits."""
+    """What the largest pass takes: hidden states, its mask, and a block of logits."""
     queue_nbytes: int
-    """What waits to be written, at most."""
+    """The most that waits to be written."""
     total_nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoomForecast:
-    """Whether a database would hold what a run writes. Sizes are bytes of pages in use, about."""
+    """Whether a database has room for what a run writes. Sizes are approximate bytes of pages in use."""
 
     live_nbytes: int
     """In use now."""
     written_nbytes: int
-    """More that the run takes."""
+    """How much more the run takes."""
     max_live_nbytes: int | None
-    """What may be in use before something must go; None without a limit."""
+    """How much may be in use before something is evicted; None without a limit."""
     holds: bool
-    """Whether everything that is written would be there at the end; if not, some of it is evicted by the rest."""
+    """Whether everything that is written would be there at the end. If not, the run evicts some of it itself."""
     num_evicted_parts: int
-    """Parts that are there now and would go, what is worth least first."""
+    """How many parts that are there now would be evicted, beginning with those that are worth least."""
     evicted_nbytes: int
     evicted_seconds: float
     """What computing them took."""
@@ -83,23 +83,23 @@ class RunPlan:
     num_stored_texts: int
     """Texts of which nothing must be computed."""
     num_completions: int | None
-    """After each text; None where texts are run and nothing is scored."""
+    """How many completions are scored after each text; None where texts are only run."""
     num_segments: int
     """Distinct ones."""
     num_missing_segments: int
     """Those that would be computed."""
     num_cached_tokens: int
-    """Of distinct segments of which nothing must be computed."""
+    """Tokens of the distinct segments of which nothing must be computed."""
     num_missing_tokens: int
-    """To compute."""
+    """Tokens to compute."""
     num_passes: int
-    """Calls of the model. One that never ran is taken for one whose passes hold several segments; a few cannot."""
+    """Calls of the model. A model that never ran is assumed to compute several segments in one pass; a few cannot."""
     seconds: float | None
-    """In these passes, about; None where nothing is recorded of the model to judge by."""
+    """About how long these passes take; None where no run of the model is recorded."""
     nbytes: Mapping[Part, int]
     """Bytes of the arrays to be written, by part."""
     overhead_nbytes: int
-    """What is written beside them, about: texts, names and digests."""
+    """About how much is written besides: texts, names and digests."""
     memory: MemoryForecast
     room: RoomForecast | None
     """None for a database that is only read, or that is in memory."""
@@ -108,21 +108,15 @@ class RunPlan:
     """The first thousand of them."""
 
     def __rich__(self) -> Group:
-        """What rich prints: the table, and what is to be said of it."""
-        from backprompt_db.compute.batch.run_plan import terminal_view
-
-        return terminal_view(self)
+        """What rich prints: the table, and warnings."""
+        return _view(self)
 
     def __str__(self) -> str:
-        from backprompt_db.compute.batch.run_plan import plain_view
-
-        return plain_view(self)
+        return plain_text(self)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
-        from backprompt_db.compute.batch.run_plan import html_view
-
-        return html_view(self)
+        return html_text(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +136,7 @@ class Warmed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that were computed in a second, over all."""
+        """Tokens that were computed in a second, on average."""
         return self.num_computed_tokens / self.seconds if self.seconds else 0.0
 
 
@@ -151,44 +145,17 @@ _NUM_TEXT_CHARACTERS = 60
 _NUM_TOO_LONG = 5
 
 
-def terminal_view(plan: RunPlan) -> Group:
-    """Return what rich prints."""
+def _view(plan: RunPlan) -> Group:
     from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, value in _rows(plan):
-        table.add_row(name, Text(value))
-    return Group(table, *(Text(line, style="yellow") for line in _warnings(plan)))
-
-
-def plain_view(plan: RunPlan) -> str:
-    """Return the table as text without colours, as wide as the terminal."""
-    from rich.console import Console
-
-    console = Console(color_system=None, force_terminal=False, highlight=False)
-    with console.capture() as captured:
-        console.print(terminal_view(plan))
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
-
-def html_view(plan: RunPlan) -> str:
-    """Return an HTML table. Whatever texts and names hold is shown and means nothing."""
-    rows = "".join(
-        f'<tr><th style="text-align: left">{name}</th><td style="text-align: left">{html.escape(value)}</td></tr>'
-        for name, value in _rows(plan)
-    )
-    warnings = html.escape("\n".join(_warnings(plan)))
-    return f"<table><tbody>{rows}</tbody></table>" + (f"<pre>{warnings}</pre>" if warnings else "")
+    warnings = (literal(line, "yellow") for line in _warnings(plan))
+    return Group(grid(dict(_rows(plan)), name_style="bold"), *warnings)
 
 
 def _rows(plan: RunPlan) -> Iterator[tuple[str, str]]:
     namespace = f", namespace {plan.namespace}" if plan.namespace else ""
     digits = plan.weights_id.hex()[:_NUM_ID_DIGITS]
-    yield "model", visible(f"{plan.model_name} ({plan.dtype}, {digits}){namespace}")
+    yield "model", f"{plan.model_name} ({plan.dtype}, {digits}){namespace}"
     completions = "" if plan.num_completions is None else f" x {plan.num_completions:,} completions"
     yield "texts", f"{plan.num_texts:,}{completions}, {plan.num_stored_texts:,} stored already"
     yield "segments", f"{plan.num_segments:,} distinct, {plan.num_missing_segments:,} to compute"
@@ -219,7 +186,7 @@ def _memory(memory: MemoryForecast) -> str:
 
 
 def _warnings(plan: RunPlan) -> Iterator[str]:
-    """Yield what will not go as one may think, a line each."""
+    """Yield warnings about the limit and about long texts, a line each."""
     room = plan.room
     if room is not None and not room.holds:
         yield "The limit does not hold all that would be written: what was computed first would go before the end."
@@ -232,7 +199,7 @@ def _warnings(plan: RunPlan) -> Iterator[str]:
     if plan.num_too_long:
         yield f"{plan.num_too_long:,} texts are too long for the model, and are left out:"
     for each in plan.too_long[:_NUM_TOO_LONG]:
-        beginning = visible(shortened(each.beginning, num_characters=_NUM_TEXT_CHARACTERS))
+        beginning = shortened(each.beginning, num_characters=_NUM_TEXT_CHARACTERS)
         yield f"  number {each.number:,} needs {each.num_positions:,} of {each.max_positions:,} positions: {beginning}"
     if plan.num_too_long > _NUM_TOO_LONG:
         yield f"  ... and {plan.num_too_long - _NUM_TOO_LONG:,} more"

@@ -1,4 +1,4 @@
-"""What `--model_args` may say, and what is refused because it would do something else than for `--model hf`."""
+"""What `--model_args` may say. What would not mean the same as for `--model hf` is refused."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "subfolder": (None, ""),
     "dtype": (None, "auto"),
 }
-"""What says nothing, as it is what holds without it."""
-
+"""Values that mean the same as leaving the argument out."""
 
 _DEVICE = re.compile(r"cpu|mps(:0)?|cuda(:\d+)?")
 
 
 def check(arguments: dict[str, Any]) -> None:
-    """Raise `PromptError` for arguments that this model has not, or with a value that it cannot follow."""
+    """Raise `PromptError` for arguments that this model does not take, and for values that it cannot follow."""
     for name, value in arguments.items():
         if name not in _ACCEPTED and value is not None:
             raise PromptError(
@@ -43,7 +42,7 @@ def check(arguments: dict[str, Any]) -> None:
 
 
 def loading(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return what goes to transformers' `from_pretrained`: the same for all ways to say nothing.
+    """Return the arguments for transformers' `from_pretrained`, without those that change nothing.
 
     What was computed through `LanguageModel.from_pretrained` with the same arguments is found.
     """
@@ -54,7 +53,7 @@ def loading(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placing(device: str) -> dict[str, Any]:
-    """Return what puts a model on a device. The harness's command line says `cuda:0` on any machine."""
+    """Return the argument that puts a model on a device, if it is there: the harness says `cuda:0` on any machine."""
     kind = device.partition(":")[0]
     if kind == "cpu":
         return {}
@@ -64,8 +63,8 @@ def _placing(device: str) -> dict[str, Any]:
     return {"device_map": device} if is_there else {}
 
 
-def of_files(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the loading arguments that say which files are meant, not what is made of them."""
+def file_names(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those loading arguments that say which files are meant, without those that say how they are loaded."""
     return {
         name: value for name, value in arguments.items() if name not in ("dtype", "attn_implementation", "device_map")
     }

@@ -1,4 +1,4 @@
-"""Continuations for the harness: what its `hf` model writes, found again where it is the greedy path of a prompt."""
+"""Continuations for the harness: what its `hf` model writes. A greedy continuation is found again, not computed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from backprompt_db.compute.inference.decoding import GenerateArguments
-from backprompt_db.prompt.text import Text
+from backprompt_db.integrations.lm_eval.token_pieces import text_of
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
-    from backprompt_db.integrations.lm_eval.spelling import Speller
+    from backprompt_db.integrations.lm_eval.token_pieces import PieceFinder
+    from backprompt_db.prompt.text import Text
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (), "begin_suppress_tokens": (), "dola_layers": (), "encoder_no_repeat_ngram_size": (0,),
@@ -27,27 +28,27 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,), "repetition_penalty": (1,), "sequence_bias": (), "suppress_tokens": (),
     "watermarking_config": (),
 }  # fmt: skip
-"""What a generation configuration may say, apart from None, without another token than the likeliest being chosen."""
+"""Values of a generation configuration, besides None, with which the likeliest token is still the one chosen."""
 
 
 def is_plain(generation_config: Any) -> bool:
-    """Whether decoding without sampling follows the likeliest tokens, as far as the model's own configuration says."""
+    """Whether the model's own configuration leaves decoding without sampling to choose the likeliest tokens."""
     values = {name: getattr(generation_config, name, None) for name in _NEUTRAL}
     return all(value in (None, *_NEUTRAL[name]) for name, value in values.items())
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What the harness's `gen_kwargs` mean for transformers."""
+class GenerationSettings:
+    """The harness's `gen_kwargs`, as arguments of transformers' `generate`."""
 
     until: list[str]
-    """The empty string is in whatever is written: with it, that is one token."""
+    """Stop strings. The empty string is in every text, so that with it one token is written."""
     max_new_tokens: int
     others: Mapping[str, Any]
 
     @classmethod
-    def of(cls, gen_kwargs: Mapping[str, Any], *, max_gen_toks: int, eos: str) -> Told:
-        """Read them as the harness's `hf` model does; it ends at `eos`, the end-of-sequence token, too."""
+    def of(cls, gen_kwargs: Mapping[str, Any], *, max_gen_toks: int, eos: str) -> GenerationSettings:
+        """Read `gen_kwargs` as the harness's `hf` model does, which also stops at `eos`, the end-of-sequence token."""
         values = dict(normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks))
         until = handle_stop_sequences(values.pop("until", None), eos=eos)
         max_new_tokens = values.pop("max_gen_toks")
@@ -58,7 +59,7 @@ class Told:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing but the likeliest token is chosen, if the model's own configuration says no more."""
+        """Whether these arguments choose nothing but the likeliest token."""
         return self.others == {"do_sample": False}
 
 
@@ -74,56 +75,58 @@ class Generator:
         self._config = generation_config
         self._namespace = namespace
 
-    def strings(self, prompts: Sequence[list[int]], told: Told, speller: Speller) -> list[str]:
+    def strings(self, prompts: Sequence[list[int]], settings: GenerationSettings, finder: PieceFinder) -> list[str]:
         """Return what follows each of these sequences of token ids, up to a stop string."""
-        spelled = [speller.spell(ids, cut=len(ids)) for ids in prompts]
-        texts = {number: _text(pieces[0]) for number, pieces in enumerate(spelled) if pieces}
-        found = self._inside(texts, told)
+        divided = [finder.divide(ids, cut=len(ids)) for ids in prompts]
+        texts = {number: text_of(pieces[0]) for number, pieces in enumerate(divided) if pieces}
+        found = self._of_texts(texts, settings)
         return [
-            self._string(found[number] if number in found else self._outside(ids, told), told)
+            self._string(found[number] if number in found else self._run(ids, settings), settings)
             for number, ids in enumerate(prompts)
         ]
 
-    def _inside(self, texts: Mapping[int, Text], told: Told) -> dict[int, Sequence[int]]:
-        """Return the token ids that follow each text: those of its greedy path, where that is known far enough."""
-        if not texts or not (told.is_greedy and is_plain(self._config)):
-            return dict(zip(texts, self._generate(list(texts.values()), told), strict=True))
+    def _of_texts(self, texts: Mapping[int, Text], settings: GenerationSettings) -> dict[int, Sequence[int]]:
+        """Return the token ids that follow each text: its greedy path, where enough of that is known."""
+        if not texts or not (settings.is_greedy and is_plain(self._config)):
+            return dict(zip(texts, self._generate(list(texts.values()), settings), strict=True))
         addresses = self._engine.addresses()
         tips = {number: text.tips(self._namespace)[0] for number, text in texts.items()}
         known = self._paths.known(tips.values(), addresses)
-        missing = [number for number, tip in tips.items() if not self._is_whole(known[tip], told)]
-        written = dict(zip(missing, self._generate([texts[number] for number in missing], told), strict=True))
+        missing = [number for number, tip in tips.items() if not self._is_whole(known[tip], settings)]
+        written = dict(zip(missing, self._generate([texts[number] for number in missing], settings), strict=True))
         self._paths.save({tips[number]: tuple(ids) for number, ids in written.items()}, addresses, known=known)
         return {number: known[tip] for number, tip in tips.items()} | written
 
-    def _generate(self, texts: Sequence[Text], told: Told) -> list[Sequence[int]]:
-        """Generate after texts together; once more, alone, after those that stopped at what their own end began."""
+    def _generate(self, texts: Sequence[Text], settings: GenerationSettings) -> list[Sequence[int]]:
+        """Generate after all texts together, then again, alone, after a text whose own end began the stop string."""
         if not texts:
             return []
-        stops = [term for term in told.until if term]
-        together = self._call(texts, told, {"stop_strings": stops} if stops else {})
+        stops = [term for term in settings.until if term]
+        together = self._call(texts, settings, {"stop_strings": stops} if stops else {})
         return [
             ids
-            if self._is_whole(ids, told)
-            else self._call([text], told, {"stopping_criteria": [self._stop(text, told)]})[0]
+            if self._is_whole(ids, settings)
+            else self._call([text], settings, {"stopping_criteria": [self._stop(text, settings)]})[0]
             for text, ids in zip(texts, together, strict=True)
         ]
 
-    def _call(self, texts: Sequence[Text], told: Told, stops: Mapping[str, Any]) -> list[Sequence[int]]:
+    def _call(
+        self, texts: Sequence[Text], settings: GenerationSettings, stops: Mapping[str, Any]
+    ) -> list[Sequence[int]]:
         from backprompt_db.compute.generate import generate
 
         arguments = GenerateArguments(
-            max_new_tokens=told.max_new_tokens,
+            max_new_tokens=settings.max_new_tokens,
             num_return_sequences=None,
             streamer=None,
             store=False,
-            others={**told.others, **stops, "eos_token_id": self._eos_ids, "pad_token_id": self._pad_id},
+            others={**settings.others, **stops, "eos_token_id": self._eos_ids, "pad_token_id": self._pad_id},
         )
         results = generate(self._engine, self._source, texts, arguments, namespace=self._namespace)
         return [each.token_ids.tolist() for (each,) in results]
 
-    def _outside(self, ids: list[int], told: Told) -> Sequence[int]:
-        """Continue token ids that no string has."""
+    def _run(self, ids: list[int], settings: GenerationSettings) -> Sequence[int]:
+        """Run the model on token ids that no string has; nothing is stored."""
         import torch
 
         from backprompt_db.compute.inference.forward import evaluation
@@ -132,50 +135,52 @@ class Generator:
         with evaluation(runner.model):
             written = runner.model.generate(
                 torch.tensor([ids], device=runner.device),
-                max_new_tokens=told.max_new_tokens,
-                stopping_criteria=[self._stop_after(len(ids), told)],
+                max_new_tokens=settings.max_new_tokens,
+                stopping_criteria=[self._stop_after(len(ids), settings)],
                 eos_token_id=self._eos_ids,
                 pad_token_id=self._pad_id,
-                **told.others,
+                **settings.others,
             )
         runner.num_calls += 1
         continuation: list[int] = written[0, len(ids) :].tolist()
         return continuation
 
-    def _stop(self, text: Text, told: Told) -> Any:
+    def _stop(self, text: Text, settings: GenerationSettings) -> Any:
         segments = text.segments(self._namespace)
-        return self._stop_after(sum(map(len, self._source.tokenizer.encode(segments).values())), told)
+        return self._stop_after(sum(map(len, self._source.tokenizer.encode(segments).values())), settings)
 
-    def _stop_after(self, num_prompt_tokens: int, told: Told) -> Any:
-        """Return the criterion that what was generated has a stop string in it."""
+    def _stop_after(self, num_prompt_tokens: int, settings: GenerationSettings) -> Any:
+        """Return the criterion that stops when what was generated has a stop string in it."""
 
         def is_done(input_ids: Any, *_: Any, **__: Any) -> Any:
             import torch
 
-            done = [self._has_stop(ids[num_prompt_tokens:].tolist(), told) for ids in input_ids]
+            done = [self._has_stop(ids[num_prompt_tokens:].tolist(), settings) for ids in input_ids]
             return torch.tensor(done, device=input_ids.device)
 
         return is_done
 
-    def _is_whole(self, ids: Sequence[int], told: Told) -> bool:
-        """Whether a continuation goes as far as it is wanted."""
-        return len(ids) >= told.max_new_tokens or bool(set(ids) & set(self._eos_ids)) or self._has_stop(ids, told)
+    def _is_whole(self, ids: Sequence[int], settings: GenerationSettings) -> bool:
+        """Whether a continuation has reached its end, or is as long as it may be."""
+        return (
+            len(ids) >= settings.max_new_tokens or bool(set(ids) & set(self._eos_ids)) or self._has_stop(ids, settings)
+        )
 
-    def _has_stop(self, ids: Sequence[int], told: Told) -> bool:
+    def _has_stop(self, ids: Sequence[int], settings: GenerationSettings) -> bool:
         string = self._source.tokenizer.tokenizer.decode(list(ids), skip_special_tokens=False)
-        return bool(ids) and any(term in string for term in told.until)
+        return bool(ids) and any(term in string for term in settings.until)
 
-    def _before_stop(self, ids: Sequence[int], told: Told) -> list[int]:
-        """Return the ids up to the one that completes a stop string: one that is special is not in the string."""
-        if not self._has_stop(ids, told):
+    def _before_stop(self, ids: Sequence[int], settings: GenerationSettings) -> list[int]:
+        """Return the ids up to the one that completes a stop string: a special token would be missing in the string."""
+        if not self._has_stop(ids, settings):
             return list(ids)
-        return list(ids[: bisect_left(range(len(ids)), True, key=lambda end: self._has_stop(ids[:end], told))])  # noqa: FBT003
+        return list(ids[: bisect_left(range(len(ids)), True, key=lambda end: self._has_stop(ids[:end], settings))])  # noqa: FBT003
 
-    def _string(self, ids: Sequence[int], told: Told) -> str:
+    def _string(self, ids: Sequence[int], settings: GenerationSettings) -> str:
         end = next((index for index, token in enumerate(ids) if token in self._eos_ids), len(ids))
-        kept = self._before_stop(ids[: min(end, told.max_new_tokens)], told)
+        kept = self._before_stop(ids[: min(end, settings.max_new_tokens)], settings)
         string = self._source.tokenizer.tokenizer.decode(kept, skip_special_tokens=True)
-        result: str = postprocess_generated_text(string, told.until, None)
+        result: str = postprocess_generated_text(string, settings.until, None)
         return result
 
     @cached_property
@@ -188,10 +193,3 @@ class Generator:
     def _pad_id(self) -> int:
         tokenizer = self._source.tokenizer.tokenizer
         return int(self._eos_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-
-
-def _text(pieces: Sequence[str]) -> Text:
-    text = Text("")
-    for piece in pieces:
-        text += piece
-    return text

@@ -1,8 +1,9 @@
-"""Whether completions are what a model itself would go on with, token by token, along with their log-probabilities.
+"""Whether a completion is what a model itself would write, along with the log-probabilities of its tokens.
 
-What it goes on with after a prompt, the likeliest token each time, is the prompt's greedy path. It is looked at only as
-far as it agrees with a completion: most disagree in their first token, which the logits after the prompt show, and a
-token more likely than all others together needs no look.
+The greedy path of a prompt is what the model writes after it, always choosing the likeliest token. A path is computed
+only as far as it agrees with a completion. Most disagree in their first token, which the logits after the prompt show;
+and a token with more than half of the probability is the likeliest without looking further. The database remembers
+the paths.
 """
 
 from __future__ import annotations
@@ -37,15 +38,44 @@ _SCORES, _KV = frozenset({Part.SCORES}), frozenset({Part.KV})
 _TO_FOLLOW = frozenset({Part.LOGITS, Part.KV})
 
 _SURELY_LIKELIEST = math.log(0.501)
-"""A token with more than half of the probability is the likeliest; rounding does not reach as far as this."""
+"""A token with more than half of the probability is the likeliest. The rest is a margin for rounding."""
 
 Paths = Mapping[Segment, tuple[int, ...]]
-"""The beginnings of greedy paths, by the last segment of the prompt; an empty one says that nothing is known of it."""
+"""What is known of greedy paths, their beginnings, by the last segment of the prompt; empty where nothing is known."""
+
+
+class GreedyPaths:
+    """The greedy paths that a database remembers."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._unsaved: dict[Address, tuple[int, ...]] = {}
+        """Paths that were found where nothing can be saved, as in a database in memory."""
+
+    def known(self, tips: Iterable[Segment], addresses: Addresses) -> dict[Segment, tuple[int, ...]]:
+        """Return what is known of the path after each of these last segments of prompts; empty where nothing is."""
+        places = {tip: addresses.address(tip) for tip in tips}
+        recalled = self._db.model_metadata.greedy_paths(set(places.values())) | self._unsaved
+        return {tip: recalled.get(address, ()) for tip, address in places.items()}
+
+    def save(
+        self,
+        paths: Mapping[Segment, tuple[int, ...]],
+        addresses: Addresses,
+        *,
+        known: Mapping[Segment, tuple[int, ...]],
+    ) -> None:
+        """Save the paths of which more is known now than in `known`."""
+        new = {addresses.address(tip): path for tip, path in paths.items() if len(path) > len(known[tip])}
+        if self._db.catalog is None or self._db.readonly:
+            self._unsaved |= new
+        elif new:
+            self._db.model_metadata.save(*(GreedyPath(address, path) for address, path in new.items()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Followed:
-    """What was found of one completion after its own prompt."""
+    """One completion after its own prompt."""
 
     token_ids: tuple[int, ...]
     token_logprobs: npt.NDArray[np.float32]
@@ -61,11 +91,13 @@ def follow(
     paths: MutableMapping[Segment, tuple[int, ...]],
     namespace: str,
 ) -> list[Followed]:
-    """Return what is found of each pair of a prompt and a completion; all that is missing is computed together.
+    """Return the scores of each pair of a prompt and a completion; all that is missing is computed together.
 
-    `paths` has what is known of the greedy paths of those prompts for which it matters, and more of them afterwards. Of
-    completions, and of the last segment of a prompt, only scores are stored: that one usually is a question, and what
-    is asked in its place has other tokens. Raises `PromptError` where nothing predicts a completion's first token.
+    `paths` holds what is known of the greedy paths of those prompts for which they matter; what is found is added to
+    it. Of completions, and of the last segment of a prompt, only scores are stored: the last segment usually is a
+    question, and other questions do not go on from it.
+
+    Raises `PromptError` where nothing predicts a completion's first token.
     """
     endings = [completion_segments([prompt], [completion], namespace=namespace)[0] for prompt, completion in pairs]
     tips = [ending[0].parents[0] for ending in endings]
@@ -88,7 +120,7 @@ def follow(
 
 
 def _kept(tips: Iterable[Segment]) -> dict[Segment, frozenset[Part]]:
-    """Return what is stored of the last segments of prompts: of those that other prompts go on from, everything."""
+    """Return what to store of the last segments of prompts: only scores, unless other prompts go on from there."""
     followed = {parent for segment in ancestry(tips) for parent in segment.parents}
     return {tip: _SCORES for tip in tips if tip not in followed}
 
@@ -101,7 +133,7 @@ def _scored(found: Mapping[Need, Arrays], ending: Sequence[Segment]) -> tuple[tu
 
 
 def _is_open(paths: Paths, tip: Segment, ids: tuple[int, ...]) -> bool:
-    """Whether a path says nothing of whether it goes on with `ids`: all that is known of it is a beginning of them."""
+    """Whether it is open if the path goes on with `ids`: all that is known of it is the beginning of `ids`."""
     path = paths.get(tip)
     return path is not None and len(path) < len(ids) and ids[: len(path)] == path
 
@@ -132,7 +164,7 @@ def _walk(
 
 
 def _likeliest(runner: ModelRunner, kv: Sequence[Arrays], ids: Sequence[int]) -> list[int]:
-    """Return the likeliest token after each of `ids`, which follow what has these keys and values."""
+    """Return the likeliest token after each of `ids`, which follow the segments with these keys and values."""
     num_tokens = sum(arrays["keys"].shape[2] for arrays in kv)
     cache = assemble(KVShape.of(kv[0]), kv, capacity=num_tokens + len(ids), device=runner.device).cache()
     with evaluation(runner.model):
@@ -144,32 +176,3 @@ def _likeliest(runner: ModelRunner, kv: Sequence[Arrays], ids: Sequence[int]) ->
     runner.num_calls += 1
     likeliest: list[int] = logits_of(output).argmax(-1).tolist()
     return likeliest
-
-
-class GreedyPaths:
-    """The greedy paths that a database knows, and those that were found since."""
-
-    def __init__(self, db: Database) -> None:
-        self._db = db
-        self._unsaved: dict[Address, tuple[int, ...]] = {}
-        """Where nothing can be saved, as in memory."""
-
-    def known(self, tips: Iterable[Segment], addresses: Addresses) -> dict[Segment, tuple[int, ...]]:
-        """Return the path after each of these last segments of prompts, empty where nothing is known of it."""
-        places = {tip: addresses.address(tip) for tip in tips}
-        recalled = self._db.model_metadata.greedy_paths(set(places.values())) | self._unsaved
-        return {tip: recalled.get(address, ()) for tip, address in places.items()}
-
-    def save(
-        self,
-        paths: Mapping[Segment, tuple[int, ...]],
-        addresses: Addresses,
-        *,
-        known: Mapping[Segment, tuple[int, ...]],
-    ) -> None:
-        """Save the paths that say more than those that were known."""
-        new = {addresses.address(tip): path for tip, path in paths.items() if len(path) > len(known[tip])}
-        if self._db.catalog is None or self._db.readonly:
-            self._unsaved |= new
-        elif new:
-            self._db.model_metadata.save(*(GreedyPath(address, path) for address, path in new.items()))

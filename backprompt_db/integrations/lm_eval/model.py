@@ -1,4 +1,4 @@
-"""The model that the harness calls `backprompt`: its `hf` model's answers, out of a database."""
+"""The model that the harness calls `backprompt`: it gives the answers of the `hf` model, out of a database."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from backprompt_db.database.database import Database
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import PromptError
 from backprompt_db.integrations.lm_eval import arguments
-from backprompt_db.integrations.lm_eval.generating import Generator, Told
+from backprompt_db.integrations.lm_eval.generating import GenerationSettings, Generator
 from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
 from backprompt_db.integrations.lm_eval.scoring import Answer, Question, Scorer, batches
-from backprompt_db.integrations.lm_eval.spelling import Speller
+from backprompt_db.integrations.lm_eval.token_pieces import PieceFinder
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _NO_CONTEXT = "Mend the task: a context must have a token, and white space at its end does not count for one."
 
 _GENERATED_TOGETHER = 16
-"""Prompts, where nobody says how many."""
+"""Prompts in a batch, where `batch_size` does not say how many."""
 
 
 @register_model("backprompt")
@@ -115,19 +115,19 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before what has no context."""
+        """The token that stands before a string without a context."""
         if self._given_prefix_token_id is not None:
             return self._given_prefix_token_id
         return self.eot_token_id if self.tokenizer.bos_token_id is None else int(self.tokenizer.bos_token_id)
 
     @cached_property
     def max_length(self) -> int:
-        """How many tokens the model reads at once; known without its weights."""
+        """How many tokens the model reads at once. Its weights are not loaded for that."""
         return int(self._given_max_length or resolve_max_length(self._config, self.tokenizer))
 
     @property
     def max_gen_toks(self) -> int:
-        """How many tokens are generated where a task does not say."""
+        """How many tokens are generated at most, where a task does not say."""
         return self._max_gen_toks
 
     def tok_encode(
@@ -180,7 +180,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         requests: Sequence[Instance],
         disable_tqdm: bool = False,  # noqa: FBT001, FBT002 - the harness calls it so
     ) -> list[str]:
-        """Return what the model writes after each context, up to a stop string; greedy continuations are found again.
+        """Return what the model writes after each context, up to a stop string. Greedy continuations are stored.
 
         Raises `PromptError` for arguments that cannot be followed here.
         """
@@ -191,9 +191,9 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         strings: dict[int, str] = {}
         with self._bar(len(requests), "Running generate_until requests", disable=disable_tqdm) as bar:
             for numbers in groups.values():
-                told = Told.of(requests[numbers[0]].args[1], max_gen_toks=self.max_gen_toks, eos=eos)
-                for some, prompts in self._prompts(requests, numbers, told):
-                    written = self._generator.strings(prompts, told, self._speller)
+                settings = GenerationSettings.of(requests[numbers[0]].args[1], max_gen_toks=self.max_gen_toks, eos=eos)
+                for some, prompts in self._prompts(requests, numbers, settings):
+                    written = self._generator.strings(prompts, settings, self._finder)
                     strings |= dict(zip(some, written, strict=True))
                     bar.update(len(some))
         for number, request in enumerate(requests):
@@ -228,7 +228,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return string
 
     def _question(self, context: list[int], continuation: list[int], *, wants_greedy: bool = True) -> Question:
-        """Return what is asked about token ids; too long a context loses its beginning."""
+        """Return the question about these token ids. A context that is too long loses its beginning."""
         if not 0 < len(continuation) <= self.max_length:
             raise PromptError(
                 f"a continuation has {len(continuation):,} tokens of its own, not 1 to {self.max_length:,}",
@@ -251,22 +251,22 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def _answered(
         self, questions: Sequence[Question], description: str, *, disable: bool
     ) -> Iterator[tuple[int, Answer]]:
-        """Yield the numbers of questions with their answers, as they are found."""
+        """Yield the number of each question with its answer, in the order in which they are answered."""
         with self._bar(len(questions), description, disable=disable) as bar:
             for numbers in batches(questions):
                 yield from zip(
-                    numbers, self._scorer.answers([questions[each] for each in numbers], self._speller), strict=True
+                    numbers, self._scorer.answers([questions[each] for each in numbers], self._finder), strict=True
                 )
                 bar.update(len(numbers))
 
     def _prompts(
-        self, requests: Sequence[Instance], numbers: Sequence[int], told: Told
+        self, requests: Sequence[Instance], numbers: Sequence[int], settings: GenerationSettings
     ) -> Iterator[tuple[list[int], list[list[int]]]]:
-        """Yield requests in batches, with the token ids of their contexts, those that begin alike together."""
-        longest = self.max_length - told.max_new_tokens
+        """Yield batches: numbers of requests, and the token ids of their contexts, sorted."""
+        longest = self.max_length - settings.max_new_tokens
         if longest <= 0:
             raise PromptError(
-                f"{told.max_new_tokens:,} tokens to generate leave no room in {self.max_length:,}",
+                f"{settings.max_new_tokens:,} tokens to generate leave no room in {self.max_length:,}",
                 hint="Give a smaller max_gen_toks.",
             )
         ids = {number: self.tok_encode(requests[number].args[0], left_truncate_len=longest) for number in numbers}
@@ -283,8 +283,8 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         return int(size) if size.isdecimal() and int(size) > 1 else _GENERATED_TOGETHER
 
     @cached_property
-    def _speller(self) -> Speller:
-        return Speller(self.tokenizer)
+    def _finder(self) -> PieceFinder:
+        return PieceFinder(self.tokenizer)
 
     @cached_property
     def _paths(self) -> GreedyPaths:
@@ -306,12 +306,12 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     @property
     def _config(self) -> Any:
-        """The model's configuration, for which its weights need not be loaded."""
+        """The model's configuration. Its weights are not loaded for that."""
         from transformers import AutoConfig
 
         if self.is_loaded:
             return self._source.runner.model.config
-        return AutoConfig.from_pretrained(self._source.name, **arguments.of_files(self._loading))
+        return AutoConfig.from_pretrained(self._source.name, **arguments.file_names(self._loading))
 
     @property
     def _generation_config(self) -> Any:
@@ -320,7 +320,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
         if self.is_loaded:
             return self._source.runner.model.generation_config
         try:
-            return GenerationConfig.from_pretrained(self._source.name, **arguments.of_files(self._loading))
+            return GenerationConfig.from_pretrained(self._source.name, **arguments.file_names(self._loading))
         except OSError:  # there is no such file
             return GenerationConfig.from_model_config(self._config)
 

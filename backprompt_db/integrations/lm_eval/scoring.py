@@ -1,4 +1,4 @@
-"""Log-likelihoods of the harness's token ids: out of the database where a prompt can be made of them."""
+"""Log-likelihoods of token ids for the harness, out of the database where a prompt can be made of the ids."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.integrations.lm_eval.greedy import Followed, follow
-from backprompt_db.prompt.text import Text
+from backprompt_db.integrations.lm_eval.token_pieces import text_of
 
 if TYPE_CHECKING:
     from backprompt_db.compute.engine import Engine
     from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
-    from backprompt_db.integrations.lm_eval.spelling import Speller
+    from backprompt_db.integrations.lm_eval.token_pieces import PieceFinder
+    from backprompt_db.prompt.text import Text
 
 logger = logging.getLogger(__name__)
 
 _MAX_QUESTIONS = 64
 _MAX_NEW_TOKENS = 4096
-"""Of a batch: what its questions do not share with the one before bounds what is in memory at once."""
+"""Tokens in a batch that a question does not share with the one before it. They bound what is in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What follows a context: the last `num_asked` of some token ids."""
+    """Token ids, of which the last `num_asked` are to be scored after the others."""
 
     ids: list[int]
     num_asked: int
     wants_greedy: bool = True
-    """Whether it matters that these are the likeliest tokens."""
+    """Whether the harness asks if each of these is the likeliest token."""
 
 
 class Answer(NamedTuple):
-    """What the harness is told."""
+    """What the harness is told about a question."""
 
     logprob: float
     """Natural log-probability of the tokens that were asked for, summed."""
     is_greedy: bool
-    """Whether each of them is the likeliest; false where that does not matter."""
+    """Whether each of them is the likeliest token; false where that was not asked."""
 
 
 def batches(questions: Sequence[Question]) -> Iterator[list[int]]:
-    """Yield the numbers of questions in batches: those that begin alike are together, and one after the other."""
+    """Yield the numbers of questions in batches; questions that begin alike stand together."""
     order = sorted(range(len(questions)), key=lambda number: questions[number].ids)
     batch, num_new, before = list[int](), 0, list[int]()
     for number in order:
@@ -60,7 +61,7 @@ def batches(questions: Sequence[Question]) -> Iterator[list[int]]:
 
 
 def _num_common(left: Sequence[int], right: Sequence[int]) -> int:
-    """Return how many ids two sequences have in common at the beginning."""
+    """Return how many ids two sequences have in common at their beginning."""
     longest = min(len(left), len(right))
     same = map(operator.eq, left, right)
     return next((number for number, is_same in enumerate(same) if not is_same), longest)
@@ -75,16 +76,16 @@ class Scorer:
         self._namespace = namespace
         self._has_warned = False
 
-    def answers(self, questions: Sequence[Question], speller: Speller) -> list[Answer]:
+    def answers(self, questions: Sequence[Question], finder: PieceFinder) -> list[Answer]:
         """Return the answer to each of a batch of questions."""
-        spelled = [speller.spell(each.ids, cut=len(each.ids) - each.num_asked) for each in questions]
+        divided = [finder.divide(each.ids, cut=len(each.ids) - each.num_asked) for each in questions]
         texts: dict[tuple[str, ...], Text] = {}
-        pairs = [(_text(pieces[0], texts), _text(pieces[1], texts)) for pieces in spelled if pieces]
-        askers = [each for each, pieces in zip(questions, spelled, strict=True) if pieces]
+        pairs = [(_text(pieces[0], texts), _text(pieces[1], texts)) for pieces in divided if pieces]
+        askers = [each for each, pieces in zip(questions, divided, strict=True) if pieces]
         followed = iter(self._follow(pairs, askers))
         return [
-            _answer(next(followed)) if pieces else self._outside(each)
-            for each, pieces in zip(questions, spelled, strict=True)
+            _answer(next(followed)) if pieces else self._run(each)
+            for each, pieces in zip(questions, divided, strict=True)
         ]
 
     def _follow(self, pairs: Sequence[tuple[Text, Text]], askers: Sequence[Question]) -> list[Followed]:
@@ -102,8 +103,8 @@ class Scorer:
         self._paths.save(paths, addresses, known=known)
         return followed
 
-    def _outside(self, question: Question) -> Answer:
-        """Run the model on token ids that no string has; nothing of it is stored."""
+    def _run(self, question: Question) -> Answer:
+        """Run the model on token ids that no string has; nothing is stored."""
         import torch
 
         from backprompt_db.compute.inference.forward import evaluation, logits_of
@@ -126,10 +127,8 @@ def _answer(followed: Followed) -> Answer:
 
 
 def _text(pieces: Sequence[str], known: dict[tuple[str, ...], Text]) -> Text:
-    """Return a text of these pieces; the same object for the same pieces, so that it is placed once."""
+    """Return the text of these pieces: the same object for the same pieces, so that its segments are made once."""
     key = tuple(pieces)
     if key not in known:
-        known[key] = Text("")
-        for piece in pieces:
-            known[key] += piece
+        known[key] = text_of(key)
     return known[key]

@@ -1,8 +1,8 @@
-"""From the token ids that the harness asks about to the pieces of a prompt that have exactly these tokens.
+"""The harness's token ids, divided into the pieces of a prompt that have exactly these tokens.
 
 The harness tokenises a context and its continuation as one string, cuts the ids in two, and cuts off the beginning of
 what is too long. A prompt is made of strings that are tokenised one by one. So the ids are cut where a string can begin
-and end, and each string is tried: it must give its ids back.
+and end, and each string is tried: tokenising it must give its ids again.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from backprompt_db.compute.tokens import encode_strings, start_ids
+from backprompt_db.prompt.text import Text
 
 _MIN_TOKENS = 8
-"""Of a piece that ends at a blank line: between few-shot examples, mostly."""
+"""A piece of so many tokens ends at a blank line: mostly between few-shot examples."""
 _LINE_TOKENS = 64
-"""Of a piece that ends with a line."""
+"""A piece of so many tokens ends with its line."""
 _MAX_TOKENS = 256
 """After so many, a piece ends at the next place where a string can begin."""
 
 _MAX_REMEMBERED_STRINGS = 50_000
 
 
-class Speller:
-    """Finds the strings that have given tokens. Wraps any Hugging Face tokenizer.
+class PieceFinder:
+    """Divides token ids into strings that have these tokens, with any Hugging Face tokenizer.
 
-    Where a piece ends depends only on what precedes and on the next token, so that sequences with a common beginning
-    share its pieces, whatever they are asked together with.
+    Where a piece ends depends only on what precedes it and on the next token. So sequences with a common beginning
+    share its pieces, whatever else is asked at the same time.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -35,18 +36,18 @@ class Speller:
         self._tokens: dict[int, str] = {}
         self._strings: dict[tuple[bool, tuple[int, ...]], str | None] = {}
 
-    def spell(self, ids: Sequence[int], *, cut: int) -> tuple[list[str], list[str]] | None:
-        """Return strings that have the first `cut` of a prompt's tokens, and strings that have the others.
+    def divide(self, ids: Sequence[int], *, cut: int) -> tuple[list[str], list[str]] | None:
+        """Return the pieces that have the first `cut` of a prompt's tokens, and the pieces that have the others.
 
-        None where there are none: a character may lie on both sides of the cut, or a tokenizer may put start tokens
-        before a prompt that has none.
+        Returns None where there are no such pieces: a character may lie on both sides of the cut, or a tokenizer may
+        put start tokens before a prompt that has none.
         """
         before = self._pieces(ids, 0, cut)
         after = self._pieces(ids, cut, len(ids))
         return None if before is None or after is None else (before, after)
 
     def _pieces(self, ids: Sequence[int], begin: int, end: int) -> list[str] | None:
-        """Return strings that have the tokens from `begin` to `end`; None where there are none."""
+        """Return the pieces that have the tokens from `begin` to `end`; None where there are none."""
         pieces, places = list[str](), [begin]
         for index in range(begin + 1, end):
             if self._is_due(ids, places[-1], index) and self._can_begin(ids[index]):
@@ -75,14 +76,14 @@ class Speller:
         return is_blank or (is_line and num_tokens >= _LINE_TOKENS)
 
     def _can_begin(self, token_id: int) -> bool:
-        """Whether a string can begin with a token: not with half of a character, nor with a word's inside, at times."""
-        return self._found((False, (token_id,))) is not None
+        """Whether a string can begin with a token: not with half of a character, and sometimes not inside a word."""
+        return self._remembered((False, (token_id,))) is not None
 
     def _string(self, ids: Sequence[int], begin: int, end: int) -> str | None:
         """Return the string that has the tokens from `begin` to `end` in this place, None if no string has."""
-        return self._found((begin == 0, tuple(ids[begin:end])))
+        return self._remembered((begin == 0, tuple(ids[begin:end])))
 
-    def _found(self, piece: tuple[bool, tuple[int, ...]]) -> str | None:
+    def _remembered(self, piece: tuple[bool, tuple[int, ...]]) -> str | None:
         if piece not in self._strings:
             if len(self._strings) >= _MAX_REMEMBERED_STRINGS:
                 self._strings.clear()
@@ -107,3 +108,8 @@ class Speller:
     def _decode(self, ids: Sequence[int]) -> str:
         string: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return string
+
+
+def text_of(pieces: Sequence[str]) -> Text:
+    """Return the text that consists of these pieces."""
+    return sum(map(Text, pieces), Text(""))

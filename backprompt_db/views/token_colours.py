@@ -1,7 +1,7 @@
-"""A result in a notebook: every token, coloured by how much it surprised the model, and what would come next.
+"""A result in a notebook: every token, coloured by how much it surprised the model, and the likeliest next tokens.
 
-Surprise is minus the log-probability, in nats. Styles are inline, and colours lie thinly over whatever background the
-page has, so that it can be read in light and dark. Whatever texts hold is shown and means nothing.
+Surprise is minus the log-probability, in nats. Styles are inline. Colours are transparent and lie over the page's own
+background, so that the tokens can be read in light and dark. Markup in texts is shown as text.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from backprompt_db.views.formatting import plural, visible
 from backprompt_db.views.scene import ScoredSegment, Vocabulary
 
 NUM_TOKENS = 10_000
-"""Tokens that are shown; of more, the first and the last ones."""
+"""Tokens that are shown at most. Of more, the first and the last ones are shown."""
 
 _MOST_NATS = 8.0
-"""What surprises more has no deeper colour."""
+"""The surprise with the deepest colour."""
 _DEEPEST = 0.75
 _SURPRISE = "230,100,0"
 _PROBABILITY = "0,114,178"
@@ -30,14 +30,14 @@ _BLOCK = (
 _WRAP = "white-space:pre-wrap;overflow-wrap:anywhere"
 _NAMES = {False: "cached", True: "computed"}
 _LINES = {False: "2px solid #0072b2", True: "2px dashed #e69f00"}
-"""Below the tokens of a segment: told apart by form, too."""
+"""The line below the tokens of a segment. Its form differs, too, not only its colour."""
 _UNDEFINED = "outline:1px dotted;outline-offset:-1px"
 _NOTHING = "◌"
-"""Stands for a token that adds no character: another one, of the same character, has it."""
+"""Stands for a token that adds no character, because another token of the same character shows it."""
 
 
 class _Numbers:
-    """Stands in for a vocabulary that nobody has: tokens are shown by their ids."""
+    """Replaces a vocabulary that is not known: tokens are shown by their ids."""
 
     def pieces(self, _: str, ids: Sequence[int]) -> list[str]:
         return [self.token(each) for each in ids]
@@ -46,7 +46,7 @@ class _Numbers:
         return f"[{token_id}]"
 
 
-def surprise_view(
+def coloured_tokens(
     segments: Sequence[ScoredSegment],
     *,
     num_cached_tokens: int,
@@ -95,7 +95,7 @@ def _legend() -> str:
 
 
 def _body(segments: Sequence[ScoredSegment], vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield each segment's tokens, and in the place of those in the middle of very many how many they are."""
+    """Yield each segment's tokens. Of very many tokens, those in the middle are only counted."""
     ends = list(itertools.accumulate(len(segment.token_ids) for segment in segments))
     hidden = range(NUM_TOKENS // 2, max(NUM_TOKENS // 2, ends[-1] - NUM_TOKENS // 2))
     for number, (segment, end) in enumerate(zip(segments, ends, strict=True)):
@@ -136,7 +136,7 @@ def _shade(nats: float) -> str:
 
 
 def _readable(string: str) -> str:
-    """Return a token as HTML: a space before a word stays one, other blanks and line ends are marked as well."""
+    """Return a token as HTML. A space before a word stays a space; other spaces, tabs and line ends get a mark."""
     if not string:
         return _mark(_NOTHING)
     is_plain_first = string[0] == " " and string.strip() != ""
@@ -156,7 +156,7 @@ _BLANKS = {" ": _mark("·"), "\t": _mark("→") + "\t", "\n": _mark("↵") + "\n
 
 
 def _next_tokens(likeliest: Sequence[tuple[int, float]], vocabulary: Vocabulary) -> str:
-    """Return the likeliest next tokens, where the text has one last token."""
+    """Return the likeliest next tokens as HTML; nothing where the text has no single last token."""
     if not likeliest:
         return ""
     tokens = " ".join(

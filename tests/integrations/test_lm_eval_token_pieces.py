@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from backprompt_db.compute.tokens import SegmentTokenizer
-from backprompt_db.integrations.lm_eval.spelling import Speller
+from backprompt_db.integrations.lm_eval.token_pieces import PieceFinder
 from backprompt_db.prompt.text import Text
 from tests.support.harness import SHOTS, prefixing_tokenizer, tokenizing
 
@@ -60,21 +60,21 @@ def run_tokens(tokenizer: Any, pieces: list[str]) -> list[int]:
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(context=STRINGS, continuation=STRINGS)
-def test_a_request_is_spelled_with_the_tokens_of_the_hf_model(
+def test_the_pieces_of_a_request_have_the_tokens_of_the_hf_model(
     any_tokenizer: Any, context: str, continuation: str
 ) -> None:
     assume(context.strip())
     before, after = tokenizing(any_tokenizer)._encode_pair(context, continuation)
     assume(before and after)
-    spelled = Speller(any_tokenizer).spell(before + after, cut=len(before))
-    if spelled is None:  # no string begins with the continuation's tokens, or ends with the context's
+    found = PieceFinder(any_tokenizer).divide(before + after, cut=len(before))
+    if found is None:  # no string begins with the continuation's tokens, or ends with the context's
         decoded = any_tokenizer.decode(after)
         alone = any_tokenizer.encode(decoded, add_special_tokens=False)
         context_alone = any_tokenizer.encode(any_tokenizer.decode(before), add_special_tokens=False)
         assert alone != after or context_alone != before
     else:
-        assert run_tokens(any_tokenizer, spelled[0]) == before
-        assert run_tokens(any_tokenizer, [*spelled[0], *spelled[1]]) == before + after
+        assert run_tokens(any_tokenizer, found[0]) == before
+        assert run_tokens(any_tokenizer, [*found[0], *found[1]]) == before + after
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -87,15 +87,15 @@ def test_plain_text_can_be_cut_anywhere_a_word_begins(
         ids = each.encode(string)
         cut = 1 + place % max(1, len(ids) - 1)
         assume(cut < len(ids))
-        spelled = Speller(each).spell(ids, cut=cut)
-        if spelled is not None:
-            assert run_tokens(each, spelled[0]) == ids[:cut]
-            assert "".join([*spelled[0], *spelled[1]]) == string
+        found = PieceFinder(each).divide(ids, cut=cut)
+        if found is not None:
+            assert run_tokens(each, found[0]) == ids[:cut]
+            assert "".join([*found[0], *found[1]]) == string
 
 
 def test_pieces_end_between_examples(smollm2_tokenizer: Any) -> None:
     ids = smollm2_tokenizer.encode(SHOTS + "Question: Which one?\nAnswer: GET")
-    pieces, (completion,) = Speller(smollm2_tokenizer).spell(ids, cut=len(ids) - 1) or ([], [""])
+    pieces, (completion,) = PieceFinder(smollm2_tokenizer).divide(ids, cut=len(ids) - 1) or ([], [""])
     assert [piece.strip("\n").count("Question") for piece in pieces] == [1, 1, 1, 1]
     assert "".join(pieces) + completion == SHOTS + "Question: Which one?\nAnswer: GET"
 
@@ -103,32 +103,32 @@ def test_pieces_end_between_examples(smollm2_tokenizer: Any) -> None:
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
 def test_what_follows_does_not_move_the_places_before_it(smollm2_tokenizer: Any, separator: str) -> None:
     shots = separator.join(["the quick brown fox jumps over the lazy dog and runs away again"] * 30)
-    spellings = []
+    divided = []
     for ending in (" Which one?", separator + "Another question, and a much longer one.", ""):
         ids = smollm2_tokenizer.encode(shots + ending)
-        before, _ = Speller(smollm2_tokenizer).spell(ids, cut=len(ids)) or ([], [])
-        spellings.append(before)
-    shared = min(map(len, spellings)) - 1
+        before, _ = PieceFinder(smollm2_tokenizer).divide(ids, cut=len(ids)) or ([], [])
+        divided.append(before)
+    shared = min(map(len, divided)) - 1
     assert shared >= 1
-    assert spellings[0][:shared] == spellings[1][:shared] == spellings[2][:shared]
+    assert divided[0][:shared] == divided[1][:shared] == divided[2][:shared]
 
 
-def test_half_of_a_character_is_not_spelled(tokenizer: Any) -> None:
+def test_half_of_a_character_has_no_pieces(tokenizer: Any) -> None:
     ids = tokenizer.encode("a🙂b")
     assert len(ids) == 6
-    assert Speller(tokenizer).spell(ids, cut=2) is None
-    assert Speller(tokenizer).spell(ids, cut=5) == (["a🙂"], ["b"])
+    assert PieceFinder(tokenizer).divide(ids, cut=2) is None
+    assert PieceFinder(tokenizer).divide(ids, cut=5) == (["a🙂"], ["b"])
 
 
-def test_a_prompt_without_its_start_tokens_is_not_spelled(tokenizer_with_bos: Any) -> None:
+def test_a_prompt_without_its_start_tokens_has_no_pieces(tokenizer_with_bos: Any) -> None:
     ids = tokenizer_with_bos.encode("the quick fox")
-    assert Speller(tokenizer_with_bos).spell(ids, cut=len(ids)) == (["the quick fox"], [])
-    assert Speller(tokenizer_with_bos).spell(ids[1:], cut=len(ids) - 1) is None
+    assert PieceFinder(tokenizer_with_bos).divide(ids, cut=len(ids)) == (["the quick fox"], [])
+    assert PieceFinder(tokenizer_with_bos).divide(ids[1:], cut=len(ids) - 1) is None
 
 
-def test_a_start_token_alone_is_spelled_by_its_name(tokenizer_with_bos: Any) -> None:
+def test_a_start_token_alone_is_a_piece_under_its_name(tokenizer_with_bos: Any) -> None:
     ids = [tokenizer_with_bos.bos_token_id, *tokenizer_with_bos.encode("the fox")]
-    spelled = Speller(tokenizer_with_bos).spell(ids, cut=1)
-    assert spelled is not None
-    assert spelled[0] == ["<s>"]
-    assert run_tokens(tokenizer_with_bos, [*spelled[0], *spelled[1]]) == ids
+    found = PieceFinder(tokenizer_with_bos).divide(ids, cut=1)
+    assert found is not None
+    assert found[0] == ["<s>"]
+    assert run_tokens(tokenizer_with_bos, [*found[0], *found[1]]) == ids

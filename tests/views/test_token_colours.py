@@ -14,7 +14,7 @@ import backprompt_db as bp
 from backprompt_db.prompt.ids import ModelIds
 from backprompt_db.prompt.representation import Array
 from backprompt_db.prompt.text import ModelRepr
-from backprompt_db.views.surprise import NUM_TOKENS
+from backprompt_db.views.token_colours import NUM_TOKENS
 from tests.conftest import tiny_gpt2, train_tokenizer
 from tests.support.explanations import CONTEXT, ENDING, HOSTILE, REQUEST, prompt, run
 from tests.support.pictures import ReadTokens
