@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.catalog.connection import OPERATION, Connections, catalog_errors
 from backprompt_db.errors import CatalogError, CatalogTooNew
+from backprompt_db.system.platform import set_mode
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -79,7 +80,7 @@ def _create(path: Path, *, mode: int) -> None:
     except FileExistsError:
         return
     try:
-        os.fchmod(descriptor, mode)
+        set_mode(descriptor, mode)
     finally:
         # This drops every lock that the process has on the file, and on a file this new there is none.
         os.close(descriptor)

@@ -15,6 +15,7 @@ from backprompt_db.prompt.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.files import replace_file
 from backprompt_db.store.records import CHUNK_NBYTES, Digest, keyed_blake3, xxh3_128
+from backprompt_db.system.platform import O_NOFOLLOW
 
 NAME = "manifest.json"
 
@@ -96,7 +97,7 @@ def _read(directory: Path) -> bytes | None:
 
 def _bytes_of(path: Path) -> bytes:
     """Return what is in a file, and never in one that a symbolic link leads to."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | O_NOFOLLOW), "rb") as file:
         return file.read()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grp
 import logging
 import os
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
 from backprompt_db.store.records import Digest
 from backprompt_db.system.failpoints import reach
+from backprompt_db.system.platform import give, group_number, require_directories
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -256,7 +256,7 @@ def create_database(
 def group_id(name: str) -> int:
     """Return the number of a group, given by name or number. Raises `UnsafeLocation` for an unknown one."""
     try:
-        return _checked(int(name)) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        return _checked(int(name)) if name.isdecimal() else group_number(name)
     except KeyError:
         raise UnsafeLocation(f"there is no group {name!r}", hint="`getent group` lists the groups.") from None
 
@@ -271,7 +271,7 @@ def _give(directory: Path, sharing: Sharing, gid: int | None) -> None:
     """Give the directory to those who shall share it."""
     try:
         if gid is not None:
-            os.chown(directory, -1, gid)
+            give(directory, gid=gid, through_link=True)
         make_directory(directory, sharing.modes.directory)
     except PermissionError as error:
         given = f"the mode {sharing.modes.directory:04o}" + ("" if gid is None else f" and the group {gid}")
@@ -301,6 +301,7 @@ CATALOG = "catalog.sqlite"
 
 def manifest_of(directory: Path) -> Manifest:
     """Return the manifest of the database in `directory`; raises `UnsafeLocation` where there is none."""
+    require_directories(directory)
     manifest = read_manifest(directory)
     if manifest is None:
         raise UnsafeLocation(
