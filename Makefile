@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types docs bench torture clean
+.PHONY: demo test lint types docs bench torture clean smoke
 
 demo: $(READY)
 	$(BIN)/backprompt-db demo
@@ -42,3 +42,7 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf .venv build dist
+
+# A short run on every version of Python that can be found, without torch.
+smoke:
+	$(PYTHON) tests/package/smoke_versions.py

@@ -6,6 +6,7 @@ import itertools
 import random
 import resource
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -56,7 +57,7 @@ def many_leaves(directory: Path) -> list[Measurement]:
         scored: dict[str, float] = {}
         times = {num: statistics.median(time_of(num) for _ in range(_num_runs(num))) for num in NUMS_LEAVES}
         # The peak may be that of loading the model: then this is too much, never too little.
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e6
+        peak = (_peak_nbytes() - before) / 1e6
     some = random.Random(0).sample(list(scored), NUM_COMPARED)
     filled = plain.prefill(model, tokenizer(prefix)["input_ids"])
     expected = plain.score_batch(model, filled, tokenizer(some)["input_ids"])
@@ -102,6 +103,15 @@ def lengths_and_depths(directory: Path) -> list[Measurement]:
         _growth("length", f"time of a {SUFFIX_TOKENS}-token suffix over tokens of a prefix in memory", by_length),
         _growth("depth", f"time of computing {CHAIN_TOKENS} tokens over pieces of their chain", by_depth),
     ]
+
+
+def _peak_nbytes() -> int:
+    """Return the most memory that this process has had."""
+    if sys.platform == "win32":
+        nbytes = int(psutil.Process().memory_info().peak_wset)
+    else:
+        nbytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return nbytes
 
 
 def _num_runs(num_leaves: int) -> int:

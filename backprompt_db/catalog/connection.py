@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import sqlite3
 import threading
 from contextlib import closing, contextmanager
@@ -21,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from backprompt_db.catalog.search import folded
 from backprompt_db.errors import CatalogError
+from backprompt_db.system.platform import register_at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ BUSY_TIMEOUT_SECONDS = 30.0
 OPERATION = threading.RLock()
 """Held during every operation, and by a fork, so that no child starts with half an operation in its memory."""
 
-os.register_at_fork(before=OPERATION.acquire, after_in_parent=OPERATION.release, after_in_child=OPERATION.release)
+register_at_fork(before=OPERATION.acquire, after_in_parent=OPERATION.release, after_in_child=OPERATION.release)
 
 _BUSY = "Another process has kept it locked; try again, and look for a process that hangs if this stays."
 _FULL = "Free disk space; the store is not affected and the catalog catches up with the next reindex."

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from backprompt_db.catalog.connection import OPERATION, CatalogFile, catalog_errors
 from backprompt_db.errors import CatalogError, CatalogTooNew
 from backprompt_db.system.locks import file_lock
+from backprompt_db.system.platform import set_mode
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -78,7 +79,7 @@ def _create(path: Path, *, mode: int) -> None:
     except FileExistsError:
         return
     try:
-        os.fchmod(descriptor, mode)
+        set_mode(descriptor, mode)
     finally:
         # Closing drops every lock that the process has on the file; on a new file it has none.
         os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -31,6 +30,9 @@ from backprompt_db.views.formatting import visible
 ERROR = 2
 """The exit code of a command that failed; `verify` and `doctor` have others for what they found."""
 
+_CLOSED_PIPE = 128 + 13
+"""What shells say of a program that SIGPIPE has ended, which has this number on all systems that have it."""
+
 
 class Commands(TyperGroup):
     """The group of all commands. An error is printed as one line and a hint; a closed pipe is no error."""
@@ -45,7 +47,7 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             # What is still buffered would fail once more when the interpreter exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(128 + signal.SIGPIPE) from None
+            raise typer.Exit(_CLOSED_PIPE) from None
 
 
 app = typer.Typer(

@@ -7,7 +7,6 @@ the end, so a process that is killed loses only what was counted since.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import weakref
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backprompt_db.errors import CatalogError
+from backprompt_db.system.platform import register_at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -223,4 +223,4 @@ def _after_fork_in_child() -> None:
         tally.after_fork_in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import grp
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from backprompt_db.store.files import Sharing, make_directory
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.system.failpoints import reach
 from backprompt_db.system.locks import file_lock
+from backprompt_db.system.platform import give, group_number
 
 _NO_GROUP = 2**32 - 1
 """The first number that no group can have: it asks the kernel to change nothing."""
@@ -65,7 +64,7 @@ def create_database(
 def group_id(name: str) -> int:
     """Return the number of a group, given by name or number. Raises `UnsafeLocation` for an unknown one."""
     try:
-        return _checked(int(name)) if name.isdecimal() else grp.getgrnam(name).gr_gid
+        return _checked(int(name)) if name.isdecimal() else group_number(name)
     except KeyError:
         raise UnsafeLocation(f"there is no group {name!r}", hint="`getent group` lists the groups.") from None
 
@@ -80,7 +79,7 @@ def _give(directory: Path, sharing: Sharing, gid: int | None) -> None:
     """Give the directory to those who shall share it."""
     try:
         if gid is not None:
-            os.chown(directory, -1, gid)
+            give(directory, gid=gid, through_link=True)
         make_directory(directory, sharing.modes.directory)
     except PermissionError as error:
         given = f"the mode {sharing.modes.directory:04o}" + ("" if gid is None else f" and the group {gid}")

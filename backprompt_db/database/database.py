@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
@@ -39,6 +38,7 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.layered import own_store
 from backprompt_db.store.records import Digest
+from backprompt_db.system.platform import register_at_fork
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -374,4 +374,4 @@ def _after_fork_in_child() -> None:
     at_end_of_forked_process(_close_all)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+register_at_fork(after_in_child=_after_fork_in_child)

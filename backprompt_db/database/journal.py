@@ -21,6 +21,7 @@ from backprompt_db.prompt.ids import ID_NBYTES, Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.files import Modes, locked, make_directory
+from backprompt_db.system.platform import O_NOFOLLOW, set_mode
 
 _WAIT_SECONDS = 30.0
 _KEY_NBYTES = ID_NBYTES + 1
@@ -135,10 +136,10 @@ def _remove(entry: Path | None) -> None:
 
 
 def _write_new(path: Path, content: bytes, *, mode: int) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | O_NOFOLLOW
     descriptor = os.open(path, flags, mode)
     try:
-        os.fchmod(descriptor, mode)
+        set_mode(descriptor, mode)
         os.write(descriptor, content)
     finally:
         os.close(descriptor)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import grp
 import os
-import pwd
-import re
 import shlex
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from backprompt_db.errors import StoreReadOnly, UnsafeLocation
 from backprompt_db.store.files import DATA, READER_TABLE, Modes, Sharing
+from backprompt_db.system.platform import (
+    filesystem_of,
+    group_ids,
+    group_name,
+    is_mounted_readonly,
+    require_directories,
+    user_id,
+    user_name,
+)
 
 MANIFEST = "manifest.json"
 """What the database is. It is written last: a directory without it is none."""
@@ -80,10 +86,10 @@ class Fault(NamedTuple):
         if is_given:
             commands.append(f"chown {_owners(self.uid, self.gid)} {name}")
         elif is_moved:
-            commands.append(f"chgrp {_group(self.gid)} {name}")
+            commands.append(f"chgrp {group_name(self.gid)} {name}")
         if is_given or stat.S_IMODE(is_.st_mode) != self.mode:  # a new owner costs the setgid bit
             commands.append(f"chmod {self.mode:o} {name}")
-        who = "root" if is_given or not is_.st_uid else f"{_user(is_.st_uid)} or root"
+        who = "root" if is_given or not is_.st_uid else f"{user_name(is_.st_uid)} or root"
         return f"`{' && '.join(commands)}` as {who}"
 
 
@@ -137,7 +143,7 @@ def _danger(file: _File) -> UnsafeLocation | None:
     if file.is_folder and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         return UnsafeLocation(
             f"everybody may replace what is in {file.path} (mode {mode:04o})",
-            hint=f"Run `chmod o-w {shlex.quote(file.path)}` as {_user(file.status.st_uid)} or root.",
+            hint=f"Run `chmod o-w {shlex.quote(file.path)}` as {user_name(file.status.st_uid)} or root.",
         )
     return None
 
@@ -145,8 +151,8 @@ def _danger(file: _File) -> UnsafeLocation | None:
 def _obstacle(files: list[_File], sharing: Sharing, *, readonly: bool) -> StoreReadOnly | None:
     """Return the first file that is not as it should be and that this user cannot use for that reason."""
     directory, _, root = files[0]
-    is_owner = os.geteuid() in (0, root.st_uid)
-    is_member = sharing is not Sharing.PRIVATE and root.st_gid in (os.getegid(), *os.getgroups())
+    is_owner = user_id() in (0, root.st_uid)
+    is_member = sharing is not Sharing.PRIVATE and root.st_gid in group_ids()
     if not is_owner and not is_member:
         return None
     is_writer = not readonly and (is_owner or sharing is Sharing.GROUP)
@@ -154,7 +160,7 @@ def _obstacle(files: list[_File], sharing: Sharing, *, readonly: bool) -> StoreR
         name = fault.path.name
         is_needed = not readonly or name in _NEEDED_TO_READ or fault.status is root
         if is_needed and not _is_usable(fault, write=is_writer or (name == READER_TABLE and not readonly)):
-            return _unusable(fault, directory, _PROMISES[sharing].format(group=_group(root.st_gid)))
+            return _unusable(fault, directory, _PROMISES[sharing].format(group=group_name(root.st_gid)))
     return None
 
 
@@ -176,7 +182,7 @@ def _is_usable(fault: Fault, *, write: bool) -> bool:
     if os.access(path, needed | (os.W_OK if write else 0)):
         return True
     # Nobody can write on a read-only filesystem, whatever the mode; and a journal may be gone.
-    is_readonly = write and bool(os.statvfs(path).f_flag & os.ST_RDONLY) and os.access(path, needed)
+    is_readonly = write and is_mounted_readonly(path) and os.access(path, needed)
     return is_readonly or not os.path.lexists(path)
 
 
@@ -184,7 +190,7 @@ def _unusable(fault: Fault, directory: str, promise: str) -> StoreReadOnly:
     is_, doctor = fault.status, f"`backprompt-db doctor --fix --db {shlex.quote(directory)}`"
     return StoreReadOnly(
         f"{fault.path} belongs to {_owners(is_.st_uid, is_.st_gid)} with mode {stat.S_IMODE(is_.st_mode):04o}, "
-        f"and you are {_user(os.geteuid())}: {promise}",
+        f"and you are {user_name(user_id())}: {promise}",
         hint=f"Run {fault.remedy}; {doctor} mends all such files.",
     )
 
@@ -225,54 +231,26 @@ def _mode(file: _File, modes: Modes) -> int:
 
 
 def _owners(uid: int, gid: int) -> str:
-    return f"{_user(uid)}:{_group(gid)}"
+    return f"{user_name(uid)}:{group_name(gid)}"
 
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def _group(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
-
-
-MOUNTS = Path("/proc/self/mountinfo")
-"""The kernel's table of what is mounted where."""
-
-UNKNOWN = "unknown"
-"""The type of a filesystem that the table does not tell, or where there is no table."""
 
 _NETWORKS = frozenset(
     {
-        "9p", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs", "nfs4",
-        "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "fuse.beegfs", "fuse.ceph-fuse", "fuse.cephfs",
-        "fuse.davfs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs", "fuse.mountpoint-s3", "fuse.rclone",
-        "fuse.s3fs", "fuse.seaweedfs", "fuse.smbnetfs", "fuse.sshfs",
+        "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "gfs2", "glusterfs", "gpfs", "lustre", "ncpfs", "nfs",
+        "nfs4", "ocfs2", "orangefs", "panfs", "pvfs2", "smb2", "smb3", "smbfs", "webdav", "fuse.beegfs",
+        "fuse.ceph-fuse", "fuse.cephfs", "fuse.davfs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.juicefs",
+        "fuse.mountpoint-s3", "fuse.rclone", "fuse.s3fs", "fuse.seaweedfs", "fuse.smbnetfs", "fuse.sshfs",
     }
 )  # fmt: skip
-_SPECIAL = re.compile(rb"[ \t\n\\]")
-_SLASH = ord("/")
-_PLACE = 4
-"""The number of the field that says where something is mounted."""
-
-
-class _Mount(NamedTuple):
-    """A line of the table."""
-
-    id: bytes
-    parent_id: bytes
-    place: bytes
-    kind: bytes
 
 
 def require_local(directory: Path) -> None:
-    """Raise `UnsafeLocation` for a directory on a network filesystem, whether or not it exists yet."""
+    """Raise `UnsafeLocation` for a directory on a network filesystem, whether or not it exists yet.
+
+    Where the system does not say which filesystem it is, the directory is taken for local. On a system on which no
+    database can be in a directory, every directory is refused.
+    """
+    require_directories(directory)
     kind = filesystem_of(directory)
     if kind in _NETWORKS:
         raise UnsafeLocation(
@@ -280,50 +258,3 @@ def require_local(directory: Path) -> None:
             hint="Keep the database on a local disk: `backprompt-db export`, `import` and `merge` carry it between "
             "machines, and `bp.open(private, base=...)` puts a local one in front of a team's.",
         )
-
-
-def filesystem_of(path: Path) -> str:
-    """Return the type of the filesystem that a path is on, or would be on, as the kernel calls it.
-
-    The table is read each time: what is mounted may change while a process runs.
-    """
-    place = os.fsencode(os.path.realpath(path))
-    # Walked as the kernel does, from mount to mount: a longer place may lie hidden below what was mounted later.
-    found, mounts = None, _mounts_on_the_way(place)
-    while (inner := _first_inside(found, mounts)) is not None:
-        mounts.remove(inner)
-        found = inner
-    return UNKNOWN if found is None else found.kind.decode(errors="backslashreplace")
-
-
-def _mounts_on_the_way(place: bytes) -> list[_Mount]:
-    """Return what is mounted on the directories that a path goes through."""
-    ways = {b"/", _escaped(place)}
-    ways.update(_escaped(place[:end]) for end in range(1, len(place)) if place[end] == _SLASH)
-    try:
-        lines = MOUNTS.read_bytes().split(b"\n")
-    except OSError:
-        return []
-    fields = [line.split(b" ", _PLACE + 1) for line in lines]
-    return [_mount(found) for found in fields if len(found) > _PLACE + 1 and found[_PLACE] in ways]
-
-
-def _mount(fields: Sequence[bytes]) -> _Mount:
-    # Between the place and the type stand options, and any number of fields of which a lone dash is the end.
-    _, _, kind = fields[_PLACE + 1].partition(b" - ")
-    return _Mount(fields[0], fields[1], fields[_PLACE], kind.partition(b" ")[0])
-
-
-def _first_inside(outer: _Mount | None, mounts: Iterable[_Mount]) -> _Mount | None:
-    """Return which mount the path enters next: of those that are mounted on `outer`, the one that it meets first."""
-    if outer is not None:
-        inside = [mount for mount in mounts if mount.parent_id == outer.id]
-    else:  # the outermost one is mounted on what this process cannot see
-        ids = {mount.id for mount in mounts if mount.id != mount.parent_id}
-        inside = [mount for mount in mounts if mount.parent_id not in ids]
-    return min(inside, key=lambda mount: len(mount.place), default=None)
-
-
-def _escaped(name: bytes) -> bytes:
-    """Return a name as the table writes it."""
-    return _SPECIAL.sub(lambda found: b"\\%03o" % ord(found[0]), name)

@@ -18,6 +18,7 @@ from backprompt_db.prompt.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.files import replace_file
 from backprompt_db.store.records import CHUNK_NBYTES, Digest, keyed_blake3, xxh3_128
+from backprompt_db.system.platform import O_NOFOLLOW
 
 XXH3 = "xxh3-128"
 """The digest that finds damage."""
@@ -119,7 +120,7 @@ def _read(directory: Path) -> bytes | None:
 
 def _bytes_of(path: Path) -> bytes:
     """Return the content of a file; never through a symbolic link."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | O_NOFOLLOW), "rb") as file:
         return file.read()
 
 

@@ -23,6 +23,7 @@ from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
 from backprompt_db.store.records import Digest
+from backprompt_db.system.platform import require_directories
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -206,6 +207,7 @@ def _fidelity(name: str) -> Fidelity:
 
 def manifest_of(directory: Path) -> Manifest:
     """Return the manifest of the database in `directory`; raises `UnsafeLocation` where there is none."""
+    require_directories(directory)
     manifest = read_manifest(directory)
     if manifest is None:
         raise UnsafeLocation(

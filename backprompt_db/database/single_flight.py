@@ -19,6 +19,7 @@ from pathlib import Path
 
 from backprompt_db.prompt.ids import Address
 from backprompt_db.system.locks import ByteLocks
+from backprompt_db.system.platform import register_at_fork
 
 logger = logging.getLogger(__name__)
 
@@ -208,4 +209,4 @@ def _after_fork_in_child() -> None:
         single_flight._after_fork_in_child()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+register_at_fork(after_in_child=_after_fork_in_child)

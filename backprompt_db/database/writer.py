@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +24,7 @@ from backprompt_db.database.eviction import Evictor
 from backprompt_db.errors import BackpromptError, StoreClosed, StoreFull
 from backprompt_db.prompt.representation import Arrays, Origin
 from backprompt_db.store.contract import Blob, Key, Store, needs_of
+from backprompt_db.system.platform import register_at_fork, step_back
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -315,10 +314,7 @@ def _yield_to_others() -> None:
 
     A model's pass waits for its slowest thread, so what the writer takes from one of its threads is lost to all.
     """
-    if sys.platform != "linux":  # elsewhere priorities belong to processes
-        return
-    with suppress(OSError):  # sandboxes may forbid it
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _PRIORITY)
+    step_back(_PRIORITY)
 
 
 _writers: weakref.WeakSet[Writer] = weakref.WeakSet()
@@ -345,4 +341,4 @@ def _after_fork_in_child() -> None:
     at_end_of_forked_process(_finish_all)
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+register_at_fork(after_in_child=_after_fork_in_child)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from backprompt_db.catalog.connection import catalog_flaws
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.creating import group_id
-from backprompt_db.database.location import CATALOG, STORE, Fault, faults, filesystem_of, require_local
+from backprompt_db.database.location import CATALOG, STORE, Fault, faults, require_local
 from backprompt_db.database.manifest import Manifest, digest_of
 from backprompt_db.database.opening import open_catalog, open_existing, open_store
 from backprompt_db.database.reconcile import differences
@@ -35,6 +35,7 @@ from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
 from backprompt_db.store.registry import release, shared_environment
+from backprompt_db.system.platform import UNKNOWN, change_mode, filesystem_of, give
 
 _NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
 _NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
@@ -121,7 +122,10 @@ def filesystem(subject: Subject) -> Finding:
         require_local(subject.directory)
     except UnsafeLocation as error:
         return Finding(Status.PROBLEM, f"{error.message}.", error.hint)
-    return fine(f"{subject.directory} is on {filesystem_of(subject.directory)}.")
+    kind = filesystem_of(subject.directory)
+    if kind == UNKNOWN:
+        return fine(f"The system does not say which filesystem {subject.directory} is on: it must be a local disk.")
+    return fine(f"{subject.directory} is on {kind}.")
 
 
 def free_space(subject: Subject) -> Finding:
@@ -147,7 +151,7 @@ def directory(subject: Subject) -> Finding:
         f"Everybody may put files into {subject.directory} ({mode:04o})"
         + ("." if is_sticky else ", and delete or replace those of others."),
         f"Run `chmod o-w {subject.directory}`.",
-        mend=lambda: _chmod(subject.directory, mode & ~stat.S_IWOTH),
+        mend=lambda: change_mode(subject.directory, mode & ~stat.S_IWOTH),
     )
 
 
@@ -176,7 +180,7 @@ def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
     """
     try:
         if group is not None:
-            os.chown(directory, -1, group_id(group))
+            give(directory, gid=group_id(group), through_link=True)
         _mend(faults(directory, sharing))
     except PermissionError as error:
         raise StoreReadOnly(
@@ -188,17 +192,8 @@ def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
 def _mend(found: Iterable[Fault]) -> None:
     for path, status, uid, gid, mode in found:
         if (status.st_uid, status.st_gid) != (uid, gid):
-            os.chown(path, uid, gid, follow_symlinks=False)
-        _chmod(path, mode)  # afterwards: a new owner clears the setgid bit
-
-
-def _chmod(path: Path, mode: int) -> None:
-    # Not by opening it for reading: closing it would give up the locks that this process has on it.
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        Path(f"/proc/self/fd/{descriptor}").chmod(mode)
-    finally:
-        os.close(descriptor)
+            give(path, uid=uid, gid=gid)
+        change_mode(path, mode)  # afterwards: a new owner clears the setgid bit
 
 
 def writing(subject: Subject) -> Finding:

@@ -31,9 +31,10 @@ _COUNTS = """
     coalesce(sum(kv_nbytes), 0)
 """
 _TOTALS = f"""
-    SELECT {_COUNTS}, (SELECT coalesce(sum(num_segments), 0) FROM namespaces WHERE ?1 IS NULL OR name = ?1),
+    SELECT {_COUNTS},
+        (SELECT coalesce(sum(num_segments), 0) FROM namespaces WHERE :namespace IS NULL OR name = :namespace),
         count(DISTINCT weights_id), coalesce(sum(num_tokens), 0), coalesce(sum(num_hits), 0), total(saved_seconds)
-    FROM sums WHERE ?1 IS NULL OR namespace = ?1
+    FROM sums WHERE :namespace IS NULL OR namespace = :namespace
 """  # noqa: S608 - constants
 _BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
 
@@ -252,7 +253,7 @@ def sums(path: Path, *, namespace: str | None = None) -> Totals:
 
     Raises `CatalogError` if it is unusable.
     """
-    [(count, scores, logits, kv, *others)] = _rows(path, _TOTALS, namespace)
+    [(count, scores, logits, kv, *others)] = _rows(path, _TOTALS, namespace=namespace)
     num_segments, num_models, num_tokens, num_hits, saved_seconds = others
     nbytes = _nbytes(scores, logits, kv)
     return Totals(count, num_segments, num_models, num_tokens, nbytes, num_hits, saved_seconds)
@@ -275,7 +276,7 @@ def counts(path: Path) -> dict[str, float]:
 
 def events(path: Path, *, limit: int) -> list[tuple[float, str, bytes | None, str]]:
     """Return time, kind, address and detail of the newest events; raises `CatalogError` if it is unusable."""
-    return list(_rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT ?", limit))
+    return list(_rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT :limit", limit=limit))
 
 
 def _by(path: Path, column: str) -> dict[Any, GroupTotals]:
@@ -289,7 +290,7 @@ def _nbytes(scores: int, logits: int, kv: int) -> dict[Part, int]:
     return {Part.SCORES: scores, Part.LOGITS: logits, Part.KV: kv}
 
 
-def _rows(path: Path, query: str, *values: object) -> Sequence[tuple[Any, ...]]:
+def _rows(path: Path, query: str, **values: object) -> Sequence[tuple[Any, ...]]:
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:

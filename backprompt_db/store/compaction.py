@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from backprompt_db.errors import StoreFull
@@ -20,6 +21,7 @@ from backprompt_db.store.files import sync_directory
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import check_length, number_transactions
 from backprompt_db.system.failpoints import reach
+from backprompt_db.system.platform import give_open, set_mode, sync
 
 _PREFIX = ".compact-"
 
@@ -67,14 +69,13 @@ def _check_room(directory: Path, nbytes: int) -> None:
 def _dress(copy: Path, *, like: Path) -> None:
     """Give a file the owner and the permissions of another; not every user may give files away."""
     status = like.stat()
-    descriptor = os.open(copy, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(copy, os.O_RDWR)
     try:
-        for uid, gid in ((status.st_uid, -1), (-1, status.st_gid)):
-            try:
-                os.fchown(descriptor, uid, gid)
-            except PermissionError:
-                continue
-        os.fchmod(descriptor, status.st_mode & 0o7777)
-        os.fsync(descriptor)
+        with suppress(PermissionError):
+            give_open(descriptor, uid=status.st_uid)
+        with suppress(PermissionError):
+            give_open(descriptor, gid=status.st_gid)
+        set_mode(descriptor, status.st_mode & 0o7777)
+        sync(descriptor)
     finally:
         os.close(descriptor)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from backprompt_db.store.contract import Usage
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import newest_meta
 from backprompt_db.system.locks import give_turn, is_locked, take_turn
+from backprompt_db.system.platform import O_NOFOLLOW, reserve, set_mode
 
 LMDB_GENERATION = 0
 """The LMDB engine whose file format is used: 0.9, which every release of LMDB since 2011 reads."""
@@ -357,9 +357,9 @@ def _make_lock_file(directory: Path) -> None:
     is_for_group = (directory / "data.mdb").stat().st_mode & 0o040
     mode = 0o660 if is_for_group else 0o600
     with suppress(FileExistsError):
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | O_NOFOLLOW
         descriptor = os.open(lock, flags, mode)
-        os.fchmod(descriptor, mode)
+        set_mode(descriptor, mode)
         os.close(descriptor)
     if not lock.stat().st_size:
         _reserve(lock)
@@ -367,10 +367,9 @@ def _make_lock_file(directory: Path) -> None:
 
 def _reserve(lock: Path) -> None:
     """Give a lock file its room: LMDB maps holes, and a process that writes into one on a full disk is killed."""
-    descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(lock, os.O_RDWR | O_NOFOLLOW)
     try:
-        if sys.platform == "linux":
-            os.posix_fallocate(descriptor, 0, _LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
+        reserve(descriptor, _LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
     finally:
         os.close(descriptor)
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
+from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, set_mode, sync
 
 DATA, READER_TABLE = "data.mdb", "lock.mdb"
 """LMDB's two files: everything that is stored, and its table of readers."""
@@ -67,8 +68,8 @@ def create_files(directory: Path, modes: Modes) -> None:
     with store_errors(directory):
         make_directory(directory, modes.directory)
         for name, mode in ((DATA, modes.file), (READER_TABLE, modes.lock)):
-            descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-            os.fchmod(descriptor, mode)
+            descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | O_NOFOLLOW, mode)
+            set_mode(descriptor, mode)
             if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # of the data: the disk was full, and LMDB takes no half
                 os.ftruncate(descriptor, 0)
             os.close(descriptor)
@@ -83,10 +84,10 @@ def make_directory(directory: Path, mode: int) -> None:
         directory.mkdir(mode=0o700)
     if directory.is_symlink():
         raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
     try:
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:  # which only its owner may change
-            os.fchmod(descriptor, mode)
+            set_mode(descriptor, mode)
     finally:
         os.close(descriptor)
 
@@ -97,9 +98,9 @@ def replace_file(path: Path, content: str, *, mode: int) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(content)
-            os.fchmod(descriptor, mode)
+            set_mode(descriptor, mode)
             file.flush()
-            os.fsync(descriptor)
+            sync(descriptor)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -109,9 +110,9 @@ def replace_file(path: Path, content: str, *, mode: int) -> None:
 
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory last: which files there are, and which of them was renamed."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from backprompt_db.errors import (
     StoreReadOnly,
     UnsafeLocation,
 )
+from backprompt_db.system.platform import max_file_nbytes
 
 _RESTORE = "Restore the file from a backup, or delete the database directory: it will be computed again."
 _FREE_SPACE = "Free some space; computation goes on without storing."
@@ -89,9 +89,9 @@ def as_store_error(error: Exception, path: Path) -> StoreError:
 
 
 def _is_at_size_limit(path: Path) -> bool:
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = max_file_nbytes()
     try:
-        return limit != resource.RLIM_INFINITY and (path / "data.mdb").stat().st_size > limit - _NEARLY_FULL_NBYTES
+        return limit is not None and (path / "data.mdb").stat().st_size > limit - _NEARLY_FULL_NBYTES
     except OSError:
         return False
 

@@ -9,7 +9,6 @@ In the machine's byte order. The page whose transaction id is larger counts; tra
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 
 from backprompt_db.errors import StoreCorrupt
 from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.system.platform import sync
 
 _META = struct.Struct("=16x II 16x I 36x Q 32x Q 8x QQ".replace(" ", ""))
 _BODY_BEGIN = 16
@@ -114,16 +114,14 @@ def number_transactions(data: Path, transaction_id: int) -> None:
     meta = newest_meta(data)
     if meta is None:
         raise StoreCorrupt(f"{data} is not an LMDB file", hint="Try again.")
-    descriptor = os.open(data, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with data.open("r+b") as file:
         newest = (meta.transaction_id & 1) * meta.page_nbytes
-        body = os.pread(descriptor, _TRANSACTION_BEGIN - _BODY_BEGIN, newest + _BODY_BEGIN)
+        body = _read(file, newest + _BODY_BEGIN, _TRANSACTION_BEGIN - _BODY_BEGIN)
         for number in (transaction_id, transaction_id - 1):
-            page = (number & 1) * meta.page_nbytes
-            os.pwrite(descriptor, body + struct.pack("=Q", number), page + _BODY_BEGIN)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            file.seek((number & 1) * meta.page_nbytes + _BODY_BEGIN)
+            file.write(body + struct.pack("=Q", number))
+        file.flush()
+        sync(file.fileno())
 
 
 def _parse(page: bytes) -> Meta | None:

@@ -7,13 +7,13 @@ and has it reopened in a child.
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 
 from backprompt_db.store.environment import Environment, identity_of, missing
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import check_length, check_pages
+from backprompt_db.system.platform import register_at_fork
 
 _environments: list[Environment] = []
 _lock = threading.RLock()
@@ -90,4 +90,4 @@ def _after_fork_in_child() -> None:
     _lock.release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import time
 from dataclasses import dataclass
+
+from backprompt_db.system.platform import end_process, stop_process
 
 VARIABLE = "BACKPROMPT_DB_FAILPOINT"
 
@@ -79,9 +80,9 @@ def reach(name: str) -> None:
 def _fail(name: str, action: str) -> None:
     match action.partition(":"):
         case "kill", _, _:
-            os.kill(os.getpid(), signal.SIGKILL)
+            end_process()
         case "stop", _, _:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop_process()
         case "raise", _, _:
             raise RuntimeError(f"failpoint {name}")
         case "full", _, _:

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from backprompt_db.system.platform import (
+    HAS_BYTE_LOCKS,
+    O_DIRECTORY,
+    O_NOFOLLOW,
+    is_byte_locked,
+    lock_file,
+    set_mode,
+    try_lock_byte,
+    unlock_bytes,
+    unlock_file,
+)
+
 _FIRST_WAIT_SECONDS = 0.001
 _LONGEST_WAIT_SECONDS = 0.005
 """Short, as the kernel keeps no place for one who asks again and again: others would slip in between."""
 
-_FLOCK = struct.Struct("hhqqi4x")
-"""`struct flock`: type, whence, start, length, pid."""
 _BUSY = frozenset({errno.EACCES, errno.EAGAIN})
 
 
@@ -31,26 +39,24 @@ def file_lock(
     `TimeoutError` when the lock cannot be had within `timeout_seconds`, without which it is waited for, and the
     `OSError` of a file that cannot be opened.
     """
-    kind = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
     descriptor = _open_lock_file(path, mode=mode)
     try:
         if timeout_seconds is None:
-            fcntl.flock(descriptor, kind)
+            lock_file(descriptor, shared=not is_alone)
         else:
-            _wait(descriptor, kind, path, timeout_seconds)
+            _wait(descriptor, path, shared=not is_alone, timeout_seconds=timeout_seconds)
         yield
     finally:
-        # Unlocked and not only closed: a child that was forked meanwhile has the descriptor too.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        unlock_file(descriptor)
         os.close(descriptor)
 
 
-def _wait(descriptor: int, kind: int, path: Path, timeout_seconds: float) -> None:
+def _wait(descriptor: int, path: Path, *, shared: bool, timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
     pause = _FIRST_WAIT_SECONDS
     while True:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            lock_file(descriptor, shared=shared, wait=False)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"another process holds {path}") from None
@@ -62,34 +68,33 @@ def _wait(descriptor: int, kind: int, path: Path, timeout_seconds: float) -> Non
 
 def _open_lock_file(path: Path, *, mode: int) -> int:
     """Return a descriptor of a lock file, made with exactly the permissions `mode`; never through a symbolic link."""
-    flags = os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | flags, mode)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_NOFOLLOW, mode)
     except FileExistsError:
-        return _open_existing(path, flags)
+        return _open_existing(path)
     except OSError:  # a directory that may not be written to, but perhaps the file is there
         with contextlib.suppress(FileNotFoundError):
-            return _open_existing(path, flags)
+            return _open_existing(path)
         raise
-    os.fchmod(descriptor, mode)
+    set_mode(descriptor, mode)
     return descriptor
 
 
-def _open_existing(path: Path, flags: int) -> int:
+def _open_existing(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | flags)
+        return os.open(path, os.O_RDWR | O_NOFOLLOW)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | flags)
+        return os.open(path, os.O_RDONLY | O_NOFOLLOW)
 
 
 def take_turn(directory: str | Path) -> int | None:
     """Lock a directory alone, as soon as nobody else has; None, and no lock, for one that cannot be opened."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY)
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock_file(descriptor, shared=False)
     except BaseException:
         os.close(descriptor)
         raise
@@ -99,7 +104,7 @@ def take_turn(directory: str | Path) -> int | None:
 def give_turn(descriptor: int | None) -> None:
     """Give back what `take_turn` returned."""
     if descriptor is not None:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor too
+        unlock_file(descriptor)
         os.close(descriptor)
 
 
@@ -109,13 +114,11 @@ def is_locked(path: str | Path, offset: int) -> bool:
     Not for a file that this process has locks on: they would be gone, because it is opened and closed here.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
-        kind: int = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0]
-        return kind != fcntl.F_UNLCK
+        return is_byte_locked(descriptor, offset)
     finally:
         os.close(descriptor)
 
@@ -129,14 +132,15 @@ class ByteLocks:
     """
 
     def __init__(self, path: Path, *, mode: int = 0o600) -> None:
-        if not hasattr(fcntl, "F_OFD_SETLK"):
+        if not HAS_BYTE_LOCKS:
             raise NotImplementedError("this system has no open file description locks")
         self._descriptor: int | None = _open_lock_file(path, mode=mode)
 
     def try_lock(self, offset: int) -> bool:
         """Lock a byte if nobody else holds it; whether it is locked now."""
         try:
-            self._set(fcntl.F_WRLCK, offset, 1)
+            if self._descriptor is not None:
+                try_lock_byte(self._descriptor, offset)
         except OSError as error:
             if error.errno in _BUSY:
                 return False
@@ -145,15 +149,12 @@ class ByteLocks:
 
     def unlock(self, offset: int) -> None:
         """Give back a byte."""
-        self._set(fcntl.F_UNLCK, offset, 1)
+        if self._descriptor is not None:
+            unlock_bytes(self._descriptor, offset, 1)
 
     def close(self) -> None:
         """Give back everything, also in children that were forked meanwhile. Closing twice is allowed."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+            unlock_bytes(descriptor, 0, 0)
             os.close(descriptor)
-
-    def _set(self, kind: int, offset: int, length: int) -> None:
-        if self._descriptor is not None:
-            fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, offset, length, 0))

@@ -10,6 +10,7 @@ import torch
 
 import backprompt_db as bp
 from backprompt_db.codec.fidelity import Fidelity
+from backprompt_db.system.platform import room_nbytes
 from benchmarks import plain
 from benchmarks.plots.curves import Curve, Figure
 from benchmarks.workload import TOKEN_NBYTES, digits, gpt2, in_fresh_process, language_model
@@ -106,4 +107,4 @@ def _place(directory: Path, num_tokens: int, fidelity: Fidelity) -> Path:
 
 
 def _allocated(path: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+    return sum(room_nbytes(file.stat()) for file in path.rglob("*") if file.is_file())

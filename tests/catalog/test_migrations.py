@@ -33,6 +33,8 @@ from tests.support.catalogs import origin_of, stored
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+assert sys.platform != "win32"
+
 MIGRATIONS = Path(__file__).parents[2] / "migrations"
 
 

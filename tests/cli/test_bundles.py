@@ -20,6 +20,8 @@ from tests.support.cli import run, run_json
 from tests.support.database_copies import copies_after
 from tests.support.operations import verified
 
+assert sys.platform != "win32"
+
 original, directory = copies_after(run_prompts)
 
 

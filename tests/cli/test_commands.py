@@ -179,6 +179,9 @@ class TestLs:
         assert not (directory / "catalog.sqlite").exists()
 
 
+assert sys.platform != "win32"
+
+
 class TestVerifyAndReindex:
     def test_a_clean_database_exits_with_zero(self, directory: Path) -> None:
         result = run("verify", "--db", directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from backprompt_db.store.contract import Key
 from tests.support.cli import run, run_json
 from tests.support.faults import dangling, keys_of, prompt, put_prompts
 from tests.support.limits import assert_whole, live, make_limited, open_limited, stored
+
+assert sys.platform != "win32"
 
 GROUP = grp.getgrgid(os.getegid()).gr_name
 MODES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from backprompt_db.operations.verify import verify
 from tests.support.cli import run, run_json
 from tests.support.faults import address_of, child, contents, keys_of, next_line, run_to_its_end, segments
 from tests.support.limits import assert_whole, kv_of, of_size, put, stored
+
+assert sys.platform != "win32"
 
 DEBTS = "Jane Doe has 4711 debts."
 GONE = segments("A letter.", DEBTS, " An answer to her.")

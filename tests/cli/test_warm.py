@@ -22,6 +22,8 @@ from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from tests.conftest import tiny_gpt2
 from tests.support.cli import run
 
+assert sys.platform != "win32"
+
 TEMPLATE = r"Pick the endpoint.\nRequest: {request}\nEndpoint:"
 REQUESTS = ["show me everyone", "create an order", 'say "hello"']
 WARMED_FIELDS = [*Warmed.__dataclass_fields__, "num_left_out", "left_out"]

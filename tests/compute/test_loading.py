@@ -19,6 +19,8 @@ from backprompt_db.compute.inference.loading import source_key
 from backprompt_db.errors import ContextLengthExceeded, ModelMismatch, PromptError, StoreError
 from tests.conftest import tiny_gpt2
 
+assert sys.platform != "win32"
+
 RUN = """
 import json, sys
 import backprompt_db as bp

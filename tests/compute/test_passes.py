@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ import backprompt_db as bp
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Blob
 from tests.conftest import VOCAB_SIZE, plain_logprobs, tiny_gpt2
+
+assert sys.platform != "win32"
 
 
 def error(lm: bp.LanguageModel, result: bp.ModelRepr) -> float:

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import pytest
 
 from backprompt_db.database.single_flight import PATIENCE, SWITCH, SingleFlight
 from backprompt_db.prompt.ids import Address
+
+assert sys.platform != "win32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

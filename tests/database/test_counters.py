@@ -28,6 +28,8 @@ from backprompt_db.store.memory import MemoryStore
 from tests.support.databases import BROKEN, FaultyStore, address, new_part, origin, wanted
 from tests.support.operations import flip_a_bit
 
+assert sys.platform != "win32"
+
 Open = Callable[..., Database]
 ROOT = Path(__file__).parents[2]
 CHILD = "import os, sys; import backprompt_db as bp; from tests.support.databases import new_part, wanted\n"

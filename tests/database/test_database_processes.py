@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from tests.support.faults import (
     run_to_its_end,
     start,
 )
+
+assert sys.platform != "win32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

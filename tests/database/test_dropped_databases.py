@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 import weakref
@@ -21,6 +22,8 @@ from backprompt_db.errors import StoreClosed
 from backprompt_db.store.lmdb import LmdbStore
 from tests.support.databases import BROKEN, FaultyStore, address, expected, new_part, values, wanted
 from tests.support.faults import check, run
+
+assert sys.platform != "win32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

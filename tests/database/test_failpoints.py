@@ -14,6 +14,8 @@ import pytest
 import backprompt_db
 from backprompt_db.system.failpoints import NAMES, VARIABLE
 
+assert sys.platform != "win32"
+
 SCRIPT = (
     "from backprompt_db.system.failpoints import reach\n"
     "for number in range(3): reach('store.put.inside'); print(number)"

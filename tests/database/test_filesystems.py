@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from backprompt_db.database import location
-from backprompt_db.database.location import UNKNOWN, filesystem_of, require_local
+from backprompt_db.database.location import require_local
 from backprompt_db.errors import UnsafeLocation
+from backprompt_db.system import platform
+from backprompt_db.system.platform import UNKNOWN, filesystem_of
 from tests.support.faults import ROOT
 
 ROOT_LINE = "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw"
@@ -43,7 +44,7 @@ def bytes_of(place: str | Path) -> bytes:
 @pytest.fixture
 def table(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Table:
     table = Table(tmp_path_factory.mktemp("table") / "mountinfo")
-    monkeypatch.setattr(location, "MOUNTS", table.file)
+    monkeypatch.setattr(platform, "MOUNTS", table.file)
     return table
 
 
@@ -157,7 +158,7 @@ HIDING = """
 import sys
 from pathlib import Path
 from subprocess import check_call
-from backprompt_db.database.location import filesystem_of
+from backprompt_db.system.platform import filesystem_of
 place = Path(sys.argv[1])
 for inner in (place / "a b", place):
     inner.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ from tests.support.faults import (
     segments,
 )
 from tests.support.limits import assert_sound, assert_whole, put, stored
+
+assert sys.platform != "win32"
 
 WRITE = "db = bp.open(place)\nput_prompts(db, [0], author='who dies')\n"
 POINTS = ["store.put.after", "catalog.record.inside"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 import timeit
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from backprompt_db.operations.doctor import diagnose
 from backprompt_db.store.files import Sharing
 from tests.support.databases import new_part
 from tests.support.faults import public_directory
+
+assert sys.platform != "win32"
 
 OWNER, MEMBER, STRANGER, GROUP = 60_001, 60_002, 60_003, 60_010
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")

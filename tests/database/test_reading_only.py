@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from tests.support.faults import (
 from tests.support.limits import assert_whole, put, stored
 from tests.support.operations import flip_a_bit
 from tests.support.snapshots import snapshot
+
+assert sys.platform != "win32"
 
 OpenDB = Callable[..., Database]
 

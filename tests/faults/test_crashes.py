@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from alembic.config import Config
 import backprompt_db as bp
 from backprompt_db.system.failpoints import NAMES
 from tests.support.faults import ROOT, assert_survived, garbage, keys_of, new_parts, put_prompts, run_to_its_end
+
+assert sys.platform != "win32"
 
 NUMBERS = range(8)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.records import CHUNK_NBYTES
 from backprompt_db.store.registry import release, shared_environment
 from tests.support.store_contract import data, key, read
+
+assert sys.platform != "win32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 

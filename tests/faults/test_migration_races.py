@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -37,6 +38,8 @@ from tests.support.faults import (
     run,
     run_together,
 )
+
+assert sys.platform != "win32"
 
 MIGRATIONS = ROOT / "migrations"
 REVISIONS = sorted(script.revision for script in ScriptDirectory(str(MIGRATIONS)).walk_revisions())

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -43,6 +44,8 @@ from tests.support.faults import (
     wanted_of,
     wrong,
 )
+
+assert sys.platform != "win32"
 
 OWNER, MEMBER, STRANGER, GROUP = 60_001, 60_002, 60_003, 60_010
 UMASKS = [0o000, 0o002, 0o022, 0o027, 0o077]

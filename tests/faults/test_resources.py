@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import verify
 from backprompt_db.store import environment
 from backprompt_db.store.registry import release, shared_environment
+from backprompt_db.system.platform import reserve
 from tests.support.damage import NUM_PARTS, in_a_fork, look, use
 from tests.support.damage import fill as fill_whole
 from tests.support.faults import (
@@ -34,6 +36,8 @@ from tests.support.faults import (
     wanted_of,
     wrong,
 )
+
+assert sys.platform != "win32"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -57,7 +61,7 @@ class Disk:
         self.empty()
         nbytes = shutil.disk_usage(self.place).free - num_pages * PAGE_NBYTES
         with self._ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            reserve(file.fileno(), nbytes)
 
     def empty(self) -> None:
         self._ballast.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from tests.support.faults import (
     wanted_of,
     wrong,
 )
+
+assert sys.platform != "win32"
 
 
 @pytest.fixture

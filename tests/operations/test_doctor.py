@@ -20,16 +20,18 @@ from typing import TypeVar
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.database import location
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.database.opening import manifest_of
 from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.operations import doctor_checks
 from backprompt_db.operations.doctor import Check, diagnose
 from backprompt_db.operations.doctor_checks import Finding, Status, Subject, probe
+from backprompt_db.system import platform
 from tests.support.cli import run
 from tests.support.database_copies import copies_after
 from tests.support.operations import catalog_of, remove_row, run_prompts, stored_keys, verified
+
+assert sys.platform != "win32"
 
 NAMES = [
     "python", "libraries", "filesystem", "free space", "directory", "permissions", "writing", "leftovers", "limit",
@@ -280,7 +282,7 @@ class TestSurroundings:
             f"23 22 0:44 / {place} rw,relatime shared:1 - {kind} server:/export rw\n"
             "24 22 0:45 / /elsewhere rw - tmpfs tmpfs rw\n"
         )
-        monkeypatch.setattr(location, "MOUNTS", mounts)
+        monkeypatch.setattr(platform, "MOUNTS", mounts)
         found = doctor_checks.filesystem(subject)
         assert found.status is Status.PROBLEM
         assert kind in found.what

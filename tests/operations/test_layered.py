@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,8 @@ from tests.support.faults import (
 from tests.support.limits import HIGH_NBYTES, assert_whole, live, make_limited, of_size, put, stored
 from tests.support.operations import flip_a_bit
 from tests.support.snapshots import snapshot
+
+assert sys.platform != "win32"
 
 EVERYTHING = Selection()
 

@@ -28,6 +28,8 @@ from tests.support.cli import run, run_json
 from tests.support.database_copies import copies_after
 from tests.support.operations import catalog_of, flip_a_bit, read_blob, remove_blob, stored_keys, verified
 
+assert sys.platform != "win32"
+
 ROOT = Path(__file__).parents[2]
 
 original, directory = copies_after(run_prompts)

@@ -34,6 +34,8 @@ from tests.support.database_copies import copies_after
 from tests.support.databases import new_part
 from tests.support.operations import catalog_of, run_prompts
 
+assert sys.platform != "win32"
+
 ROOT = Path(__file__).parents[2]
 NULLABLE_INT = (int, None)
 SIZES = {"scores": int, "logits": int, "kv": int}

@@ -21,12 +21,14 @@ from backprompt_db.store.files import Sharing
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.system.failpoints import VARIABLE
 
+assert sys.platform != "win32"
+
 ROOT = Path(__file__).parents[2]
 NBYTES = 300_000
 PREAMBLE = """
 import itertools, os, sys, time
 from pathlib import Path
-from tests.test_compaction import *
+from tests.store.test_compaction import *
 place = Path(sys.argv[1])
 store = LmdbStore(place)
 """

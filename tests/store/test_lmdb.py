@@ -33,6 +33,8 @@ from backprompt_db.store.records import CHUNK_NBYTES
 from backprompt_db.store.registry import release, shared_environment
 from tests.support.store_contract import data, key, read
 
+assert sys.platform != "win32"
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
 PREAMBLE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import backprompt_db as bp
 from backprompt_db.database.database import Database
 from tests.support.databases import new_part
 from tests.support.faults import IN_OTHER_SHOES, child, next_line, public_directory, run
+
+assert sys.platform != "win32"
 
 READER = (
     "import backprompt_db.catalog, backprompt_db.database.opening\n"

@@ -16,6 +16,8 @@ from pathlib import Path
 from backprompt_db.system.failpoints import VARIABLE
 from tests.support.faults import ROOT
 
+assert sys.platform != "win32"
+
 HANG_SECONDS = 60.0
 """A worker that is not stopped makes progress within this time, and ends within it when it is told to."""
 

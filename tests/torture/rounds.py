@@ -14,10 +14,13 @@ import backprompt_db as bp
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.operations.verify import Found
 from tests.support.faults import ROOT
-from tests.torture.conductor import HANG_SECONDS, Conductor
 from tests.torture.damage import damaged_copy
 from tests.torture.journal import counts, problems
 from tests.torture.report import Report
+
+if sys.platform != "win32":
+    from tests.torture.conductor import HANG_SECONDS, Conductor
+assert sys.platform != "win32"
 
 _MAX_NBYTES = 8_000_000
 _SURVEY_SECONDS = 10 * HANG_SECONDS

@@ -29,6 +29,8 @@ from backprompt_db.store.contract import Key
 from tests.support.faults import address_of, contents, keys_of, new_parts, num_tokens_at, prompt, wanted_of, wrong
 from tests.torture.journal import Journal, acknowledged
 
+assert sys.platform != "win32"
+
 NUMBERS_PER_INCARNATION = 1_000_000
 _MOST_PROMPTS_PER_FLUSH = 6
 _SECONDS_BETWEEN_LOOKS = 0.5

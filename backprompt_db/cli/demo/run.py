@@ -15,6 +15,7 @@ from typing import Any
 
 from backprompt_db.cli.demo.job import JobResult, load_task
 from backprompt_db.errors import ComputeError, UnsafeLocation
+from backprompt_db.system.platform import room_nbytes
 
 
 def run_demo(
@@ -88,4 +89,4 @@ def _run_child(arguments: list[str], environment: dict[str, str]) -> tuple[Any, 
 
 def _nbytes_on_disk(directory: Path) -> int:
     """Return what the files of a database occupy; data.mdb has holes, so its length says little."""
-    return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
+    return sum(room_nbytes(path.stat()) for path in directory.rglob("*") if path.is_file())

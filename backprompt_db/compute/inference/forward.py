@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from backprompt_db.compute.plan import Pack, token_offsets
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.prompt.representation import Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.system.platform import register_at_fork
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ def _after_fork_in_child() -> None:
     _modes = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @contextmanager

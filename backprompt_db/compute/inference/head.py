@@ -8,7 +8,6 @@ soft cap, runs inside the pass.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+
+from backprompt_db.system.platform import register_at_fork
 
 _VOCABULARY_BLOCK = 2048
 """Logits of a few hundred tokens over so many words fit into the processor's cache."""
@@ -211,4 +212,4 @@ def _after_fork_in_child() -> None:
         _undo.pop()()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+register_at_fork(after_in_child=_after_fork_in_child)
