@@ -13,13 +13,13 @@ import numpy.typing as npt
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute import answers
 from backprompt_db.compute.batch import warm
-from backprompt_db.compute.batch.requests import PARTS, Orders
+from backprompt_db.compute.batch.requests import PARTS, Requests
 from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explain import explain_run
 from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
 from backprompt_db.compute.splitting import pieces
-from backprompt_db.compute.vocabularies import vocabulary
+from backprompt_db.compute.tokens import vocabulary
 from backprompt_db.database.counters import ModelCounters
 from backprompt_db.database.database import MEMORY, Database
 from backprompt_db.database.opening import open_database
@@ -296,15 +296,15 @@ class LanguageModel:
         `PromptError` for a cache that is not of this many tokens, has forgotten some, or has rows and no `row`, and
         `StoreReadOnly` where nothing may be stored.
         """
-        from backprompt_db.compute.adopt.adopt import Offer, adopt
+        from backprompt_db.compute.adopt.adopt import AdoptArguments, adopt
 
         if self._answering_db is not self.db:
             raise StoreReadOnly(
                 f"this model demands exact values, and the database keeps them as {self.db.fidelity.value}",
                 hint="Adopt into an exact database, or with a LanguageModel without exact=True.",
             )
-        offer = Offer(cache=past_key_values, logits=logits, row=row, check=check)
-        return adopt(self._engine, self._source, self._own(text), offer, namespace=self.namespace)
+        arguments = AdoptArguments(cache=past_key_values, logits=logits, row=row, check=check)
+        return adopt(self._engine, self._source, self._own(text), arguments, namespace=self.namespace)
 
     def pin(self, texts: Text | str | Iterable[Text | str], *, label: str | None = None) -> None:
         """Keep texts, with all parts of all their segments, from being evicted; what is missing is computed now.
@@ -327,8 +327,8 @@ class LanguageModel:
         """
         from backprompt_db.compute.batch.forecast import forecast
 
-        orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
-        return forecast(self._engine, self._source, self._answering_db, orders, batch_size=batch_size)
+        requests = Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        return forecast(self._engine, self._source, self._answering_db, requests, batch_size=batch_size)
 
     def warm(
         self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
@@ -343,9 +343,9 @@ class LanguageModel:
         """
         from backprompt_db.compute.batch.warm import Warmer
 
-        orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        requests = Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
         warmer = Warmer(self._engine, self._source, self._answering_db)
-        return warmer.run(orders, batch_size=batch_size, progress=self._options["progress"])
+        return warmer.run(requests, batch_size=batch_size, progress=self._options["progress"])
 
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
@@ -360,7 +360,7 @@ class LanguageModel:
 
         Else the tokenizer is loaded, and never the model. Raises `ModelMismatch` when it has another id by now.
         """
-        return vocabulary(self._answering_db, self._source, tokenizer_id)
+        return vocabulary(self._answering_db, tokenizer_id, load=lambda: self._source.tokenizer)
 
     def past_key_values(self, text: Text, *, ids: ModelIds | None = None) -> Any:
         """Return a transformers `Cache` of a text's keys and values, on the model's device if it is loaded.

@@ -15,7 +15,7 @@ from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.prefill import Prefill
     from backprompt_db.database.database import Database
@@ -116,7 +116,7 @@ class Call:
         prefill.keep[segment] -= stored
         return prefill.missing[segment] <= {part for part in stored if (segment, part) not in self._lost}
 
-    def add(self, pack: Pack, computed: Computed, prefill: Prefill) -> None:
+    def add(self, pack: Pack, computed: PassResult, prefill: Prefill) -> None:
         """Add what a pack has computed, as far as somebody needs it."""
         prefill.retain(pack, computed, self.found)
         self.computed.update(pack.segments)

@@ -22,7 +22,7 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.kv_cache import KVBuffer
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.runner import ModelRunner
@@ -218,7 +218,7 @@ class Engine:
         definition = packed(tokenizer.definition()) if tokenizer.is_fast else b""
         return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
-    def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: Computed) -> None:
+    def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: PassResult) -> None:
         """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
         seconds_per_token = result.seconds / prefill.num_tokens(pack)
         addresses, versions = call.addresses, prefill.runner.versions

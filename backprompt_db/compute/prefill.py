@@ -12,7 +12,7 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.kv_cache import KVBuffer
     from backprompt_db.compute.inference.runner import ModelRunner
 
@@ -65,7 +65,7 @@ class Prefill(Passes):
         """Whether keys and values have the shape that this model gives a segment's."""
         return kv["keys"].shape[2] == len(self.input_ids[segment]) and self.runner.fits(kv)
 
-    def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> Computed:
+    def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> PassResult:
         """Run the model on a pack after its context; `found` has the logits of its predictors."""
         return self.runner.compute(
             pack,
@@ -76,7 +76,7 @@ class Prefill(Passes):
             produce={segment: self.produced(segment) for segment in pack.segments},
         )
 
-    def retain(self, pack: Pack, computed: Computed, found: MutableMapping[Need, Arrays]) -> None:
+    def retain(self, pack: Pack, computed: PassResult, found: MutableMapping[Need, Arrays]) -> None:
         """Add to `found` what a pack has computed, but for what nobody asked for and no other pack needs.
 
         What no later pack needs is dropped: memory holds no more than it must.

@@ -40,7 +40,7 @@ _NUM_DIGITS = 12
 
 
 class Model(Protocol):
-    """What recomputes; `compute/recompute.py` has one."""
+    """What recomputes; `compute/answers.py` has one."""
 
     @property
     def name(self) -> str:

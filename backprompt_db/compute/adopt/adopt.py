@@ -12,9 +12,16 @@ import numpy.typing as npt
 import torch
 
 from backprompt_db.compute import plan
-from backprompt_db.compute.adopt.crosscheck import Computed, Deviation, Tokens, can_sample, computed_in_part, deviations
-from backprompt_db.compute.adopt.given_cache import CachedTokens, cached_tokens
-from backprompt_db.compute.recompute import Recomputer
+from backprompt_db.compute.adopt.crosscheck import (
+    Deviation,
+    Recomputed,
+    Tokens,
+    can_sample,
+    computed_in_part,
+    deviations,
+)
+from backprompt_db.compute.adopt.given_cache import KVTensors, cached_tokens
+from backprompt_db.compute.answers import Recomputer
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.prompt.representation import Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment
@@ -57,7 +64,7 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Offer:
+class AdoptArguments:
     """What a user gives, and how much of it shall be checked."""
 
     cache: Any
@@ -68,7 +75,7 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Finding:
+class _CheckResult:
     """What the check found: how far off the worst number is, and the parts of segments that it made on the way."""
 
     max_error: float
@@ -76,19 +83,19 @@ class _Finding:
     parts: Mapping[Segment, dict[Part, Arrays]]
 
 
-def adopt(engine: Engine, source: ModelSource, text: Text, offer: Offer, *, namespace: str) -> Adopted:
+def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArguments, *, namespace: str) -> Adopted:
     """Store the keys and values that a cache holds of a text, with the logits after it; see `LanguageModel.adopt`.
 
     Raises `StoreReadOnly` where nothing may be stored, `PromptError` for a cache that does not fit the text, and
     `ModelMismatch` for numbers that are not what this model makes of it.
     """
-    _require_possible(engine, offer)
+    _require_possible(engine, arguments)
     ids, runner = source.ids, engine.prove()
     tokens = _tokens_of(source, runner, text, namespace=namespace)
-    given = cached_tokens(offer.cache, runner.shape, num_tokens=len(tokens), row=offer.row)
-    logits = None if offer.logits is None else _logits_of(offer.logits, tokens, row=offer.row)
+    given = cached_tokens(arguments.cache, runner.shape, num_tokens=len(tokens), row=arguments.row)
+    logits = None if arguments.logits is None else _logits_of(arguments.logits, tokens, row=arguments.row)
     began = time.perf_counter()
-    finding = _check(source, runner, tokens, given, logits, check=offer.check)
+    finding = _check(source, runner, tokens, given, logits, check=arguments.check)
     seconds = (time.perf_counter() - began) / finding.num_checked_tokens
     if source.ids != ids:
         raise ModelMismatch("the model changed while the cache was checked", hint="Adopt it again; nothing was stored.")
@@ -110,9 +117,9 @@ def adopt(engine: Engine, source: ModelSource, text: Text, offer: Offer, *, name
     )
 
 
-def _require_possible(engine: Engine, offer: Offer) -> None:
-    if offer.check not in ("sample", "full"):
-        raise PromptError(f"check={offer.check!r} is no check", hint='Give "sample" or "full".')
+def _require_possible(engine: Engine, arguments: AdoptArguments) -> None:
+    if arguments.check not in ("sample", "full"):
+        raise PromptError(f"check={arguments.check!r} is no check", hint='Give "sample" or "full".')
     if not engine.keeps:
         raise StoreReadOnly("this database may only be read", hint="Adopt into one that you may write to.")
     if engine.is_deterministic:
@@ -156,18 +163,18 @@ def _check(
     source: ModelSource,
     runner: ModelRunner,
     tokens: Tokens,
-    given: CachedTokens,
+    given: KVTensors,
     logits: torch.Tensor | None,
     *,
     check: Check,
-) -> _Finding:
+) -> _CheckResult:
     """Compare what was given with what the model makes of the text. Raises `ModelMismatch` where they differ."""
     found: Mapping[Need, Arrays] = {}
     if check == "sample" and can_sample(runner, tokens):
         steps, num_checked = computed_in_part(runner, tokens, given), len(tokens.sample)
     else:
         found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(Part)))
-        steps, num_checked = _recomputed(tokens, found), len(tokens)
+        steps, num_checked = _recomputed_in_full(tokens, found), len(tokens)
     parts = {segment: {part: found[segment, part] for part in _OTHERS} for segment in tokens.segments if found}
     max_error = 0.0
     for computed in steps:
@@ -176,19 +183,19 @@ def _check(
                 raise _mismatch(source, tokens, off)
             max_error = max(max_error, off.size)
         parts = {**_last_logits(tokens, computed), **parts}
-    return _Finding(max_error, num_checked, parts)
+    return _CheckResult(max_error, num_checked, parts)
 
 
-def _recomputed(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Computed]:
+def _recomputed_in_full(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Recomputed]:
     """Yield all tokens of each segment in all layers, and the logits after its last one."""
     for segment, end in tokens.ends.items():
-        kv = CachedTokens(*(found[segment, Part.KV][name].torch() for name in ("keys", "values")))
-        yield Computed(np.arange(end + 1 - tokens.num_tokens[segment], end + 1), slice(None), kv)
-        last = CachedTokens(kv.keys[:, :, -1:], kv.values[:, :, -1:])
-        yield Computed(np.array([end]), slice(None), last, found[segment, Part.LOGITS]["logits"].torch()[None])
+        kv = KVTensors(*(found[segment, Part.KV][name].torch() for name in ("keys", "values")))
+        yield Recomputed(np.arange(end + 1 - tokens.num_tokens[segment], end + 1), slice(None), kv)
+        last = KVTensors(kv.keys[:, :, -1:], kv.values[:, :, -1:])
+        yield Recomputed(np.array([end]), slice(None), last, found[segment, Part.LOGITS]["logits"].torch()[None])
 
 
-def _last_logits(tokens: Tokens, computed: Computed) -> dict[Segment, dict[Part, Arrays]]:
+def _last_logits(tokens: Tokens, computed: Recomputed) -> dict[Segment, dict[Part, Arrays]]:
     """Return the logits after the segments that the text ends with, those of them that were computed."""
     if computed.logits is None:
         return {}
@@ -229,7 +236,7 @@ def _logits_part(logits: torch.Tensor) -> Arrays:
     return {"logits": Array.from_torch(logits.clone())}
 
 
-def _divided(tokens: Tokens, given: CachedTokens) -> Iterator[tuple[Segment, Arrays]]:
+def _divided(tokens: Tokens, given: KVTensors) -> Iterator[tuple[Segment, Arrays]]:
     """Yield each segment with its own keys and values."""
     for segment, end in tokens.ends.items():
         own = slice(end + 1 - tokens.num_tokens[segment], end + 1)

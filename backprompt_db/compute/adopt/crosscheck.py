@@ -22,10 +22,10 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from backprompt_db.compute.adopt.given_cache import CachedTokens
+from backprompt_db.compute.adopt.given_cache import KVTensors
 from backprompt_db.compute.inference.forward import evaluation, forward
-from backprompt_db.compute.inference.head import Question
-from backprompt_db.compute.inference.kv_cache import KVBuffer
+from backprompt_db.compute.inference.head import LogitsQuery
+from backprompt_db.compute.inference.kv_cache import KVBuffer, short_name
 from backprompt_db.compute.inference.masks import mask_of_tokens
 from backprompt_db.compute.plan import MAX_PACK_PAIRS
 from backprompt_db.errors import ModelMismatch, UnsupportedModel
@@ -77,13 +77,13 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class Recomputed:
     """What the model itself makes of some tokens."""
 
     places: Places
     layers: slice
     """Which layers were computed."""
-    kv: CachedTokens
+    kv: KVTensors
     """[num_layers, num_kv_heads, num_places, head_dim] each."""
     logits: torch.Tensor | None = None
     """[num_places, vocab_size]: what it predicts after each of the tokens, on the CPU."""
@@ -95,19 +95,19 @@ def can_sample(runner: ModelRunner, tokens: Tokens) -> bool:
     return runner.takes_packs and (limit is None or len(tokens) + _MIN_TOKENS_PER_PASS <= limit)
 
 
-def computed_in_part(runner: ModelRunner, tokens: Tokens, given: CachedTokens) -> Iterator[Computed]:
+def computed_in_part(runner: ModelRunner, tokens: Tokens, given: KVTensors) -> Iterator[Recomputed]:
     """Yield the first layer of all tokens, then all layers of a sample of them, over what is `given` before each."""
     yield from _first_layers(runner, tokens)
     yield from _sample(runner, tokens, given)
 
 
-def _first_layers(runner: ModelRunner, tokens: Tokens) -> Iterator[Computed]:
+def _first_layers(runner: ModelRunner, tokens: Tokens) -> Iterator[Recomputed]:
     """Yield the first layer's keys and values of all tokens: what follows from a token and its position."""
     for begin in range(0, len(tokens), _TOKENS_OF_FIRST_LAYER):
         places = np.arange(begin, min(begin + _TOKENS_OF_FIRST_LAYER, len(tokens)))
         inputs = {"input_ids": tokens.input_ids[places], "position_ids": tokens.position_ids[places]}
         layer, kv = _first_layer(runner, inputs)
-        yield Computed(places, slice(layer, layer + 1), kv)
+        yield Recomputed(places, slice(layer, layer + 1), kv)
 
 
 class _FarEnough(Exception):
@@ -123,17 +123,17 @@ class _LayerThatEndsThePass(DynamicLayer):  # type: ignore[misc]  # transformers
         raise _FarEnough
 
 
-def _first_layer(runner: ModelRunner, inputs: dict[str, npt.NDArray[np.int64]]) -> tuple[int, CachedTokens]:
+def _first_layer(runner: ModelRunner, inputs: dict[str, npt.NDArray[np.int64]]) -> tuple[int, KVTensors]:
     cache = DynamicCache()
     cache.layers = [_LayerThatEndsThePass() for _ in range(runner.shape.num_layers)]
     tensors = {name: torch.from_numpy(numbers)[None].to(runner.device) for name, numbers in inputs.items()}
     with evaluation(runner.model), suppress(_FarEnough):
         runner.model(**tensors, past_key_values=cache, use_cache=True)
     layer, filled = next((number, each) for number, each in enumerate(cache.layers) if each.keys is not None)
-    return layer, CachedTokens(filled.keys.cpu(), filled.values.cpu())
+    return layer, KVTensors(filled.keys.cpu(), filled.values.cpu())
 
 
-def _sample(runner: ModelRunner, tokens: Tokens, given: CachedTokens) -> Iterator[Computed]:
+def _sample(runner: ModelRunner, tokens: Tokens, given: KVTensors) -> Iterator[Recomputed]:
     """Yield the sample's tokens in all layers, each computed over what is `given` of the tokens that it sees."""
     sample = tokens.sample
     room = _tokens_per_pass(runner, len(tokens))
@@ -151,7 +151,7 @@ def _tokens_per_pass(runner: ModelRunner, num_tokens: int) -> int:
     return max(1, min(num_left, MAX_PACK_PAIRS // (num_tokens + num_left)))
 
 
-def _pass_over(runner: ModelRunner, tokens: Tokens, places: Places, context: KVBuffer) -> Computed:
+def _pass_over(runner: ModelRunner, tokens: Tokens, places: Places, context: KVBuffer) -> Recomputed:
     """Compute some tokens beside each other: a mask hides from each its own place in the context, and all others."""
     mask = np.hstack([mask_of_tokens(places, tokens.segments, tokens.num_tokens), np.eye(len(places), dtype=bool)])
     positions = np.concatenate([tokens.position_ids, tokens.position_ids[places]])
@@ -166,11 +166,11 @@ def _pass_over(runner: ModelRunner, tokens: Tokens, places: Places, context: KVB
                 f"{type(runner.model).__name__} gave no keys and values for some of its tokens",
                 hint="Run it with transformers directly; nothing was stored.",
             )
-        _, logits = predicted.read(Question(rows[:0], rows[:0], rows))
+        _, logits = predicted.read(LogitsQuery(rows[:0], rows[:0], rows))
     runner.num_calls += 1
     begin, end = len(tokens), len(tokens) + len(places)
-    kv = CachedTokens(*(whole[:, 0, :, begin:end].clone().cpu() for whole in (context.keys, context.values)))
-    return Computed(places, slice(None), kv, logits.cpu())
+    kv = KVTensors(*(whole[:, 0, :, begin:end].clone().cpu() for whole in (context.keys, context.values)))
+    return Recomputed(places, slice(None), kv, logits.cpu())
 
 
 _TINY = 1e-30
@@ -209,7 +209,7 @@ class Deviation:
 
 
 def deviations(
-    computed: Computed, given: CachedTokens, logits: torch.Tensor | None, *, dtype: str
+    computed: Recomputed, given: KVTensors, logits: torch.Tensor | None, *, dtype: str
 ) -> Iterator[Deviation]:
     """Yield how far off keys and values are, and logits where there are both.
 
@@ -221,7 +221,7 @@ def deviations(
         yield _of_logits(computed, computed.logits, logits, dtype)
 
 
-def _of_keys_and_values(computed: Computed, given: CachedTokens, dtype: str) -> Deviation:
+def _of_keys_and_values(computed: Recomputed, given: KVTensors, dtype: str) -> Deviation:
     """Return the error of one head's keys or values, in root mean squares of the layer's."""
     places = torch.from_numpy(computed.places)
     pairs = (computed.kv.keys, given.keys), (computed.kv.values, given.values)
@@ -244,15 +244,15 @@ def _errors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return _finite(rows / unit[:, None])
 
 
-def _of_logits(computed: Computed, ours: torch.Tensor, given: torch.Tensor, dtype: str) -> Deviation:
+def _of_logits(computed: Recomputed, ours: torch.Tensor, given: torch.Tensor, dtype: str) -> Deviation:
     """Return the error of a log-probability after one of the tokens, in standard deviations of them all.
 
     Raises `ModelMismatch` for logits of another vocabulary or dtype.
     """
     if (ours.shape[1], ours.dtype) != (given.shape[1], given.dtype):
         raise ModelMismatch(
-            f"the logits are {given.shape[1]:,} numbers in {_name(given.dtype)} after each token, "
-            f"this model's {ours.shape[1]:,} in {_name(ours.dtype)}",
+            f"the logits are {given.shape[1]:,} numbers in {short_name(given.dtype)} after each token, "
+            f"this model's {ours.shape[1]:,} in {short_name(ours.dtype)}",
             hint="Give them as the model returns them; nothing was stored.",
         )
     mine, theirs = (rows.float().log_softmax(-1) for rows in (ours, given[torch.from_numpy(computed.places)].cpu()))
@@ -274,7 +274,3 @@ def _worst(errors: torch.Tensor, limit: float) -> tuple[int, int]:
 
 def _finite(errors: torch.Tensor) -> torch.Tensor:
     return errors.nan_to_num(torch.inf, torch.inf)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

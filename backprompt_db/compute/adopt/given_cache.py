@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from backprompt_db.compute.inference.kv_cache import KVShape
+from backprompt_db.compute.inference.kv_cache import KVShape, short_name
 from backprompt_db.errors import ModelMismatch, PromptError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CachedTokens:
+class KVTensors:
     """The keys and values of one row of a cache, in memory of their own."""
 
     keys: torch.Tensor
@@ -21,12 +21,12 @@ class CachedTokens:
     values: torch.Tensor
     """[num_layers, num_kv_heads, T, value_dim]"""
 
-    def to(self, device: torch.device) -> CachedTokens:
+    def to(self, device: torch.device) -> KVTensors:
         """Return them on a device."""
-        return CachedTokens(self.keys.to(device), self.values.to(device))
+        return KVTensors(self.keys.to(device), self.values.to(device))
 
 
-def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | None) -> CachedTokens:
+def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | None) -> KVTensors:
     """Return what `cache` holds of a text of `num_tokens` tokens, copied.
 
     A cache of several rows takes the number of one, whose last `num_tokens` places are the text's: what lies before
@@ -46,7 +46,7 @@ def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | Non
     keys, values = (torch.stack(each) for each in zip(*rows, strict=True))
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ModelMismatch("some numbers of the cache are not finite", hint="Compute it again; nothing was stored.")
-    return CachedTokens(keys, values)
+    return KVTensors(keys, values)
 
 
 def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
@@ -59,13 +59,13 @@ def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
         )
     if len(layers) != shape.num_layers:
         raise _mismatch(f"it has {len(layers)} layers, this model {shape.num_layers}")
-    expected = f"{shape.num_kv_heads} heads of {shape.key_dim} and {shape.value_dim} in {_name(shape.dtype)}"
+    expected = f"{shape.num_kv_heads} heads of {shape.key_dim} and {shape.value_dim} in {short_name(shape.dtype)}"
     for number, layer in enumerate(layers):
         found = _form(layer)
         if found != (shape.num_kv_heads, shape.key_dim, shape.value_dim, shape.dtype):
             heads, key_dim, value_dim, dtype = found
             raise _mismatch(
-                f"its layer {number} has {heads} heads of {key_dim} and {value_dim} in {_name(dtype)}, "
+                f"its layer {number} has {heads} heads of {key_dim} and {value_dim} in {short_name(dtype)}, "
                 f"this model {expected}"
             )
     return layers
@@ -120,7 +120,3 @@ def _hint_for_length(num_more: int) -> str:
 
 def _mismatch(what: str) -> ModelMismatch:
     return ModelMismatch(f"this cache is another model's: {what}", hint="Nothing was stored.")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -27,7 +27,7 @@ _NUM_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Order:
+class Request:
     """What one text asks for."""
 
     number: int
@@ -51,7 +51,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
+class Requests:
     """What each of many texts asks for: `keep` of all its segments, or the scores of the completions after it.
 
     Iterating raises `PromptError` for an empty text, and where nothing predicts the first token of a completion.
@@ -73,7 +73,7 @@ class Orders:
         keep: Iterable[str],
         namespace: str,
         own: Callable[[Text | str], Text],
-    ) -> Orders:
+    ) -> Requests:
         """Return what a caller asks for. Raises `PromptError` for what makes no sense."""
         if isinstance(completions, str | Text):
             raise PromptError("completions is one text", hint="Give a list of completions.")
@@ -85,21 +85,21 @@ class Orders:
             own=own,
         )
 
-    def __iter__(self) -> Iterator[Order]:
+    def __iter__(self) -> Iterator[Request]:
         for number, text in enumerate(self.texts):
-            yield self._order(number, self.own(text))
+            yield self._request(number, self.own(text))
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.texts)
 
-    def _order(self, number: int, text: Text) -> Order:
+    def _request(self, number: int, text: Text) -> Request:
         segments = text.segments(self.namespace)
         if self.completions is None:
             wanted = dict.fromkeys(segments, self.keep)
-            return Order(number, text, segments, wanted, wanted)
+            return Request(number, text, segments, wanted, wanted)
         endings = completion_segments([text], self.completions, namespace=self.namespace)
         scored = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
-        return Order(number, text, [*segments, *scored], scored, dict.fromkeys(segments, self.keep) | scored)
+        return Request(number, text, [*segments, *scored], scored, dict.fromkeys(segments, self.keep) | scored)
 
 
 PARTS = tuple(part.name.lower() for part in Part)
@@ -123,24 +123,24 @@ def batches(each: Iterable[_Each], size: int) -> Iterator[list[_Each]]:
         yield batch
 
 
-def lacking(batch: Iterable[Order], is_stored: IsStored) -> list[Order]:
-    """Return those of the orders of which something is not stored."""
+def lacking(batch: Iterable[Request], is_stored: IsStored) -> list[Request]:
+    """Return those of the requests of which something is not stored."""
     is_stored = cache(is_stored)
     return [
-        order
-        for order in batch
-        if not all(is_stored(segment, part) for segment, parts in order.wanted.items() for part in parts)
+        request
+        for request in batch
+        if not all(is_stored(segment, part) for segment, parts in request.wanted.items() for part in parts)
     ]
 
 
-def work_of(batch: Sequence[Order], is_stored: IsStored) -> Work:
-    """Return what must be computed for orders that lack something."""
+def work_of(batch: Sequence[Request], is_stored: IsStored) -> Work:
+    """Return what must be computed for requests that lack something."""
     wanted: dict[Segment, frozenset[Part]] = {}
-    for segment, parts in _merged(order.wanted for order in batch).items():
+    for segment, parts in _merged(request.wanted for request in batch).items():
         least = next((part for part in Part if part in parts and not is_stored(segment, part)), None)
         if least is not None:
             wanted[segment] = frozenset({least})
-    return Work(wanted, _merged(order.keep for order in batch))
+    return Work(wanted, _merged(request.keep for request in batch))
 
 
 def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
@@ -152,22 +152,22 @@ def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
 
 
 def too_long(
-    order: Order, num_tokens: Mapping[Segment, int], bounds: plan.Bounds, *, is_deterministic: bool
+    request: Request, num_tokens: Mapping[Segment, int], bounds: plan.Bounds, *, is_deterministic: bool
 ) -> TooLong | None:
-    """Return what is too long about an order, None where nothing is. `num_tokens` are those of all its segments."""
-    starts = plan.positions(order.segments, num_tokens)
-    own = {segment: num_tokens[segment] for segment in order.segments}
-    num_read = own if is_deterministic else plan.num_read(own, produced=order.keep)
+    """Return what is too long about an request, None where nothing is. `num_tokens` are those of all its segments."""
+    starts = plan.positions(request.segments, num_tokens)
+    own = {segment: num_tokens[segment] for segment in request.segments}
+    num_read = own if is_deterministic else plan.num_read(own, produced=request.keep)
     num_positions = max(start + num_read[segment] for segment, start in starts.items())
     if bounds.max_positions is not None and num_positions > bounds.max_positions:
-        return TooLong(order.number, num_positions, bounds.max_positions, str(order.text)[:_NUM_CHARACTERS])
+        return TooLong(request.number, num_positions, bounds.max_positions, str(request.text)[:_NUM_CHARACTERS])
     if bounds.max_columns is None:
         return None
     # Without branches and gaps, each position is one column.
-    is_plain = all(len(segment.parents) < 2 and segment.start is None for segment in order.segments)
-    num_columns = num_positions if is_plain else max(_num_columns(segment, num_read) for segment in order.segments)
+    is_plain = all(len(segment.parents) < 2 and segment.start is None for segment in request.segments)
+    num_columns = num_positions if is_plain else max(_num_columns(segment, num_read) for segment in request.segments)
     if num_columns > bounds.max_columns:
-        return TooLong(order.number, num_columns, bounds.max_columns, str(order.text)[:_NUM_CHARACTERS])
+        return TooLong(request.number, num_columns, bounds.max_columns, str(request.text)[:_NUM_CHARACTERS])
     return None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from backprompt_db.compute.batch.requests import Order, Orders, batches, lacking, too_long, work_of
+from backprompt_db.compute.batch.requests import Request, Requests, batches, lacking, too_long, work_of
 from backprompt_db.compute.batch.run_plan import MAX_LISTED, TooLong, Warmed
 from backprompt_db.compute.plan import Bounds
 from backprompt_db.database.database import writable_catalog
@@ -33,7 +33,7 @@ _NOTE = "What was computed is stored: run the same again to go on."
 
 
 class Warmer:
-    """Computes what orders lack, batch by batch, and counts."""
+    """Computes what requests lack, batch by batch, and counts."""
 
     def __init__(self, engine: Engine, source: ModelSource, db: Database) -> None:
         if db.readonly:
@@ -46,13 +46,13 @@ class Warmer:
         self._num_passes = self._num_texts = self._num_stored_texts = self._num_too_long = 0
         self._too_long: list[TooLong] = []
 
-    def run(self, orders: Orders, *, batch_size: int, progress: bool) -> Warmed:
+    def run(self, requests: Requests, *, batch_size: int, progress: bool) -> Warmed:
         """Compute all; what was computed is stored, also when this is interrupted or fails.
 
         Raises what `Database.flush` raises where it cannot be stored.
         """
-        with _stored_afterwards(self._db), _bar(orders, is_shown=progress) as bar:
-            for batch in batches(orders, batch_size):
+        with _stored_afterwards(self._db), _bar(requests, is_shown=progress) as bar:
+            for batch in batches(requests, batch_size):
                 self._run_batch(batch)
                 self._flush_at_times()
                 bar.set_postfix_str(f"{self.result().tokens_per_second:,.0f} tok/s", refresh=False)
@@ -71,7 +71,7 @@ class Warmer:
             too_long=tuple(self._too_long),
         )
 
-    def _run_batch(self, batch: Sequence[Order]) -> None:
+    def _run_batch(self, batch: Sequence[Request]) -> None:
         addresses = self._engine.addresses()
 
         @cache
@@ -88,20 +88,20 @@ class Warmer:
         self._num_texts += len(batch)
         self._num_stored_texts += len(batch) - len(lack)
 
-    def _fitting(self, batch: Sequence[Order]) -> list[Order]:
-        """Return those of the orders that the model can run, and list the others. Loads the model."""
+    def _fitting(self, batch: Sequence[Request]) -> list[Request]:
+        """Return those of the requests that the model can run, and list the others. Loads the model."""
         runner = self._engine.prove()
         bounds = Bounds(runner.max_positions, runner.max_columns)
-        segments = dict.fromkeys(segment for order in batch for segment in order.segments)
+        segments = dict.fromkeys(segment for request in batch for segment in request.segments)
         num_tokens = {segment: len(ids) for segment, ids in self._source.tokenizer.encode(segments).items()}
         problems = {
-            order: too_long(order, num_tokens, bounds, is_deterministic=self._engine.is_deterministic)
-            for order in batch
+            request: too_long(request, num_tokens, bounds, is_deterministic=self._engine.is_deterministic)
+            for request in batch
         }
         found = [problem for problem in problems.values() if problem is not None]
         self._num_too_long += len(found)
         self._too_long += found[: MAX_LISTED - len(self._too_long)]
-        return [order for order in batch if problems[order] is None]
+        return [request for request in batch if problems[request] is None]
 
     def _num_calls(self) -> int:
         return self._source.runner.num_calls if self._source.is_loaded else 0
@@ -112,9 +112,9 @@ class Warmer:
             self._flushed = time.monotonic()
 
 
-def _bar(orders: Orders, *, is_shown: bool) -> tqdm[Any]:
+def _bar(requests: Requests, *, is_shown: bool) -> tqdm[Any]:
     """Return a progress bar, which appears after a second, in a terminal."""
-    total = operator.length_hint(orders) or None
+    total = operator.length_hint(requests) or None
     return tqdm(total=total, unit="text", desc="warming", delay=1, disable=None if is_shown else True, leave=False)
 
 

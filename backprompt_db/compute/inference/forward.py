@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache
 
 from backprompt_db.compute.inference.head import (
     HiddenStates,
+    LogitsQuery,
     Predictions,
-    Question,
     WholeLogits,
     first_logprobs,
     kept_from_running,
@@ -34,7 +34,7 @@ from backprompt_db.prompt.segments import Segment, ancestry
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class PassResult:
     """What a pass gave."""
 
     parts: dict[tuple[Segment, Part], Arrays]
@@ -56,7 +56,7 @@ def compute_pack(
     context: KVBuffer,
     predictions: Mapping[Segment, Array],
     produce: Mapping[Segment, frozenset[Part]],
-) -> Computed:
+) -> PassResult:
     """Run the model once, at most, and return the parts of the pack's segments that `produce` names.
 
     `context` holds the keys and values of `pack.context`, in that order, and is extended by those of the new tokens;
@@ -68,7 +68,7 @@ def compute_pack(
     fed = {**lengths, **fed_lengths(pack, lengths, produce)}
     ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
     first = context.length
-    answers = _Answers(pack, input_ids, fed, produce)
+    answers = _PackScores(pack, input_ids, fed, produce)
     if len(ids):
         places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
         cache = context.cache()
@@ -92,7 +92,7 @@ def compute_pack(
     num_whole = next(
         (n for n, segment in enumerate(pack.segments) if fed[segment] < lengths[segment]), len(pack.segments)
     )
-    return Computed(parts, time.perf_counter() - began, len(ids), num_whole)
+    return PassResult(parts, time.perf_counter() - began, len(ids), num_whole)
 
 
 def fed_lengths(
@@ -110,7 +110,7 @@ def fed_lengths(
     }
 
 
-class _Answers:
+class _PackScores:
     """The scores and last logits of a pack's segments: which predictions they need, and what these were."""
 
     def __init__(
@@ -150,10 +150,10 @@ class _Answers:
         rows = [each for _, _, each in self._rows]
         targets = [np.asarray(self._input_ids[segment])[first:] for segment, first, _ in self._rows]
         none = np.empty(0, dtype=np.int64)
-        question = Question(
+        query = LogitsQuery(
             np.concatenate([none, *rows]), np.concatenate([none, *targets]), np.array([*self._ends.values()], np.int64)
         )
-        logprobs, logits = predicted.read(question)
+        logprobs, logits = predicted.read(query)
         self._logits = dict(zip(self._ends, logits, strict=True))
         parts = np.split(logprobs, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
         for (segment, first, _), part in zip(self._rows, parts, strict=True):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-_VOCABULARY_BLOCK = 2048
+VOCABULARY_BLOCK = 2048
 """Logits of a few hundred tokens over so many words fit into the processor's cache."""
 
 _ROWS_AT_ONCE = 64
@@ -35,11 +35,11 @@ class Predictions(Protocol):
     def __len__(self) -> int:
         """Return the number of tokens."""
 
-    def read(self, question: Question) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
+    def read(self, query: LogitsQuery) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
         """Return the natural log-probabilities [num_targets] and the whole logits [num_ends, vocab_size] asked for."""
 
 
-class Question:
+class LogitsQuery:
     """Which predictions are needed: of single words after some tokens, and the whole logits after others.
 
     `rows` [n] are tokens of the pass and `targets` [n] the words whose log-probabilities are wanted there; `ends` are
@@ -56,8 +56,8 @@ class Question:
         self.ends = torch.from_numpy(places[len(rows) :])
         """[num_ends]: where in `tokens` the whole logits are wanted."""
 
-    def to(self, device: torch.device) -> Question:
-        """Move the question to where the numbers are."""
+    def to(self, device: torch.device) -> LogitsQuery:
+        """Move the query to where the numbers are."""
         for name in ("tokens", "places", "targets", "ends"):
             setattr(self, name, getattr(self, name).to(device))
         return self
@@ -72,9 +72,9 @@ class WholeLogits:
     def __len__(self) -> int:
         return len(self._logits)
 
-    def read(self, question: Question) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
+    def read(self, query: LogitsQuery) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
         """Return log-probabilities and logits, a few rows at a time."""
-        return _by_rows(lambda rows: self._logits[rows], question.to(self._logits.device))
+        return _by_rows(lambda rows: self._logits[rows], query.to(self._logits.device))
 
 
 class HiddenStates:
@@ -90,13 +90,13 @@ class HiddenStates:
     def __len__(self) -> int:
         return len(self._hidden)
 
-    def read(self, question: Question) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
+    def read(self, query: LogitsQuery) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
         """Return log-probabilities and logits, a block of the vocabulary or a few rows at a time."""
-        question.to(self._hidden.device)
+        query.to(self._hidden.device)
         with torch.no_grad():
             if type(self._head) is nn.Linear:
-                return _by_words(self._head, self._hidden[question.tokens], question)
-            return _by_rows(lambda rows: self._head(self._hidden[rows]), question)
+                return _by_words(self._head, self._hidden[query.tokens], query)
+            return _by_rows(lambda rows: self._head(self._hidden[rows]), query)
 
 
 def first_logprobs(logits: torch.Tensor, targets: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -143,50 +143,50 @@ def kept_from_running(head: nn.Module, *, skip: bool = True) -> Iterator[list[to
 
 
 def _by_words(
-    head: nn.Linear, hidden: torch.Tensor, question: Question
+    head: nn.Linear, hidden: torch.Tensor, query: LogitsQuery
 ) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
     """Apply a linear head to `hidden` [m, hidden_size], one block of the vocabulary after the other."""
-    targets = question.targets
+    targets = query.targets
     chosen = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     vocab_size = len(head.weight)
-    logits = torch.empty((len(question.ends), vocab_size), dtype=hidden.dtype, device=hidden.device)
-    room = torch.empty(len(hidden) * _VOCABULARY_BLOCK, dtype=hidden.dtype, device=hidden.device)
+    logits = torch.empty((len(query.ends), vocab_size), dtype=hidden.dtype, device=hidden.device)
+    room = torch.empty(len(hidden) * VOCABULARY_BLOCK, dtype=hidden.dtype, device=hidden.device)
     sums = []
-    for begin in range(0, vocab_size, _VOCABULARY_BLOCK):
-        weight = head.weight[begin : begin + _VOCABULARY_BLOCK]
+    for begin in range(0, vocab_size, VOCABULARY_BLOCK):
+        weight = head.weight[begin : begin + VOCABULARY_BLOCK]
         block = torch.mm(hidden, weight.T, out=room[: len(hidden) * len(weight)].view(len(hidden), len(weight)))
         if head.bias is not None:
             block += head.bias[begin : begin + len(weight)]
         inside = ((targets >= begin) & (targets < begin + len(weight))).nonzero()[:, 0]
-        chosen[inside] = block[question.places[inside], targets[inside] - begin].float()
-        logits[:, begin : begin + len(weight)] = block[question.ends]
+        chosen[inside] = block[query.places[inside], targets[inside] - begin].float()
+        logits[:, begin : begin + len(weight)] = block[query.ends]
         if len(targets):
             sums.append(block.float().logsumexp(1))
-    return _finish(chosen, sums, question), logits
+    return _finish(chosen, sums, query), logits
 
 
-def _finish(chosen: torch.Tensor, sums: list[torch.Tensor], question: Question) -> npt.NDArray[np.float32]:
+def _finish(chosen: torch.Tensor, sums: list[torch.Tensor], query: LogitsQuery) -> npt.NDArray[np.float32]:
     if sums:
-        chosen -= torch.stack(sums).logsumexp(0)[question.places]
+        chosen -= torch.stack(sums).logsumexp(0)[query.places]
     result: npt.NDArray[np.float32] = chosen.cpu().numpy()
     return result
 
 
 def _by_rows(
-    logits_of: Callable[[torch.Tensor], torch.Tensor], question: Question
+    logits_of: Callable[[torch.Tensor], torch.Tensor], query: LogitsQuery
 ) -> tuple[npt.NDArray[np.float32], torch.Tensor]:
     """Take the logits of a few tokens at a time."""
-    chosen = torch.empty(len(question.targets), dtype=torch.float32, device=question.tokens.device)
-    logits = torch.empty((len(question.ends), 0))
-    for begin in range(0, len(question.tokens), _ROWS_AT_ONCE):
-        rows = logits_of(question.tokens[begin : begin + _ROWS_AT_ONCE])
+    chosen = torch.empty(len(query.targets), dtype=torch.float32, device=query.tokens.device)
+    logits = torch.empty((len(query.ends), 0))
+    for begin in range(0, len(query.tokens), _ROWS_AT_ONCE):
+        rows = logits_of(query.tokens[begin : begin + _ROWS_AT_ONCE])
         if not begin:
-            logits = rows.new_empty((len(question.ends), rows.shape[1]))
-        inside = ((question.places >= begin) & (question.places < begin + len(rows))).nonzero()[:, 0]
-        at = question.places[inside] - begin
-        chosen[inside] = rows[at, question.targets[inside]].float() - rows.float().logsumexp(1)[at]
-        ending = ((question.ends >= begin) & (question.ends < begin + len(rows))).nonzero()[:, 0]
-        logits[ending] = rows[question.ends[ending] - begin]
+            logits = rows.new_empty((len(query.ends), rows.shape[1]))
+        inside = ((query.places >= begin) & (query.places < begin + len(rows))).nonzero()[:, 0]
+        at = query.places[inside] - begin
+        chosen[inside] = rows[at, query.targets[inside]].float() - rows.float().logsumexp(1)[at]
+        ending = ((query.ends >= begin) & (query.ends < begin + len(rows))).nonzero()[:, 0]
+        logits[ending] = rows[query.ends[ending] - begin]
     result: npt.NDArray[np.float32] = chosen.cpu().numpy()
     return result, logits
 

@@ -194,6 +194,11 @@ def _numpy(place: torch.Tensor) -> Any:
     return torch.empty(place.shape, dtype=bits, pin_memory=place.device.type == "cuda").numpy()
 
 
+def short_name(dtype: torch.dtype) -> str:
+    """Return what torch calls a dtype, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def shape_of(cache: Any, *, num_tokens: int) -> KVShape | str:
     """Return the shape of the keys and values in a cache that a model filled, or why it has no single one."""
     layers = list(getattr(cache, "layers", ()))

@@ -19,8 +19,8 @@ from backprompt_db.prompt.ids import ModelIds
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import ModelRecord
-    from backprompt_db.compute.inference.outline import Outline
     from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.compute.inference.spec import ModelSpec
     from backprompt_db.database.metadata import ModelMetadata
 
 
@@ -60,7 +60,7 @@ class ModelSource(Protocol):
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
 
-    def outline(self, record: ModelRecord | None) -> Outline:
+    def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape; `record` is what a self-check has shown of it."""
 
 
@@ -81,11 +81,11 @@ class GivenModel:
         """The ids of the two objects as they are now."""
         return ModelIds(self.runner.weights_id, self.tokenizer.id)
 
-    def outline(self, record: ModelRecord | None) -> Outline:
+    def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape."""
-        from backprompt_db.compute.inference.outline import outline_of
+        from backprompt_db.compute.inference.spec import spec_of
 
-        return outline_of(self.runner, record)
+        return spec_of(self.runner, record)
 
 
 class PretrainedModel:
@@ -124,16 +124,16 @@ class PretrainedModel:
 
         return ModelRunner.load(self.name, self._arguments)
 
-    def outline(self, record: ModelRecord | None) -> Outline:
+    def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape, without loading it where its configuration is enough."""
-        from backprompt_db.compute.inference.outline import outline_of, outline_of_files
+        from backprompt_db.compute.inference.spec import spec_of, spec_of_files
 
         if not self.is_loaded:
             try:
-                return outline_of_files(self.name, self._arguments, record)
+                return spec_of_files(self.name, self._arguments, record)
             except Exception as error:  # noqa: BLE001 - whatever transformers says of a configuration alone
                 logger.info("%s must be loaded to be known: %s", self.name, error)
-        return outline_of(self.runner, record)
+        return spec_of(self.runner, record)
 
 
 def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: ModelMetadata) -> PretrainedModel:

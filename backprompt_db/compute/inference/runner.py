@@ -13,8 +13,8 @@ import transformers
 
 from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.fingerprint import ModelIdentity
-from backprompt_db.compute.inference.forward import Computed, compute_pack
-from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix
+from backprompt_db.compute.inference.forward import PassResult, compute_pack
+from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix, short_name
 from backprompt_db.compute.inference.limits import max_columns, max_positions
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
 from backprompt_db.compute.inference.selfcheck import (
@@ -77,6 +77,11 @@ class ModelRunner:
     @cached_property
     def _proven_head(self) -> tuple[Any, torch.nn.Module | None]:
         return self.model.get_output_embeddings(), proven_head(self.model)
+
+    @property
+    def dtype(self) -> str:
+        """What torch calls the dtype of the model, such as `float32`."""
+        return short_name(self.model.dtype)
 
     @cached_property
     def kv_dtype(self) -> str:
@@ -191,7 +196,7 @@ class ModelRunner:
         context: KVBuffer,
         predictions: Mapping[Segment, Array],
         produce: Mapping[Segment, frozenset[Part]],
-    ) -> Computed:
+    ) -> PassResult:
         """Run the model once, at most; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
         computed = compute_pack(
             self.model, pack, form=self.require_supported(), head=self.head, input_ids=input_ids, starts=starts,
@@ -212,7 +217,7 @@ class ModelRunner:
             weights_id=weights_id,
             name=self.name,
             architecture=type(self.model).__name__,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             num_layers=shape.num_layers if shape else 0,
             num_kv_heads=shape.num_kv_heads if shape else 0,
             head_dim=shape.key_dim if shape else 0,

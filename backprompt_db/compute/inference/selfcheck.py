@@ -213,7 +213,7 @@ def _tree(model: Any, tips: list[Segment], lengths: dict[str, int], longest: int
     return _Tree(input_ids, [ancestry([tip]) for tip in tips], vocab_size)
 
 
-_Computed = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+_Measured = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 """Of each segment: log-probabilities after its last token [vocab_size], keys and values in standard deviations."""
 
 
@@ -253,7 +253,7 @@ class _Proof:
             return with_window(self._model, masked=self._masked or 0, num_tokens=num_tokens)
 
     @cached_property
-    def _expected(self) -> _Computed:
+    def _expected(self) -> _Measured:
         return _plain_branches(self._subject, self._tree)
 
     @cached_property
@@ -279,7 +279,7 @@ class _Proof:
         return max(_difference(expected, computed) for computed in (*in_passes, again))
 
 
-def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_segments: int | None) -> _Computed:
+def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_segments: int | None) -> _Measured:
     """Compute the tree as prompts are computed."""
     starts, head = positions(tree.segments, tree.num_tokens), proven_head(model)
     parts: dict[tuple[Segment, Part], Arrays] = {}
@@ -303,15 +303,15 @@ def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_s
     }
 
 
-def _plain_branches(model: Any, tree: _Tree) -> _Computed:
+def _plain_branches(model: Any, tree: _Tree) -> _Measured:
     """Compute each branch in one plain forward pass over its tokens: the oracle."""
-    computed: _Computed = {}
+    computed: _Measured = {}
     for branch in tree.branches:
         computed = {**_plain(model, branch, tree.input_ids), **computed}
     return computed
 
 
-def _plain(model: Any, chain: list[Segment], input_ids: dict[Segment, list[int]]) -> _Computed:
+def _plain(model: Any, chain: list[Segment], input_ids: dict[Segment, list[int]]) -> _Measured:
     logits, cache = _plain_pass(model, [token for segment in chain for token in input_ids[segment]])
     computed, begin = {}, 0
     for segment in chain:
@@ -339,7 +339,7 @@ def _measure(
     return torch.log_softmax(logits.double(), -1).cpu().numpy(), np.concatenate(scaled)
 
 
-def _difference(expected: _Computed, actual: _Computed) -> float:
+def _difference(expected: _Measured, actual: _Measured) -> float:
     """Return the largest error of any segment of `actual`; infinite for numbers that are not finite."""
     worst = 0.0
     for segment, (logprobs, kv) in actual.items():

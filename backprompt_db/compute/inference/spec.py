@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from backprompt_db.compute.inference.kv_cache import KVShape, shape_of
+from backprompt_db.compute.inference.kv_cache import KVShape, shape_of, short_name
 from backprompt_db.compute.inference.limits import masked_window, max_columns, max_positions, refusal
 from backprompt_db.compute.inference.runner import ModelRunner, costs_of
 from backprompt_db.compute.plan import Bounds, Costs
@@ -28,7 +28,7 @@ _MLP_WIDTH = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
+class ModelSpec:
     """A model without its weights."""
 
     dtype: str
@@ -46,16 +46,16 @@ class Outline:
     """Whether attention weights are written to memory."""
 
 
-def outline_of(runner: ModelRunner, record: ModelRecord | None) -> Outline:
-    """Return the outline of a loaded model; `record` is what a self-check has shown of it, if there was one.
+def spec_of(runner: ModelRunner, record: ModelRecord | None) -> ModelSpec:
+    """Return the spec of a loaded model; `record` is what a self-check has shown of it, if there was one.
 
     Raises `UnsupportedModel` for a model that is refused.
     """
-    return _outline(runner.model, runner.shape, record)
+    return _spec(runner.model, runner.shape, record)
 
 
-def outline_of_files(name: str, arguments: dict[str, Any], record: ModelRecord | None) -> Outline:
-    """Return the outline of a model in files, of which nothing but the configuration is read.
+def spec_of_files(name: str, arguments: dict[str, Any], record: ModelRecord | None) -> ModelSpec:
+    """Return the spec of a model in files, of which nothing but the configuration is read.
 
     `arguments` are those that load the model; some change its configuration. Raises whatever transformers does where
     that does not suffice, and `UnsupportedModel` where there are no plain keys and values.
@@ -73,7 +73,7 @@ def outline_of_files(name: str, arguments: dict[str, Any], record: ModelRecord |
     shape = shape_of(cache, num_tokens=2)
     if isinstance(shape, str):
         raise UnsupportedModel(shape, hint="Only decoder-only models that fill a transformers Cache can be used.")
-    return _outline(model, shape, record)
+    return _spec(model, shape, record)
 
 
 def _dtype(told: str | dict[str, Any], config: Any) -> torch.dtype:
@@ -94,13 +94,13 @@ def _require_supported(model: Any, record: ModelRecord | None) -> None:
         )
 
 
-def _outline(model: Any, shape: KVShape, record: ModelRecord | None) -> Outline:
+def _spec(model: Any, shape: KVShape, record: ModelRecord | None) -> ModelSpec:
     is_checked = record is not None and record.checked_with is not None
     _require_supported(model, record)
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    return Outline(
-        dtype=str(model.dtype).removeprefix("torch."),
+    return ModelSpec(
+        dtype=short_name(model.dtype),
         costs=costs_of(model, num_layers=shape.num_layers),
         shape=shape,
         bounds=Bounds(
