@@ -18,7 +18,7 @@ from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explain import explain_run
 from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
-from backprompt_db.compute.splitting import pieces
+from backprompt_db.compute.splitting import split_pieces
 from backprompt_db.compute.tokens import vocabulary
 from backprompt_db.database.counters import ModelCounters
 from backprompt_db.database.database import MEMORY, Database
@@ -156,7 +156,7 @@ class LanguageModel:
         """
         if split is None:
             return Text(string, self, start=start, eager=eager)
-        first, *others = pieces(string, split, source=self._source, model_metadata=self.db.model_metadata)
+        first, *others = split_pieces(string, split, source=self._source, model_metadata=self.db.model_metadata)
         text = Text(first, self, start=start)
         for piece in others:
             text += piece

@@ -17,11 +17,12 @@ from backprompt_db.compute.adopt.crosscheck import (
     Recomputed,
     Tokens,
     can_sample,
-    computed_in_part,
     deviations,
+    recomputed_in_part,
 )
 from backprompt_db.compute.adopt.given_cache import KVTensors, cached_tokens
 from backprompt_db.compute.answers import Recomputer
+from backprompt_db.compute.inference.head import LogitsQuery, WholeLogits
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.prompt.representation import Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment
@@ -38,21 +39,18 @@ Check = Literal["sample", "full"]
 
 _OTHERS = (Part.SCORES, Part.LOGITS)
 
-_ROWS_AT_ONCE = 64
-"""Rows of logits that are turned into log-probabilities at a time."""
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Adopted:
     """What `lm.adopt` took over.
 
     Attributes:
-        text: the text whose keys and values these are.
-        num_tokens: its tokens.
-        num_stored_tokens: those whose keys and values were not stored yet; what is stored stays as it is.
-        num_checked_tokens: those that were computed again in all layers. The first layer was, for all of them.
-        max_error: the largest error that was found, in root mean squares of the layer that it was found in.
-        fidelity: `exact`, or that of the lossy database that keeps them.
+        text: the text whose keys and values were taken.
+        num_tokens: how many tokens it has.
+        num_stored_tokens: how many of them got keys and values; what was stored before stays as it is.
+        num_checked_tokens: how many were computed again in all layers; in the first layer, all of them were.
+        max_error: the largest error that was found, in root mean squares of its layer.
+        fidelity: `exact`, or the fidelity of the lossy database that keeps them.
     """
 
     text: Text
@@ -65,18 +63,18 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class AdoptArguments:
-    """What a user gives, and how much of it shall be checked."""
+    """The cache and logits that a user gives, and how much of them to check."""
 
     cache: Any
     logits: torch.Tensor | None
-    """After every token, [T, vocab_size] for each row of the cache; or None."""
+    """The logits after every token, [T, vocab_size] for each row of the cache; or None."""
     row: int | None
     check: Check
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _CheckResult:
-    """What the check found: how far off the worst number is, and the parts of segments that it made on the way."""
+    """The largest error that a check found, and the parts of segments that it computed on the way."""
 
     max_error: float
     num_checked_tokens: int
@@ -143,7 +141,7 @@ def _tokens_of(source: ModelSource, runner: ModelRunner, text: Text, *, namespac
 
 
 def _logits_of(logits: Any, tokens: Tokens, *, row: int | None) -> torch.Tensor:
-    """Return the logits after each token of the text, without what comes before them in a padded row."""
+    """Return the logits after each token of the text, without those of the padding before it."""
     rows: torch.Tensor = logits.detach() if isinstance(logits, torch.Tensor) else torch.empty(0)
     if rows.dim() == 3 and (row or 0) < len(rows):
         rows = rows[row or 0]
@@ -171,7 +169,7 @@ def _check(
     """Compare what was given with what the model makes of the text. Raises `ModelMismatch` where they differ."""
     found: Mapping[Need, Arrays] = {}
     if check == "sample" and can_sample(runner, tokens):
-        steps, num_checked = computed_in_part(runner, tokens, given), len(tokens.sample)
+        steps, num_checked = recomputed_in_part(runner, tokens, given), len(tokens.sample)
     else:
         found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(Part)))
         steps, num_checked = _recomputed_in_full(tokens, found), len(tokens)
@@ -187,7 +185,7 @@ def _check(
 
 
 def _recomputed_in_full(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Recomputed]:
-    """Yield all tokens of each segment in all layers, and the logits after its last one."""
+    """Yield all tokens of each segment in all layers, and the logits after its last token."""
     for segment, end in tokens.ends.items():
         kv = KVTensors(*(found[segment, Part.KV][name].torch() for name in ("keys", "values")))
         yield Recomputed(np.arange(end + 1 - tokens.num_tokens[segment], end + 1), slice(None), kv)
@@ -196,7 +194,7 @@ def _recomputed_in_full(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterato
 
 
 def _last_logits(tokens: Tokens, computed: Recomputed) -> dict[Segment, dict[Part, Arrays]]:
-    """Return the logits after the segments that the text ends with, those of them that were computed."""
+    """Return the logits after the last segments of the text, if they were computed."""
     if computed.logits is None:
         return {}
     rows = dict(zip(computed.places.tolist(), computed.logits, strict=True))
@@ -219,16 +217,15 @@ def _parts_of(tokens: Tokens, logits: torch.Tensor) -> dict[Segment, dict[Part, 
 
 
 def _token_logprobs(tokens: Tokens, logits: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Return the log-probability of each token [T], NaN where nothing predicts it."""
+    """Return the log-probability of each token [T]; NaN where nothing predicts it."""
     predictors = np.arange(-1, len(tokens) - 1)
     for segment, end in tokens.ends.items():
         first = end + 1 - tokens.num_tokens[segment]
         predictors[first] = tokens.ends[segment.parents[0]] if len(segment.parents) == 1 else -1
     logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
-    for places in np.array_split(np.flatnonzero(predictors >= 0), len(tokens) // _ROWS_AT_ONCE + 1):
-        rows = logits[torch.from_numpy(predictors[places])].float().log_softmax(-1)
-        targets = torch.from_numpy(tokens.input_ids[places])[:, None].to(rows.device)
-        logprobs[places] = rows.gather(1, targets)[:, 0].cpu().numpy()
+    predicted = np.flatnonzero(predictors >= 0)
+    query = LogitsQuery(predictors[predicted], tokens.input_ids[predicted], predictors[:0])
+    logprobs[predicted], _ = WholeLogits(logits).read(query)
     return logprobs
 
 

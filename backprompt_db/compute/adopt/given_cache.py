@@ -1,4 +1,4 @@
-"""Keys and values out of a transformers `Cache` that somebody else filled: whole, of the right shape, or refused."""
+"""Reading the keys and values of a text out of a transformers `Cache` that the user filled, or refusing it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backprompt_db.errors import ModelMismatch, PromptError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVTensors:
-    """The keys and values of one row of a cache, in memory of their own."""
+    """Keys and values of some tokens in some layers of a model."""
 
     keys: torch.Tensor
     """[num_layers, num_kv_heads, T, key_dim]"""
@@ -27,10 +27,10 @@ class KVTensors:
 
 
 def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | None) -> KVTensors:
-    """Return what `cache` holds of a text of `num_tokens` tokens, copied.
+    """Return a copy of what `cache` holds of a text of `num_tokens` tokens.
 
-    A cache of several rows takes the number of one, whose last `num_tokens` places are the text's: what lies before
-    them is padding. Raises `PromptError` for what is no cache of that many tokens, `ModelMismatch` where a model of
+    `row` is the text's row in a cache of several; its last `num_tokens` places are the text's, what lies before them is
+    padding. Raises `PromptError` for anything but a cache of that many tokens, and `ModelMismatch` where a model of
     `shape` cannot have made it.
     """
     layers = _layers(cache, shape)
@@ -50,7 +50,7 @@ def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | Non
 
 
 def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
-    """Return the layers of a cache, each with keys and values of the model's shape."""
+    """Return the layers of a cache. Raises an error unless each has keys and values of the model's shape."""
     layers = list(getattr(cache, "layers", ()))
     if not layers or not all(_is_filled(layer) for layer in layers):
         raise PromptError(
@@ -72,7 +72,7 @@ def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
 
 
 def _is_filled(layer: Any) -> bool:
-    """Whether a layer has keys and values, [rows, heads, tokens, dim] each, as many of both and of one dtype."""
+    """Whether a layer has keys and values, [rows, heads, tokens, dim] each, as many keys as values, of one dtype."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)):
         return False
@@ -93,7 +93,7 @@ def _num_places(layers: Sequence[Any]) -> int:
         )
     (num_seen,) = numbers
     for number, layer in enumerate(layers):
-        num_kept = layer.keys.shape[2]  # more than were seen in a cache of a fixed size
+        num_kept = layer.keys.shape[2]  # a cache of a fixed size keeps more than were seen
         if num_kept < num_seen:
             raise PromptError(
                 f"layer {number} of the cache keeps {num_kept:,} of {num_seen:,} tokens: it forgets, or is compressed",

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from backprompt_db.compute.inference.forward import compute_pack, evaluation, logits_of
-from backprompt_db.compute.inference.head import head_of, is_all, kept_from_running
+from backprompt_db.compute.inference.head import head_of, is_whole_head, kept_from_running
 from backprompt_db.compute.inference.kv_cache import KVShape, assemble, shape_of
 from backprompt_db.compute.inference.limits import (
     filled_window,
@@ -122,7 +122,7 @@ def proven_head(model: Any) -> nn.Module | None:
         with kept_from_running(head, skip=False) as kept:
             logits, _ = _plain_pass(model, tokens)
         # The embedding of a padding token is zero, and of logits that are zero anything may be all.
-        return head if is_all(head, kept, logits) and bool(logits.any()) else None
+        return head if is_whole_head(head, kept, logits) and bool(logits.any()) else None
 
 
 def _unsupported(reason: str) -> UnsupportedModel:
