@@ -1,4 +1,4 @@
-"""What texts ask to be stored, and what of it a batch must compute: the same for a plan and for the run. No torch."""
+"""Which parts texts ask to have stored, and which of them a batch must compute; plans and runs share this. No torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from backprompt_db.prompt.text import Text
 
 IsStored = Callable[[Segment, Part], bool]
 
-_Each = TypeVar("_Each")
+_Item = TypeVar("_Item")
 
 _SCORES = frozenset({Part.SCORES})
 _NUM_CHARACTERS = 200
@@ -28,15 +28,15 @@ _NUM_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What one text asks for."""
+    """What one text, or scoring completions after it, asks to have stored."""
 
     number: int
     """Its place among the texts, from 0."""
     text: Text
     segments: Sequence[Segment]
-    """Its own and those of its completions, parents before children."""
+    """Segments of the text and of its completions, parents before children."""
     wanted: Wanted
-    """Parts that shall be stored in the end."""
+    """Parts to be stored in the end."""
     keep: Wanted
     """Parts to store of each segment that is computed."""
 
@@ -46,13 +46,13 @@ class Work:
     """What must be computed for a batch."""
 
     wanted: Wanted
-    """Of each segment that lacks parts the least of them; when it is computed, all that it lacks are stored."""
+    """The first missing part of each segment that lacks some: computing it stores all others that the segment lacks."""
     keep: Wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """What each of many texts asks for: `keep` of all its segments, or the scores of the completions after it.
+    """The requests of many texts: the parts `keep` of all their segments, and the scores of completions after them.
 
     Iterating raises `PromptError` for an empty text, and where nothing predicts the first token of a completion.
     """
@@ -62,7 +62,7 @@ class Requests:
     keep: frozenset[Part]
     namespace: str
     own: Callable[[Text | str], Text]
-    """Makes a text one of the model's."""
+    """Makes a string or a text one that belongs to the model."""
 
     @classmethod
     def of(
@@ -74,7 +74,7 @@ class Requests:
         namespace: str,
         own: Callable[[Text | str], Text],
     ) -> Requests:
-        """Return what a caller asks for. Raises `PromptError` for what makes no sense."""
+        """Return the requests of a caller. Raises `PromptError` for arguments that cannot be used."""
         if isinstance(completions, str | Text):
             raise PromptError("completions is one text", hint="Give a list of completions.")
         return cls(
@@ -103,28 +103,28 @@ class Requests:
 
 
 PARTS = tuple(part.name.lower() for part in Part)
-"""What people call the three parts."""
+"""The names that people give the three parts."""
 
 
 def parts_named(names: Iterable[str]) -> frozenset[Part]:
-    """Return the parts of these names. Raises `PromptError` for others, and for none."""
+    """Return the parts that have these names. Raises `PromptError` for other names, and for none."""
     given = [names] if isinstance(names, str) else list(names)
     if not given or not set(PARTS) >= set(given):
         raise PromptError(f"keep={names!r} are no parts", hint=f"Name some of {', '.join(PARTS)}.")
     return frozenset(Part[name.upper()] for name in given)
 
 
-def batches(each: Iterable[_Each], size: int) -> Iterator[list[_Each]]:
-    """Divide what comes into lists of so many. Raises `PromptError` for a size below 1."""
+def batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Divide items into lists of `size`. Raises `PromptError` for a size below 1."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PromptError(f"batch_size={size!r} is not a number of texts", hint="Give an int of 1 or more.")
-    remaining = iter(each)
+    remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 
 
 def lacking(batch: Iterable[Request], is_stored: IsStored) -> list[Request]:
-    """Return those of the requests of which something is not stored."""
+    """Return the requests that ask for a part that is not stored."""
     is_stored = cache(is_stored)
     return [
         request
@@ -134,7 +134,7 @@ def lacking(batch: Iterable[Request], is_stored: IsStored) -> list[Request]:
 
 
 def work_of(batch: Sequence[Request], is_stored: IsStored) -> Work:
-    """Return what must be computed for requests that lack something."""
+    """Return what must be computed for requests that lack parts."""
     wanted: dict[Segment, frozenset[Part]] = {}
     for segment, parts in _merged(request.wanted for request in batch).items():
         least = next((part for part in Part if part in parts and not is_stored(segment, part)), None)
@@ -154,7 +154,7 @@ def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
 def too_long(
     request: Request, num_tokens: Mapping[Segment, int], bounds: plan.Bounds, *, is_deterministic: bool
 ) -> TooLong | None:
-    """Return what is too long about an request, None where nothing is. `num_tokens` are those of all its segments."""
+    """Return by how much a request is too long, None if it fits. `num_tokens` has the lengths of all its segments."""
     starts = plan.positions(request.segments, num_tokens)
     own = {segment: num_tokens[segment] for segment in request.segments}
     num_read = own if is_deterministic else plan.num_read(own, produced=request.keep)
