@@ -1,4 +1,4 @@
-"""Why parts of a text are not stored, as far as the catalogs of a database know. Nothing is changed or counted."""
+"""Why parts of a text are not stored, by what the catalogs of a database know. Nothing is changed or counted."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ class Records:
         for evictions in self._ask(lambda catalog: catalog.evictions(addresses)):
             for evicted, at in evictions.items():
                 found.setdefault(evicted, []).append(_Removal(at, Reason.EVICTED, None))
-        told = self._ask(lambda catalog: catalog.events(limit=_NUM_EVENTS))
-        for at, kind, address, detail in itertools.chain(*told, self._db.tally.untold):
+        recorded = self._ask(lambda catalog: catalog.events(limit=_NUM_EVENTS))
+        for at, kind, address, detail in itertools.chain(*recorded, self._db.tally.untold):
             if kind == _QUARANTINE and address is not None:
                 found.setdefault(address, []).append(_Removal(at, Reason.QUARANTINED, detail))
         return found

@@ -93,14 +93,14 @@ def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArgum
     given = cached_tokens(arguments.cache, runner.shape, num_tokens=len(tokens), row=arguments.row)
     logits = None if arguments.logits is None else _logits_of(arguments.logits, tokens, row=arguments.row)
     began = time.perf_counter()
-    finding = _check(source, runner, tokens, given, logits, check=arguments.check)
-    seconds = (time.perf_counter() - began) / finding.num_checked_tokens
+    result = _check(source, runner, tokens, given, logits, check=arguments.check)
+    seconds = (time.perf_counter() - began) / result.num_checked_tokens
     if source.ids != ids:
         raise ModelMismatch("the model changed while the cache was checked", hint="Adopt it again; nothing was stored.")
-    told = {} if logits is None else _parts_of(tokens, logits)
+    from_logits = {} if logits is None else _parts_of(tokens, logits)
     num_stored = 0
     for segment, kv in _divided(tokens, given):
-        parts = {Part.KV: kv, **told.get(segment, {}), **finding.parts.get(segment, {})}
+        parts = {Part.KV: kv, **from_logits.get(segment, {}), **result.parts.get(segment, {})}
         new = {part: arrays for part, arrays in parts.items() if not engine.is_stored(segment, ids=ids, parts=[part])}
         num_tokens = tokens.num_tokens[segment]
         engine.store(segment, new, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
@@ -109,8 +109,8 @@ def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArgum
         text=text,
         num_tokens=len(tokens),
         num_stored_tokens=num_stored,
-        num_checked_tokens=finding.num_checked_tokens,
-        max_error=finding.max_error,
+        num_checked_tokens=result.num_checked_tokens,
+        max_error=result.max_error,
         fidelity=engine.fidelity,
     )
 

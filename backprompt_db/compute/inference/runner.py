@@ -155,8 +155,7 @@ class ModelRunner:
         """
         verdict = None
         if known is not None and known.checked_with == self._checked_with:
-            what = known.verdict, known.mask_form
-            verdict = recorded(self.model, *what, max_error=known.max_error, reason=known.reason)
+            verdict = recorded(self.model, known)
         self._verdict = verdict or self._examine(weights_id)
         form = self._verdict.form
         self._max_positions = max_positions(self.model, masked=form.window) if form else None

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.forward import compute_pack, evaluation, logits_of
 from backprompt_db.compute.inference.head import head_of, is_whole_head, kept_from_running
 from backprompt_db.compute.inference.kv_cache import KVShape, assemble, shape_of
@@ -104,14 +105,14 @@ def examine(model: Any) -> Verdict:
     return Verdict(None, None, "; ".join(failures))
 
 
-def recorded(
-    model: Any, kind: str, mask_form: str | None, *, max_error: float | None, reason: str | None
-) -> Verdict | None:
+def recorded(model: Any, record: ModelRecord) -> Verdict | None:
     """Return the verdict that was recorded for a model, with the model's windows; None if it was never checked."""
-    if kind == "refused":
-        return Verdict(None, max_error, reason)
+    if record.verdict == "refused":
+        return Verdict(None, record.max_error, record.reason)
     forms = [*_forms(model, masked_window(model)), *_forms(model, None), _CHAINS]
-    return next((Verdict(form, max_error, reason) for form in forms if form.name == mask_form), None)
+    return next(
+        (Verdict(form, record.max_error, record.reason) for form in forms if form.name == record.mask_form), None
+    )
 
 
 def probe_shape(model: Any) -> KVShape:
