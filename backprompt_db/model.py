@@ -1,4 +1,4 @@
-"""The one object that a user runs prompts on. The loop behind it is `compute/engine.py`."""
+"""`LanguageModel`, the object that users run prompts on. The loop behind it is in `compute/engine.py`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy.typing as npt
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute import answers
 from backprompt_db.compute.batch import warm
-from backprompt_db.compute.batch.requests import PARTS, Orders
+from backprompt_db.compute.batch.requests import PARTS, Requests
 from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explain import explain_run
 from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
-from backprompt_db.compute.splitting import pieces
-from backprompt_db.compute.vocabularies import vocabulary
+from backprompt_db.compute.splitting import split_pieces
+from backprompt_db.compute.tokens import vocabulary
 from backprompt_db.database.counters import ModelCounters
 from backprompt_db.database.database import MEMORY, Database
 from backprompt_db.database.opening import open_database
@@ -46,9 +46,9 @@ class LanguageModel:
 
     `model` and `tokenizer` are any decoder-only Hugging Face pair; `db` is a `Database`, the default one if not given.
     `deterministic` computes each segment in a pass of its own, so that a representation that was evicted is recomputed
-    bit for bit on the same machine and versions; it is slower for many short segments. `exact` demands exact values: of
-    a database of another fidelity nothing is read, what is computed stays in memory as long as this object. `progress`
-    shows a bar for what takes longer than a second, in a terminal.
+    bit for bit on the same machine and versions; it is slower for many short segments. `exact` demands exact values: a
+    database of another fidelity is not read, and what is computed stays in memory as long as this object. `progress`
+    shows a bar in a terminal for what takes longer than a second.
 
     The model is used in evaluation mode; its training mode is restored after each call.
     """
@@ -78,7 +78,7 @@ class LanguageModel:
     ) -> LanguageModel:
         """Return the model of that name or directory; `arguments` go to transformers' `from_pretrained`.
 
-        Where the database knows the ids of these very files, nothing is loaded until something must be computed.
+        If the database knows the ids of exactly these files, nothing is loaded until something must be computed.
         """
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
@@ -105,7 +105,7 @@ class LanguageModel:
 
     @cached_property
     def _answering_db(self) -> Database:
-        """Where values come from: not out of a lossy database when exact ones are demanded."""
+        """The database that values come from: one in memory if this object demands exact values and `db` is lossy."""
         is_lossy = self.db.fidelity is not Fidelity.EXACT
         return open_database(MEMORY, namespace=self.namespace) if self._exact and is_lossy else self.db
 
@@ -116,12 +116,12 @@ class LanguageModel:
 
     @property
     def model(self) -> Any:
-        """The transformers model; loads it if need be."""
+        """The transformers model; loads it if it is not loaded."""
         return self._source.runner.model
 
     @property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer; loads it if need be."""
+        """The transformers tokenizer; loads it if it is not loaded."""
         return self._source.tokenizer.tokenizer
 
     @property
@@ -132,16 +132,16 @@ class LanguageModel:
     @property
     def weights_id(self) -> WeightsId:
         """The weights id of the model as it is now."""
-        return self._source.ids[0]
+        return self._source.ids.weights_id
 
     @property
     def tokenizer_id(self) -> TokenizerId:
-        """The id of the tokenizer."""
-        return self._source.ids[1]
+        """The id of the tokenizer as it is now."""
+        return self._source.ids.tokenizer_id
 
     @property
     def counters(self) -> ModelCounters:
-        """What this object did since it was made."""
+        """What this object has done since it was made."""
         num_calls = self._source.runner.num_calls if self.is_loaded else 0
         return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
 
@@ -156,7 +156,7 @@ class LanguageModel:
         """
         if split is None:
             return Text(string, self, start=start, eager=eager)
-        first, *others = pieces(string, split, source=self._source, model_metadata=self.db.model_metadata)
+        first, *others = split_pieces(string, split, source=self._source, model_metadata=self.db.model_metadata)
         text = Text(first, self, start=start)
         for piece in others:
             text += piece
@@ -172,7 +172,7 @@ class LanguageModel:
         assistant wrote is a segment of its own. `template_arguments` are those of `apply_chat_template`, such as
         `tools=`, `documents=` or `chat_template=`. Loads the tokenizer, not the model.
 
-        Where the tokenizer puts start tokens before a prompt that the template does not write, they are put there.
+        Start tokens that the tokenizer puts before a prompt, and that the template does not write, are put there too.
         Raises `PromptError` without messages or a template, and where the template refuses the messages.
         """
         from backprompt_db.compute.splitting import chat_pieces
@@ -195,8 +195,8 @@ class LanguageModel:
         """Return the representation of a text, or of each of several, computing only what is not stored.
 
         Shared prefixes are computed once, and what is missing in several texts is computed together. All three parts of
-        what is computed are kept. Raises `PromptError` for an empty text, `ContextLengthExceeded` before anything is
-        computed for one that is too long, `UnsupportedModel` for a model that cannot be cached and stay right.
+        what is computed are kept. Raises `PromptError` for an empty text, `ContextLengthExceeded` for one that is too
+        long, before anything is computed, and `UnsupportedModel` for a model that cannot be cached and stay right.
         """
         if isinstance(texts, Text | str):
             return self._run([texts])[0]
@@ -258,7 +258,7 @@ class LanguageModel:
 
         prompts = [prompt] if isinstance(prompt, Text | str) else prompt
         is_one = prompts is not prompt
-        told = GenerateArguments(
+        generate_arguments = GenerateArguments(
             max_new_tokens=max_new_tokens,
             num_return_sequences=num_return_sequences,
             streamer=streamer,
@@ -266,7 +266,7 @@ class LanguageModel:
             others=arguments,
         )
         texts = [self._own(text) for text in prompts]
-        results = generate(self._engine, self._source, texts, told, namespace=self.namespace)
+        results = generate(self._engine, self._source, texts, generate_arguments, namespace=self.namespace)
         if num_return_sequences is not None:
             return results[0] if is_one else results
         firsts = [several[0] for several in results]
@@ -283,39 +283,39 @@ class LanguageModel:
     ) -> Adopted:
         """Store keys and values of a text that you computed, once they have proven to be this model's for this text.
 
-        `past_key_values` is a transformers `Cache` of just the text's tokens; of several rows, `row` is the text's, and
-        may be padded on the left. The logits after the text come out of the check and are stored too. With `logits`
-        after every token, [T, vocab_size], all parts are. What is stored already stays as it is.
+        `past_key_values` is a transformers `Cache` of exactly the text's tokens. If it has several rows, `row` is the
+        text's, which may be padded on the left. The check computes the logits after the text, and they are stored too.
+        With `logits` after every token, [T, vocab_size], all parts are stored. What was stored before stays as it is.
 
-        `check="sample"` computes every token in the first layer, and in all layers one in 16 and the last one of each
-        piece, over the given keys and values before it. What it can miss are tokens between these that are wrong in
-        deeper layers alone, and their logits. `check="full"` computes everything, and keeps its own scores and logits;
+        `check="sample"` computes every token in the first layer; one token in 16 and the last one of each piece are
+        computed in all layers, over the given keys and values before it. It can miss other tokens that are wrong in
+        deeper layers alone, and their logits. `check="full"` computes everything, and stores its own scores and logits;
         a model that only runs chains is always checked so. Loads the model.
 
-        Raises `ModelMismatch`, with what differs most, for another model's or another text's keys and values,
-        `PromptError` for a cache that is not of this many tokens, has forgotten some, or has rows and no `row`, and
+        Raises `ModelMismatch`, with the place of the error, for another model's or another text's keys and values,
+        `PromptError` for a cache that has another number of tokens, has forgotten some, or has rows and no `row`, and
         `StoreReadOnly` where nothing may be stored.
         """
-        from backprompt_db.compute.adopt.adopt import Offer, adopt
+        from backprompt_db.compute.adopt.adopt import AdoptArguments, adopt
 
         if self._answering_db is not self.db:
             raise StoreReadOnly(
                 f"this model demands exact values, and the database keeps them as {self.db.fidelity.value}",
                 hint="Adopt into an exact database, or with a LanguageModel without exact=True.",
             )
-        offer = Offer(cache=past_key_values, logits=logits, row=row, check=check)
-        return adopt(self._engine, self._source, self._own(text), offer, namespace=self.namespace)
+        arguments = AdoptArguments(cache=past_key_values, logits=logits, row=row, check=check)
+        return adopt(self._engine, self._source, self._own(text), arguments, namespace=self.namespace)
 
     def pin(self, texts: Text | str | Iterable[Text | str], *, label: str | None = None) -> None:
-        """Keep texts, with all parts of all their segments, from being evicted; what is missing is computed now.
+        """Protect texts, with all parts of all their segments, from eviction; what is missing is computed now.
 
-        `label` is for the command line, where it selects them. Raises `StoreReadOnly` where nothing may be written, and
+        The command line can select the texts by `label`. Raises `StoreReadOnly` where nothing may be written, and
         `CatalogError` where there is no catalog, as in memory.
         """
         warm.pin(self._engine, self._answering_db, self._segments(texts), label=label)
 
     def unpin(self, texts: Text | str | Iterable[Text | str]) -> None:
-        """Let texts be evicted again, with what others share with them. Raises the same errors as `pin`."""
+        """Let texts be evicted again, including segments shared with others. Raises the same errors as `pin`."""
         warm.unpin(self._engine, self._answering_db, self._segments(texts))
 
     def plan(
@@ -323,29 +323,29 @@ class LanguageModel:
     ) -> RunPlan:
         """Return what `warm` with these arguments would find, compute, write and need. Printed, it is a table.
 
-        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, and not the weights.
+        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, but not the weights.
         """
         from backprompt_db.compute.batch.forecast import forecast
 
-        orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
-        return forecast(self._engine, self._source, self._answering_db, orders, batch_size=batch_size)
+        requests = Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        return forecast(self._engine, self._source, self._answering_db, requests, batch_size=batch_size)
 
     def warm(
         self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
     ) -> Warmed:
-        """Compute and store what running texts, or scoring completions after them, needs, so that it is there then.
+        """Compute and store the parts that running texts, or scoring completions after them, will need.
 
-        `texts` may be an iterator over more than memory holds: so many as `batch_size` are computed together. Of the
-        segments of texts the parts `keep` are stored, of completions the scores. What is stored is skipped, so what
-        was interrupted goes on where it was. Texts that are too long are left out, and listed.
+        `texts` may be an iterator over more than memory holds: `batch_size` texts are computed together. For segments
+        of texts the parts `keep` are stored, for completions their scores. What is stored is skipped, so a run that was
+        interrupted continues where it stopped. Texts that are too long are skipped and listed.
 
-        Raises what `Database.flush` does where something cannot be stored, `StoreReadOnly` where nothing may be.
+        Raises what `Database.flush` raises if something cannot be stored, and `StoreReadOnly` if nothing may be stored.
         """
         from backprompt_db.compute.batch.warm import Warmer
 
-        orders = Orders.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        requests = Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
         warmer = Warmer(self._engine, self._source, self._answering_db)
-        return warmer.run(orders, batch_size=batch_size, progress=self._options["progress"])
+        return warmer.run(requests, batch_size=batch_size, progress=self._options["progress"])
 
     def seams(self, text: Text) -> list[Seam]:
         """Return the seams of a text that change tokens; see `Text.seams`."""
@@ -356,17 +356,18 @@ class LanguageModel:
         return explain_run(self._answering_db, self._source, self._own(text).tips(self.namespace))
 
     def vocabulary(self, tokenizer_id: TokenizerId) -> Vocabulary:
-        """Return the tokens of the tokenizer that has this id as strings, out of the catalog if it is known there.
+        """Return the tokens, as strings, of the tokenizer that has this id.
 
-        Else the tokenizer is loaded, and never the model. Raises `ModelMismatch` when it has another id by now.
+        They come from the catalog if it has them; else the tokenizer is loaded, but never the model. Raises
+        `ModelMismatch` if the tokenizer has another id by now.
         """
-        return vocabulary(self._answering_db, self._source, tokenizer_id)
+        return vocabulary(self._answering_db, tokenizer_id, load=lambda: self._source.tokenizer)
 
     def past_key_values(self, text: Text, *, ids: ModelIds | None = None) -> Any:
         """Return a transformers `Cache` of a text's keys and values, on the model's device if it is loaded.
 
-        Segments come in the order written. Keys and values that are not stored are computed and kept. With `ids`,
-        raises `ModelMismatch` when the model or the tokenizer has others by now.
+        Segments come in the order in which they were written. Keys and values that are not stored are computed and
+        kept. With `ids`, raises `ModelMismatch` if the model or the tokenizer has another id by now.
         """
         from backprompt_db.compute.inference.kv_cache import KVShape, assemble
 
@@ -392,7 +393,7 @@ class LanguageModel:
         return ancestry(tip for text in own for tip in text.tips(self.namespace))
 
     def _own(self, text: Text | str) -> Text:
-        """Return a text that belongs to this model. Raises `PromptError` for an empty one, or another model's."""
+        """Return the text on this model. Raises `PromptError` for an empty text, or one on another model."""
         own = text if isinstance(text, Text) else Text(text)
         if not own:
             raise PromptError("the prompt is empty", hint="Give at least one character.")
@@ -407,7 +408,7 @@ _models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = 
 
 
 def language_model_of(model: Any, tokenizer: Any) -> LanguageModel:
-    """Return the `LanguageModel` of a pair of objects on the default database, the same one as long as it is in use."""
+    """Return the `LanguageModel` of a pair of objects on the default database; the same one as long as it is in use."""
     pair = id(model), id(tokenizer)
     lm = _models_of_pairs.get(pair)
     if lm is None:

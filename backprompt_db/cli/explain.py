@@ -125,11 +125,11 @@ def _decoded(content: bytes, name: str) -> str:
 def explanation_of(directory: Path, text: Text, *, model: str | None, namespace: str) -> Explanation:
     """Explain a text by the database in `directory`, for a model that it knows."""
     from backprompt_db.compute.explain import explain as explain_text
-    from backprompt_db.compute.explain import recorded_names, recorded_tokenizer
+    from backprompt_db.compute.explain import recorded_ids, recorded_tokenizer
     from backprompt_db.database.opening import READ, manifest_of, open_catalog, open_database
 
     manifest_of(directory)
     with open_catalog(directory) as catalog, open_database(directory, mode=READ, memory_nbytes=0) as database:
-        names = recorded_names(database, catalog, model)
-        tokenizer = recorded_tokenizer(catalog, names, model)
-        return explain_text(database, names, text.tips(namespace), tokenizer=tokenizer)
+        ids = recorded_ids(database, catalog, model)
+        tokenizer = recorded_tokenizer(catalog, ids, model)
+        return explain_text(database, ids, text.tips(namespace), tokenizer=tokenizer)

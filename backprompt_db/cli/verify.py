@@ -137,10 +137,10 @@ def _check(database: Database, checks: Checks) -> Verification:
 def _recompute(
     database: Database, name: str, *, dtype: str | None, share: float, seed: int, max_error: float | None
 ) -> Recomputation:
-    from backprompt_db.compute.recompute import pretrained
+    from backprompt_db.compute.answers import pretrained_recomputer
     from backprompt_db.operations.recompute import recompute
 
-    model = pretrained(name, dtype=dtype)
+    model = pretrained_recomputer(name, dtype=dtype)
     return recompute(database, model, share=share, seed=seed, max_error=max_error, progress=_recomputing)
 
 

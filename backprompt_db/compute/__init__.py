@@ -1,1 +1,1 @@
-"""Computation: from texts to missing segments, to packs, to forward passes."""
+"""Computation: from texts to missing segments, to packs, to forward passes, to results."""

@@ -1,28 +1,32 @@
-"""From texts to what a caller gets: which parts of which segments a question needs, and the answer put together."""
+"""From texts to results: which parts of which segments a run or a score needs, and the result made of them.
+
+`Recomputer` gives the same parts without anything that is stored, for checks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from backprompt_db.compute.engine import Engine
+from backprompt_db.compute.inference.loading import ModelSource, PretrainedModel
 from backprompt_db.compute.plan import Need, Wanted
-from backprompt_db.errors import PromptError
+from backprompt_db.database.database import MEMORY
+from backprompt_db.database.opening import open_database
+from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.prompt.ids import ModelIds
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr, Text
 
-if TYPE_CHECKING:
-    from backprompt_db.compute.engine import Engine
-
 _SCORES = frozenset({Part.SCORES})
+_NEEDED_BY_OTHERS = frozenset({Part.LOGITS, Part.KV})
 
 
 def run(engine: Engine, texts: Sequence[Text], *, namespace: str) -> list[ModelRepr]:
-    """Return the representation of each text; what is missing of all of them is computed together."""
+    """Return the representation of each text; everything that is missing is computed together."""
     segments = [text.segments(namespace) for text in texts]
     tips = [text.tips(namespace) for text in texts]
     addresses = engine.addresses()
@@ -34,7 +38,7 @@ def run(engine: Engine, texts: Sequence[Text], *, namespace: str) -> list[ModelR
 
 
 def run_needs(segments: Iterable[Sequence[Segment]], tips: Iterable[tuple[Segment, ...]]) -> Wanted:
-    """Return what running texts needs: the scores of each segment, and the logits where a text has one last segment."""
+    """Return the parts that a run needs: the scores of each segment, the logits after a single last segment."""
     wanted = dict.fromkeys([segment for each in segments for segment in each], _SCORES)
     return wanted | {tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1}
 
@@ -56,7 +60,7 @@ def score(
 def completion_segments(prompts: Sequence[Text], completions: Sequence[Text], *, namespace: str) -> list[list[Segment]]:
     """Return the segments of each completion after each prompt, prompt by prompt.
 
-    Raises `PromptError` where nothing predicts the first token of one of them.
+    Raises `PromptError` for an empty completion, and where nothing predicts the first token of a segment.
     """
     endings: list[list[Segment]] = []
     for prompt in prompts:
@@ -70,6 +74,48 @@ def completion_segments(prompts: Sequence[Text], completions: Sequence[Text], *,
     return endings
 
 
+class Recomputer:
+    """A model that computes everything anew, ancestors included, in a database of its own in memory."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+
+    @property
+    def name(self) -> str:
+        """The name that people give the model."""
+        return self._source.name
+
+    @property
+    def ids(self) -> ModelIds:
+        """The ids of the model and the tokenizer."""
+        return self._source.ids
+
+    @property
+    def kv_dtype(self) -> str:
+        """The safetensors name of the dtype of keys and values."""
+        return self._source.runner.kv_dtype
+
+    def compute(self, wanted: Wanted) -> Mapping[Need, Arrays]:
+        """Return the wanted parts. Raises a `ComputeError` where the model cannot be used."""
+        keep = dict.fromkeys(ancestry(wanted), _NEEDED_BY_OTHERS)
+        with open_database(MEMORY) as db:
+            found, _ = Engine(self._source, db, deterministic=False, progress=False).represent(wanted, keep=keep)
+        return found
+
+
+def pretrained_recomputer(name_or_path: str, *, dtype: str | None = None) -> Recomputer:
+    """Return the model of that name or directory, loaded. Raises `ModelMismatch` where it cannot be."""
+    model = Recomputer(PretrainedModel(name_or_path, {} if dtype is None else {"dtype": dtype}, known_ids=None))
+    try:
+        _ = model.ids
+    except (OSError, ValueError, AttributeError) as error:  # any that transformers raises for a name, a path or a dtype
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelMismatch(
+            f"{name_or_path} cannot be loaded: {reason}", hint="Give a causal language model's name or path."
+        ) from error
+    return model
+
+
 def _result(
     text: Text,
     segments: Sequence[Segment],
@@ -80,7 +126,7 @@ def _result(
     ids: ModelIds,
     fidelity: str,
 ) -> ModelRepr:
-    """Collect the parts of one text. A computed segment counts for the first text that has it."""
+    """Collect the parts of one text. A segment that was computed counts for the first text that contains it."""
     scores = tuple(found[segment, Part.SCORES] for segment in segments)
     num_tokens = {segment: part["input_ids"].shape[0] for segment, part in zip(segments, scores, strict=True)}
     is_computed = tuple(segment in computed for segment in segments)

@@ -1,4 +1,4 @@
-"""One call of the engine: what it wants, what it has found and computed so far, and the addresses of everything."""
+"""One call of the engine: the parts that it wants, those that it has found or computed so far, and the addresses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.prefill import Prefill
     from backprompt_db.database.database import Database
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Addresses under one model and one tokenizer, which must stay the same for the whole of a call."""
+    """Makes addresses under one model and one tokenizer, which must stay the same during a whole call."""
 
     ids: ModelIds
     is_certain: bool = True
-    """Whether the ids are those of objects in memory, not those that were recorded for their files."""
+    """Whether the ids are those of objects in memory, and not the recorded ids of their files."""
 
     def address(self, segment: Segment) -> Address:
         """Return the address of a segment's representation."""
@@ -53,9 +53,9 @@ class Addresses:
 
 
 class Call:
-    """What one call wants, what it has found of that and of what it needs for it, and what was computed for it.
+    """The parts that one call wants, the parts that it has found, and the segments that were computed for it.
 
-    Making one reads what is wanted. A part that was looked for and is not there, or is of no use, is not looked for
+    Creating a call reads the wanted parts. A part that could not be found, or could not be used, is not looked for
     again: it counts as missing.
     """
 
@@ -71,7 +71,7 @@ class Call:
         self._db = db
         self._source = source
         self._lost: set[Need] = set()
-        """Parts that were gone, or of no use, when they were read."""
+        """Parts that were gone, or could not be used, when they were read."""
         self.fetch((segment, part) for segment, parts in wanted.items() for part in parts)
 
     def missing(self) -> Wanted:
@@ -79,7 +79,7 @@ class Call:
         return plan.missing_parts(self.wanted, is_stored=self._is_stored)
 
     def fetch(self, needs: Iterable[Need]) -> list[Need]:
-        """Read those of the needed parts that are not here yet, and return those that cannot be had."""
+        """Read the needed parts that were not found yet, and return those that are not stored or cannot be used."""
         absent = [need for need in needs if need not in self.found]
         segments = dict.fromkeys(segment for segment, _ in absent)
         places = {segment: self.addresses.address(segment) for segment in segments}
@@ -95,30 +95,30 @@ class Call:
         return [need for need in absent if need not in self.found]
 
     def fetch_from_others(self, deferred: Iterable[Segment]) -> None:
-        """Read what other calls have stored by now of the segments that were left to them."""
+        """Read the parts of deferred segments that other calls have stored by now."""
         needs = [(segment, part) for segment in deferred for part in self.wanted.get(segment, ())]
         absent = [need for need in needs if need not in self.found and need not in self._lost]
         self.lose(self.fetch(need for need in absent if self._has(need)))
 
     def contents(self, segments: Iterable[Segment], prefill: Prefill) -> list[tuple[Address, int]]:
-        """Return what a buffer says of segments that lie in it: their addresses and numbers of tokens."""
+        """Return the addresses and numbers of tokens of segments, as a buffer lists its contents."""
         return [(self.addresses.address(segment), len(prefill.input_ids[segment])) for segment in segments]
 
     def lose(self, needs: Iterable[Need]) -> None:
-        """Note parts that were evicted or damaged since they were looked up: from now on they are missing."""
+        """Record that parts were evicted or damaged since they were looked up: from now on they are missing."""
         for need in needs:
             self.found.pop(need, None)
             self._lost.add(need)
 
     def is_stored_by_now(self, segment: Segment, prefill: Prefill) -> bool:
-        """Whether all that was missing of a segment is stored now; what is stored will not be kept once more."""
+        """Whether all missing parts of a segment are stored by now; stored parts will not be stored again."""
         parts = prefill.missing[segment] | prefill.keep[segment]
         stored = frozenset(part for part in parts if self._has((segment, part)))
         prefill.keep[segment] -= stored
         return prefill.missing[segment] <= {part for part in stored if (segment, part) not in self._lost}
 
-    def add(self, pack: Pack, computed: Computed, prefill: Prefill) -> None:
-        """Add what a pack has computed, as far as somebody needs it."""
+    def add(self, pack: Pack, computed: PassResult, prefill: Prefill) -> None:
+        """Add the computed parts of a pack that the caller or another pack needs."""
         prefill.retain(pack, computed, self.found)
         self.computed.update(pack.segments)
 
@@ -131,7 +131,7 @@ class Call:
         return self._db.has(self.addresses.key(*need))
 
     def _usable(self, key: Key, arrays: Arrays) -> Arrays | None:
-        """Return arrays as the model has them; None for keys and values that are not of its shape."""
+        """Return arrays in the model's dtype; None for keys and values that have not the model's shape."""
         if key.part is not Part.KV:
             return arrays
         if self._db.fidelity is not Fidelity.EXACT:

@@ -1,4 +1,4 @@
-"""Whose turn it is: what a call computes itself of the segments that it misses, and what it leaves to others."""
+"""Which missing segments a call computes itself, and which it defers because other calls compute them."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ logger = logging.getLogger(__name__)
 
 
 class PackClaims:
-    """Claims packs for one call, so that others who miss the same wait for it, and waits for what others have claimed.
+    """Claims packs for one call, so that other calls that miss them wait, and waits for what others have claimed.
 
-    A call claims all of a pack or nothing, computes it, and hands it to the writer, who lets go of it whatever becomes
-    of it; only then it claims more. When it waits, it holds nothing that it has yet to compute. So nobody who is waited
-    for waits for anybody, and no circle can be.
+    A call claims all of a pack or nothing, computes it, and hands it to the writer, which releases the claim whether
+    the pack could be written or not. Only then the call claims more. While it waits, it holds no claim on anything that
+    it still has to compute. So a call that others wait for never waits itself, and there is no deadlock.
     """
 
     def __init__(self, db: Database, addresses: Addresses) -> None:
         self.deferred: set[Segment] = set()
-        """Missing segments that are left to other calls for now."""
+        """Missing segments that this call does not compute for now, because other calls do."""
         self._db = db
         self._addresses = addresses
         self._claims = db.single_flight.claims()
         self._mine: list[Address] = []
         self._busy: dict[Segment, Address] = {}
-        """What others were seen computing since this call has last waited."""
+        """Segments that others were seen computing since this call last waited."""
         self._num_missing = -1
         self._deadline = 0.0
 
     def available(self, missing: Collection[Segment]) -> list[Segment]:
-        """Return those of the missing segments that neither are others' nor depend on such, parents before children.
+        """Return the missing segments that no other call computes and that depend on none of these.
 
-        Where there are none, waits until others are done with one, or for too long, and returns none: look what is
-        missing now.
+        They come parents before children. If there are none, waits until others are done with one, or until patience
+        ends, and returns none; then the caller must find out what is missing now.
         """
         self._release()
         if len(missing) != self._num_missing:
@@ -61,7 +61,7 @@ class PackClaims:
         return available
 
     def claim(self, pack: Pack) -> bool:
-        """Claim all segments of a pack; False where another call has one, or what they depend on was left to others."""
+        """Claim all segments of a pack; False if another call has one of them, or if they depend on a deferred one."""
         self._release()
         if self.deferred and not self.deferred.isdisjoint(pack.context):
             self.defer(pack)
@@ -75,12 +75,12 @@ class PackClaims:
         return not busy
 
     def defer(self, pack: Pack) -> None:
-        """Do not compute a pack for now."""
+        """Put off the computation of a pack, and release the claim on it."""
         self.deferred.update(pack.segments)
         self._release()
 
     def hand_over(self) -> None:
-        """Let go of the pack that was taken as soon as all that was put is written, or given up."""
+        """Release the claimed pack as soon as everything that was put is written, or given up."""
         self._db.when_written(self._claims.promise(self._mine))
         self._mine = []
 

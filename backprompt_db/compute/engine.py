@@ -1,4 +1,4 @@
-"""The core loop: fetch what is there, plan what is missing, compute it in packs, persist it."""
+"""The core loop: fetch what is stored, plan what is missing, compute it in packs, persist it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.kv_cache import KVBuffer
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.runner import ModelRunner
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_LOGGED_SEAMS = 10_000
-"""Seams that are logged and, so as not to be logged again, remembered."""
+"""How many seams are logged; they are remembered, so that none is logged twice."""
 
 
 class Engine:
-    """Gets parts of segments under one model: from the database where they are, from the model where they are not."""
+    """Gets parts of segments under one model: from the database if they are stored, else from the model."""
 
     def __init__(self, source: ModelSource, db: Database, *, deterministic: bool, progress: bool) -> None:
         self.num_computed_tokens = 0
@@ -47,7 +47,7 @@ class Engine:
         self._logged_seams: set[Seam] = set()
 
     def addresses(self) -> Addresses:
-        """Return the addresses of everything under the model and the tokenizer as they are now."""
+        """Return what makes addresses under the model and the tokenizer as they are now."""
         is_loaded = self._source.is_loaded
         return Addresses(self._source.ids, is_certain=is_loaded)
 
@@ -56,14 +56,14 @@ class Engine:
     ) -> tuple[dict[Need, Arrays], set[Segment]]:
         """Return the wanted parts and which segments were computed for them: the core loop.
 
-        `keep` names the parts to store of a computed segment, all three where it says nothing.
+        `keep` has the parts to store of each segment that is computed; all three of a segment that it does not contain.
         """
         call = Call(self._db, self._source, addresses or self.addresses(), wanted=wanted, keep=keep)
         with PackClaims(self._db, call.addresses) as claims:
             while missing := call.missing():
                 prefill = self._prepare(call, missing, claims.available(missing))
                 for pack in self._with_progress(prefill):
-                    if not _claim(claims, call, prefill, pack):  # others compute it, or have: plan again after
+                    if not _claim(claims, call, prefill, pack):  # others compute it, or did: plan again later
                         continue
                     context = self._acquire_prefix(call, prefill, pack)
                     if context is None:  # evicted or damaged since it was looked up: plan again without it
@@ -84,7 +84,7 @@ class Engine:
 
     @property
     def keeps(self) -> bool:
-        """Whether what is computed is stored: a database opened read-only drops it."""
+        """Whether computed parts are stored: a database that is opened read-only drops them."""
         return not self._db.readonly
 
     @property
@@ -98,12 +98,12 @@ class Engine:
         return self._deterministic
 
     def is_stored(self, segment: Segment, *, ids: ModelIds, parts: Iterable[Part] = tuple(Part)) -> bool:
-        """Whether parts of a segment, all unless said, are stored or queued, under the model that has these ids."""
+        """Whether parts of a segment are stored or queued under the model that has these ids."""
         addresses = Addresses(ids)
         return all(self._db.has(addresses.key(segment, part)) for part in parts)
 
     def discard(self, needs: Iterable[Need], *, ids: ModelIds) -> None:
-        """Remove stored parts that turned out not to be of this model's shape."""
+        """Remove stored parts that do not have the model's shape."""
         for segment, part in needs:
             self._db.discard(Addresses(ids).key(segment, part))
 
@@ -116,15 +116,15 @@ class Engine:
         num_tokens: int,
         seconds: float,
     ) -> None:
-        """Queue parts of a segment that something else than a pack computed, in `seconds`."""
+        """Queue parts of a segment that were computed outside a pack, in `seconds`."""
         addresses = Addresses(ids)
         origin = addresses.origin(segment, num_tokens, seconds, versions=self._source.runner.versions)
         self._db.put([NewPart(addresses.key(segment, part), arrays, origin) for part, arrays in parts.items()])
 
     def _acquire_prefix(self, call: Call, prefill: Prefill, pack: plan.Pack) -> KVBuffer | None:
-        """Return a buffer with the keys and values of a pack's context, and fetch its predictors' logits.
+        """Return a buffer with the keys and values of a pack's context, and fetch the logits of its predictors.
 
-        None where a part is not there any more. `_release_prefix` gives the buffer back to memory.
+        None if a part is no longer stored. `_release_prefix` gives the buffer back to the memory cache.
         """
         lost = call.fetch((segment, Part.LOGITS) for segment in pack.predictors)
         contents = call.contents(pack.context, prefill)
@@ -138,7 +138,7 @@ class Engine:
         return None
 
     def _load_prefix(self, call: Call, prefill: Prefill, pack: plan.Pack, context: KVBuffer) -> list[Need]:
-        """Copy what the buffer does not begin with already, once: from an earlier pass, or out of the store's file."""
+        """Fill the buffer with the rest of the context: from earlier passes, or straight out of the store's file."""
         contents = call.contents(pack.context, prefill)
         for segment, content in list(zip(pack.context, contents, strict=True))[len(context.contents) :]:
             if not self._load(call, prefill, segment, context):
@@ -147,7 +147,7 @@ class Engine:
         return []
 
     def _load(self, call: Call, prefill: Prefill, segment: Segment, context: KVBuffer) -> bool:
-        """Append a segment's keys and values to a context; False where there are none that fit."""
+        """Append a segment's keys and values to a context; False if there are none, or none that fit."""
         kv = call.found.get((segment, Part.KV))
         key = call.addresses.key(segment, Part.KV)
         if kv is None:
@@ -165,15 +165,15 @@ class Engine:
     def _release_prefix(
         self, call: Call, prefill: Prefill, pack: plan.Pack, context: KVBuffer, *, num_whole: int
     ) -> None:
-        """Give a pass's buffer to memory, for passes that go on after it; its first segments are whole."""
+        """Give a pass's buffer to the memory cache, for later passes; its first `num_whole` segments are complete."""
         chain = pack.segments[: plan.num_chained(pack, num_whole)]
         context.contents += call.contents(chain, prefill)
         prefill.runner.release_prefix(self._db.memory, context)
 
     def _prepare(self, call: Call, missing: Wanted, available: Sequence[Segment]) -> Prefill:
-        """Tokenise what is missing, check that it can be run, and divide what is available of it into packs.
+        """Tokenise the missing segments, check that they can be run, and divide the available ones into packs.
 
-        Loads the model if need be.
+        Loads the model if it is not loaded.
         """
         segments = ancestry(missing)
         input_ids = self._source.tokenizer.encode(segments)
@@ -218,8 +218,8 @@ class Engine:
         definition = packed(tokenizer.definition()) if tokenizer.is_fast else b""
         return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
-    def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: Computed) -> None:
-        """Queue the parts to keep. Their seconds are shares of the pass, by tokens."""
+    def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: PassResult) -> None:
+        """Queue the parts to keep. The seconds of a pass are divided among its segments by tokens."""
         seconds_per_token = result.seconds / prefill.num_tokens(pack)
         addresses, versions = call.addresses, prefill.runner.versions
         new = []
@@ -233,7 +233,7 @@ class Engine:
         self._db.put(new)
 
     def _with_progress(self, prefill: Prefill) -> Iterator[plan.Pack]:
-        """Yield the packs behind a progress bar, which appears after a second, in a terminal."""
+        """Yield the packs and show a progress bar, which appears after a second, in a terminal."""
         hidden = None if self._progress else True
         total = sum(map(prefill.num_tokens, prefill.packs))
         with tqdm(total=total, unit="tok", desc="computing", delay=1, disable=hidden, leave=False) as bar:
@@ -256,10 +256,10 @@ class Engine:
 
 
 def _claim(claims: PackClaims, call: Call, prefill: Prefill, pack: plan.Pack) -> bool:
-    """Whether to compute a pack now: no other call is at it, nor has any of it been stored since it was planned."""
+    """Whether to compute a pack now: no other call computes it, and no part of it was stored since it was planned."""
     if not claims.claim(pack):
         return False
-    # Looked up only now: who had claimed a segment before may have stored it meanwhile.
+    # Looked up after the claim: another call may have claimed and stored a segment just before.
     are_stored = [call.is_stored_by_now(segment, prefill) for segment in pack.segments]
     if any(are_stored):
         claims.defer(pack)

@@ -1,4 +1,7 @@
-"""Explaining what a run would find and compute. Nothing is computed, written or counted; torch is not needed."""
+"""Explaining what a run would find and compute, also for a model that only the catalog knows.
+
+Nothing is computed, written or counted; torch is not needed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from backprompt_db.catalog.records import Selection
 from backprompt_db.compute import plan
 from backprompt_db.compute.call import Addresses
 from backprompt_db.compute.inference.loading import locate, source_key
-from backprompt_db.compute.misses import Absence, Records
+from backprompt_db.compute.misses import MissingSegment, Records
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.database.vocabulary import open_tokenizer
 from backprompt_db.errors import PromptError
@@ -32,26 +35,32 @@ if TYPE_CHECKING:
     from backprompt_db.prompt.explanation import Miss
 
 
+logger = logging.getLogger(__name__)
+
 _PATIENCE_SECONDS = 10.0
+
+_TOKENIZER_FILE = "tokenizer.json"
+_MIN_DIGITS = 8
+_NUM_DIGITS = 12
+_NUM_SAMPLES = 20
 
 _Number = TypeVar("_Number", int, float)
 
-_Found = dict["Segment", dict[Part, tuple[Place, int]]]
-"""Where the parts of each segment are, and their sizes."""
+_Found = dict[Segment, dict[Part, tuple[Place, int]]]
+"""Where the parts of each segment are, and how many bytes they have."""
 
 
 def explain_run(db: Database, source: ModelSource, tips: Sequence[Segment]) -> Explanation:
     """Explain what running a text on a model would do, as `explain` does. Loads the tokenizer, not the model.
 
-    Waits for what is queued for writing: the catalog does not know of it before.
+    Waits until what is queued is written: the catalog does not know of it before.
     """
-    addresses = Addresses(source.ids)
+    ids = source.ids
     wait_until_written(db)
-    explanation = explain(db, addresses, tips, tokenizer=source.tokenizer)
+    explanation = explain(db, ids, tips, tokenizer=source.tokenizer)
     if explanation.dtype is not None or not source.is_loaded:
         return replace(explanation, model_name=explanation.model_name or source.name)
-    dtype = str(source.runner.model.dtype).removeprefix("torch.")
-    return replace(explanation, model_name=source.name, dtype=dtype)
+    return replace(explanation, model_name=source.name, dtype=source.runner.dtype)
 
 
 def wait_until_written(db: Database) -> None:
@@ -61,44 +70,43 @@ def wait_until_written(db: Database) -> None:
     is_written.wait(_PATIENCE_SECONDS)
 
 
-def explain(
-    db: Database, addresses: Addresses, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None
-) -> Explanation:
+def explain(db: Database, ids: ModelIds, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None) -> Explanation:
     """Explain what running the text that ends with the segments `tips` would find, and what it would compute and why.
 
-    Without a tokenizer, tokens of what was never computed and seams stay unknown. Raises `InvalidText` for a segment
-    that has no tokens.
+    Without a tokenizer, seams and the tokens of segments that were never computed stay unknown. Raises `InvalidText`
+    for a segment that has no tokens.
     """
     segments = ancestry(tips)
-    records = Records(db, addresses.ids, segments)
+    addresses, records = Addresses(ids), Records(db, ids, segments)
     found = _look(db, addresses, segments)
     misses = _misses(addresses, tips, found, records)
     num_tokens = _num_tokens(segments, records, tokenizer)
     seconds = _seconds(segments, records, num_tokens)
     numbers = {segment: number for number, segment in enumerate(segments)}
-    model = records.model(addresses.ids.weights_id)
+    model = records.model(ids.weights_id)
     cached, missing = [each for each in segments if each not in misses], list(misses)
+
+    def explained(segment: Segment) -> SegmentExplanation:
+        return SegmentExplanation(
+            text=segment.string,
+            parents=tuple(numbers[parent] for parent in segment.parents),
+            start=segment.start,
+            segment_id=segment.id,
+            address=addresses.address(segment),
+            places={part: place for part, (place, _) in found[segment].items()},
+            nbytes={part: nbytes for part, (_, nbytes) in found[segment].items()},
+            num_tokens=num_tokens[segment],
+            seconds=seconds[segment],
+            miss=misses.get(segment),
+        )
+
     return Explanation(
         model_name=(model.name or None) if model else None,
         dtype=(model.dtype or None) if model else None,
-        weights_id=addresses.ids.weights_id,
-        tokenizer_id=addresses.ids.tokenizer_id,
+        weights_id=ids.weights_id,
+        tokenizer_id=ids.tokenizer_id,
         namespace=segments[0].namespace,
-        segments=tuple(
-            SegmentExplanation(
-                text=segment.string,
-                parents=tuple(numbers[parent] for parent in segment.parents),
-                start=segment.start,
-                segment_id=segment.id,
-                address=addresses.address(segment),
-                places={part: place for part, (place, _) in found[segment].items()},
-                nbytes={part: nbytes for part, (_, nbytes) in found[segment].items()},
-                num_tokens=num_tokens[segment],
-                seconds=seconds[segment],
-                miss=misses.get(segment),
-            )
-            for segment in segments
-        ),
+        segments=tuple(map(explained, segments)),
         seams=None if tokenizer is None else tuple(tokenizer.seams(segments)),
         num_cached_tokens=_sum(num_tokens[segment] for segment in cached),
         num_missing_tokens=_sum(num_tokens[segment] for segment in missing),
@@ -109,7 +117,7 @@ def explain(
 
 
 def _look(db: Database, addresses: Addresses, segments: Iterable[Segment]) -> _Found:
-    """Look for all parts. Keys and values are in memory where a pass has left them in a buffer."""
+    """Look for all parts. Keys and values that lie in a buffer of an earlier pass are in memory."""
     buffered = {address for buffer in db.memory.grouped() for address, _ in buffer.contents}
     found: _Found = {}
     for segment in segments:
@@ -121,7 +129,7 @@ def _look(db: Database, addresses: Addresses, segments: Iterable[Segment]) -> _F
 
 
 def _misses(addresses: Addresses, tips: Sequence[Segment], found: _Found, records: Records) -> Mapping[Segment, Miss]:
-    """Plan what a run would plan, and find out why it is needed."""
+    """Return the segments that a run would compute, and why each of them is missing."""
     wanted = dict.fromkeys(found, frozenset({Part.SCORES}))
     if len(tips) == 1:
         wanted[tips[0]] |= {Part.LOGITS}
@@ -132,15 +140,14 @@ def _misses(addresses: Addresses, tips: Sequence[Segment], found: _Found, record
     missing = plan.missing_parts(wanted, is_stored=is_stored)
     return records.misses(
         [
-            Absence(
-                segment,
-                addresses.address(segment),
-                tuple(sorted(parts, key=list(Part).index)),
-                frozenset(found[segment]),
-            )
+            MissingSegment(segment, addresses.address(segment), _in_order(parts), frozenset(found[segment]))
             for segment, parts in missing.items()
         ]
     )
+
+
+def _in_order(parts: Iterable[Part]) -> tuple[Part, ...]:
+    return tuple(sorted(parts, key=list(Part).index))
 
 
 def _num_tokens(
@@ -158,7 +165,7 @@ def _num_tokens(
 def _seconds(
     segments: Sequence[Segment], records: Records, num_tokens: Mapping[Segment, int | None]
 ) -> dict[Segment, float | None]:
-    """Return what computing each segment took, or at the recorded rate would take."""
+    """Return the seconds that computing each segment took, or would take at the recorded rate."""
     rate = records.seconds_per_token()
     seconds: dict[Segment, float | None] = {}
     for segment in segments:
@@ -178,30 +185,22 @@ def _sum(numbers: Iterable[_Number | None]) -> _Number | None:
     return total
 
 
-logger = logging.getLogger(__name__)
+def recorded_ids(db: Database, catalog: Catalog, model: str | None) -> ModelIds:
+    """Return the ids of the model that a user means: by a name, a directory, or 8 digits or more of a weights id.
 
-_TOKENIZER_FILE = "tokenizer.json"
-_MIN_DIGITS = 8
-_NUM_DIGITS = 12
-_NUM_SAMPLES = 20
-
-
-def recorded_names(db: Database, catalog: Catalog, model: str | None) -> Addresses:
-    """Return the ids of the model that is meant: a name, a directory, or 8 digits or more of a weights id.
-
-    Without one it is the only model that has representations. The tokenizer is the one that it was used with last.
-    Raises `PromptError` where that is no model, or several.
+    `None` means the only model that has representations. The tokenizer is the one that the model was used with last.
+    Raises `PromptError` where no model is meant, or several are.
     """
     key = None if model is None else source_key(model, {})
     source = None if key is None else db.model_metadata.recall(lambda catalog: catalog.source(key))
     if source is not None:
-        return Addresses(ModelIds(source.weights_id, source.tokenizer_id))
+        return ModelIds(source.weights_id, source.tokenizer_id)
     used = catalog.totals_by_model()
     records = [record for record in catalog.models() if record.weights_id in used and _is_meant(record, model)]
     if len(records) != 1:
         raise _not_one(records, model)
     (newest,) = catalog.rows(limit=1, selection=Selection(model=records[0].weights_id.hex()))
-    return Addresses(ModelIds(newest.weights_id, newest.tokenizer_id))
+    return ModelIds(newest.weights_id, newest.tokenizer_id)
 
 
 def _is_meant(record: ModelRecord, model: str | None) -> bool:
@@ -221,51 +220,45 @@ def _not_one(records: Sequence[ModelRecord], model: str | None) -> PromptError:
     return PromptError(f"there are several models: {listed}", hint="Give the digits of one of them as --model.")
 
 
-def _in_order(parts: Iterable[Part]) -> tuple[Part, ...]:
-    return tuple(sorted(parts, key=list(Part).index))
-
-
-def recorded_tokenizer(catalog: Catalog, addresses: Addresses, model: str | None) -> SegmentTokenizer | None:
+def recorded_tokenizer(catalog: Catalog, ids: ModelIds, model: str | None) -> SegmentTokenizer | None:
     """Return the tokenizer of a model out of the catalog, else out of the file beside its weights; None without both.
 
-    That in the file must give what was stored of the model last as many tokens as that has.
+    The tokenizer in the file must give the newest stored segments of the model as many tokens as were recorded.
     """
     try:
-        kept = open_tokenizer(catalog, addresses.ids.tokenizer_id)
+        kept = open_tokenizer(catalog, ids.tokenizer_id)
         if kept is not None:
             return SegmentTokenizer(RecordedTokenizer(kept))
-        return None if model is None else _in_file(catalog, addresses, model)
-    except Exception as error:  # noqa: BLE001 - the library for tokenizers raises no other
+        return None if model is None else _in_file(catalog, ids, model)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing more specific
         logger.info("the tokenizer of %s cannot be used: %s", model, error)
         return None
 
 
-def _in_file(catalog: Catalog, addresses: Addresses, model: str) -> SegmentTokenizer | None:
+def _in_file(catalog: Catalog, ids: ModelIds, model: str) -> SegmentTokenizer | None:
     from tokenizers import Tokenizer
 
     directory = locate(model, {})
     if directory is None or not (directory / _TOKENIZER_FILE).is_file():
         return None
     tokenizer = SegmentTokenizer(RecordedTokenizer(Tokenizer.from_file(str(directory / _TOKENIZER_FILE))))
-    return tokenizer if _agrees(tokenizer, catalog, addresses) else None
+    return tokenizer if _agrees(tokenizer, catalog, ids) else None
 
 
-def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, addresses: Addresses) -> bool:
-    rows = catalog.rows(limit=_NUM_SAMPLES, selection=Selection(model=addresses.ids.weights_id.hex()))
+def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, ids: ModelIds) -> bool:
+    """Whether a tokenizer gives the newest stored segments of a model as many tokens as were recorded."""
+    rows = catalog.rows(limit=_NUM_SAMPLES, selection=Selection(model=ids.weights_id.hex()))
     for row in rows:
         is_first = set(catalog.parents(row.segment_id)) <= {namespace_id(row.namespace)}
         before = () if is_first else tuple(Text("something").segments())
         segment = Segment(row.segment_id, row.text, before, row.start, row.namespace)
-        if (
-            row.tokenizer_id == addresses.ids.tokenizer_id
-            and len(tokenizer.encode([segment])[segment]) != row.num_tokens
-        ):
+        if row.tokenizer_id == ids.tokenizer_id and len(tokenizer.encode([segment])[segment]) != row.num_tokens:
             return False
     return bool(rows)
 
 
 class RecordedTokenizer:
-    """What `SegmentTokenizer` needs of a tokenizer, out of one of `tokenizers`: transformers would import torch."""
+    """A tokenizer of the `tokenizers` library as `SegmentTokenizer` takes it: transformers would import torch."""
 
     is_fast = True
     special_tokens_map: ClassVar[dict[str, str]] = {}

@@ -1,4 +1,7 @@
-"""Generating after stored prompts, and keeping what was generated as one more segment, if its string has its tokens."""
+"""Generating after stored prompts, and storing a continuation as one more segment.
+
+It is stored if its string is tokenised exactly as it was generated.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def generate(
 ) -> list[list[Generated]]:
     """Return `arguments.num_sequences` continuations of each text, whose representations are fetched or computed first.
 
-    Prompts are generated together where position ids and mask alone tell the model where a token is, else one by one.
+    Prompts are generated together if position ids and mask alone tell the model where a token is, else one by one.
     Raises `PromptError`, `ContextLengthExceeded` and `UnsupportedModel` before anything is generated.
     """
     if arguments.streamer is not None and len(texts) > 1:
@@ -64,7 +67,7 @@ def generate(
 
 
 def _fetched(engine: Engine, runner: ModelRunner, prompts: Sequence[Prompt], *, ids: ModelIds) -> Mapping[Need, Arrays]:
-    """Return the keys and values of all segments of the prompts, and the logits after each prompt."""
+    """Fetch or compute the keys and values of all segments of the prompts, and the logits after each prompt."""
     num_tokens = {
         segment: count for prompt in prompts for segment, count in zip(prompt.segments, prompt.num_tokens, strict=True)
     }
@@ -85,7 +88,7 @@ class _Continuation:
     row: Row
     string: str
     segment: Segment | None
-    """The segment that it is after its prompt; None where the string has other tokens than were generated."""
+    """The segment that follows the prompt; None where the string has other tokens than were generated."""
 
     @classmethod
     def of(cls, row: Row, tokenizer: SegmentTokenizer, namespace: str) -> _Continuation:
@@ -121,13 +124,13 @@ def _store(
     *,
     ids: ModelIds,
 ) -> None:
-    """Store the continuations that have a segment and are not there yet."""
+    """Store the continuations that have a segment and are not stored yet."""
     numbers = {each.segment: number for number, each in enumerate(continuations) if each.segment is not None}
     missing = {segment: number for segment, number in numbers.items() if not engine.is_stored(segment, ids=ids)}
     if not missing or not engine.keeps:
         return
     if not outcome.is_in_cache or engine.is_deterministic:
-        # Of beams' keys and values some are gone; and computed token by token, the last bits are not those of one pass.
+        # Beams have lost some of their keys and values; and token by token, the last bits are not those of one pass.
         engine.represent(dict.fromkeys(missing, _ALL_PARTS), keep={})
         return
     seconds = outcome.seconds / sum(len(each.row.token_ids) for each in continuations)
@@ -139,7 +142,7 @@ def _store(
 
 
 def _parts(outcome: Outcome, number: int, dtype: torch.dtype) -> dict[Part, Arrays]:
-    """Return the parts of a row's continuation, its logits in `dtype`; `generate` has made them float32."""
+    """Return the parts of a row's continuation; its logits, which `generate` made float32, are turned into `dtype`."""
     row = outcome.rows[number]
     ids = np.array(row.token_ids[: row.num_kept], dtype=np.int32)
     logits = outcome.logits_after(number, row.num_kept).to(dtype)

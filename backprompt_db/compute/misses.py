@@ -1,4 +1,4 @@
-"""Why representations are not there, as far as the catalogs of a database know. Nothing is changed or counted."""
+"""Why parts of a text are not stored, by what the catalogs of a database know. Nothing is changed or counted."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from backprompt_db.database.lineage import Ids
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.explanation import Difference, Miss, Reason, SeenUnder
-from backprompt_db.prompt.ids import Address
+from backprompt_db.prompt.ids import Address, ModelIds
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NUM_CONTEXT_CHARACTERS = 24
 _NUM_EVENTS = 1_000
 _QUARANTINE = "quarantine"
 
@@ -31,8 +31,8 @@ _Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
-class Absence:
-    """A segment of which parts are needed that are not there."""
+class MissingSegment:
+    """A segment with parts that a run needs and that are not stored."""
 
     segment: Segment
     address: Address
@@ -41,7 +41,7 @@ class Absence:
 
 
 class _Removal(NamedTuple):
-    """That something of a representation was removed."""
+    """When and why a part of a representation was removed."""
 
     at: float
     reason: Reason
@@ -49,12 +49,12 @@ class _Removal(NamedTuple):
 
 
 class Records:
-    """What the catalogs of a database, and of the one below it, say of the segments of one text.
+    """What the catalogs of a database, and of the one below it, say about the segments of one text.
 
-    What they say of other namespaces than the text's is not looked at.
+    Only the text's own namespace is looked at.
     """
 
-    def __init__(self, db: Database, ids: Ids, segments: Sequence[Segment]) -> None:
+    def __init__(self, db: Database, ids: ModelIds, segments: Sequence[Segment]) -> None:
         self._db = db
         self._ids = ids
         self._segments = segments
@@ -63,92 +63,92 @@ class Records:
     def row(self, segment: Segment) -> Row | None:
         """Return the row of a segment under the model and tokenizer of the text, the database's own first."""
         rows = self._by_segment.get(segment.id, [])
-        return next((row for row in rows if (row.weights_id, row.tokenizer_id) == self._ids), None)
+        return next((row for row in rows if _ids_of(row) == self._ids), None)
 
     def model(self, weights_id: WeightsId) -> ModelRecord | None:
-        """Return what is known of a model; its name is `""` where that is only that it was used."""
+        """Return the record of a model; its name is `""` where the catalog knows no more than that it was used."""
         records = [record for record in self._ask(lambda catalog: catalog.model(weights_id)) if record is not None]
         return next((record for record in records if record.name), records[0] if records else None)
 
     def seconds_per_token(self) -> float | None:
-        """Return what computing a token took lately."""
-        rates = self._ask(lambda catalog: catalog.seconds_per_token(self._ids[0]))
+        """Return the seconds that computing a token took lately."""
+        rates = self._ask(lambda catalog: catalog.seconds_per_token(self._ids.weights_id))
         return next((rate for rate in rates if rate is not None), None)
 
-    def misses(self, absences: Sequence[Absence]) -> dict[Segment, Miss]:
-        """Return why each is absent. Only where nothing else explains it are all texts looked at, once."""
-        removals = self._removals([absence.address for absence in absences])
+    def misses(self, missing: Sequence[MissingSegment]) -> dict[Segment, Miss]:
+        """Return why each of them is missing. All texts are looked at, once, only if nothing else explains a miss."""
+        removals = self._removals([each.address for each in missing])
         found = {
-            absence.segment: self._own_miss(absence, removals.get(absence.address, ())) or self._miss_elsewhere(absence)
-            for absence in absences
+            each.segment: self._own_miss(each, removals.get(each.address, ())) or self._miss_elsewhere(each)
+            for each in missing
         }
-        rest = [absence for absence in absences if found[absence.segment] is None]
+        rest = [each for each in missing if found[each.segment] is None]
         moved = self._moved(rest)
         return {segment: miss or moved[segment] for segment, miss in found.items()}
 
-    def _own_miss(self, absence: Absence, removals: Iterable[_Removal]) -> Miss | None:
-        """Say what became of what was stored under this very address."""
-        row = self.row(absence.segment)
+    def _own_miss(self, missing: MissingSegment, removals: Iterable[_Removal]) -> Miss | None:
+        """Explain a miss by what happened to parts that were stored under the same address; None if none were."""
+        row = self.row(missing.segment)
         recent = [removal for removal in removals if row is None or removal.at >= row.created_at]
         if recent:
             last = max(recent, key=lambda removal: removal.at)
-            return Miss(needed=absence.needed, reason=last.reason, at=last.at, detail=last.detail)
-        if row is not None and any(part in row.nbytes for part in absence.needed):
-            return Miss(needed=absence.needed, reason=Reason.LOST)
-        return Miss(needed=absence.needed, reason=Reason.NOT_KEPT) if absence.present else None
+            return Miss(needed=missing.needed, reason=last.reason, at=last.at, detail=last.detail)
+        if row is not None and any(part in row.nbytes for part in missing.needed):
+            return Miss(needed=missing.needed, reason=Reason.LOST)
+        return Miss(needed=missing.needed, reason=Reason.NOT_KEPT) if missing.present else None
 
     def _removals(self, addresses: Sequence[Address]) -> dict[Address, list[_Removal]]:
-        """Return when something of representations was evicted or quarantined, of some of many others, too."""
+        """Return when parts of representations were evicted or quarantined. Some of the keys are other addresses."""
         found: dict[Address, list[_Removal]] = {}
         for evictions in self._ask(lambda catalog: catalog.evictions(addresses)):
             for evicted, at in evictions.items():
                 found.setdefault(evicted, []).append(_Removal(at, Reason.EVICTED, None))
-        told = self._ask(lambda catalog: catalog.events(limit=_NUM_EVENTS))
-        for at, kind, address, detail in itertools.chain(*told, self._db.tally.untold):
+        recorded = self._ask(lambda catalog: catalog.events(limit=_NUM_EVENTS))
+        for at, kind, address, detail in itertools.chain(*recorded, self._db.tally.untold):
             if kind == _QUARANTINE and address is not None:
                 found.setdefault(address, []).append(_Removal(at, Reason.QUARANTINED, detail))
         return found
 
-    def _miss_elsewhere(self, absence: Absence) -> Miss | None:
-        """Say under which other models or tokenizers the segment was computed."""
-        seen = self._seen_under(self._by_segment.get(absence.segment.id, []))
-        retokenised = tuple(under for under in seen if under.weights_id == self._ids[0])
+    def _miss_elsewhere(self, missing: MissingSegment) -> Miss | None:
+        """Explain a miss by the other models or tokenizers that computed the segment; None if none did."""
+        seen = self._seen_under(self._by_segment.get(missing.segment.id, []))
+        retokenised = tuple(under for under in seen if under.weights_id == self._ids.weights_id)
         if retokenised:
-            return Miss(needed=absence.needed, reason=Reason.OTHER_TOKENIZER, seen_under=retokenised)
-        return Miss(needed=absence.needed, reason=Reason.OTHER_MODEL, seen_under=seen) if seen else None
+            return Miss(needed=missing.needed, reason=Reason.OTHER_TOKENIZER, seen_under=retokenised)
+        return Miss(needed=missing.needed, reason=Reason.OTHER_MODEL, seen_under=seen) if seen else None
 
     def _seen_under(self, rows: Iterable[Row]) -> tuple[SeenUnder, ...]:
-        ids = dict.fromkeys((row.weights_id, row.tokenizer_id) for row in rows)
-        models = {weights_id: self.model(weights_id) for weights_id, _ in ids}
+        distinct = dict.fromkeys(map(_ids_of, rows))
+        models = {weights_id: self.model(weights_id) for weights_id, _ in distinct}
         return tuple(
             SeenUnder(
-                model_name=(record.name or None) if (record := models[weights_id]) else None,
+                model_name=(record.name or None) if (record := models[ids.weights_id]) else None,
                 dtype=(record.dtype or None) if record else None,
-                weights_id=weights_id,
-                tokenizer_id=tokenizer_id,
+                weights_id=ids.weights_id,
+                tokenizer_id=ids.tokenizer_id,
             )
-            for weights_id, tokenizer_id in ids
+            for ids in distinct
         )
 
-    def _moved(self, absences: Sequence[Absence]) -> dict[Segment, Miss]:
-        """Say which of the strings were computed in other places, in the same namespace only."""
-        if not absences:
+    def _moved(self, missing: Sequence[MissingSegment]) -> dict[Segment, Miss]:
+        """Explain misses of strings that were computed in other places, in the same namespace only."""
+        if not missing:
             return {}
-        strings = {absence.segment.string for absence in absences}
+        strings = {each.segment.string for each in missing}
         answers = self._ask(lambda catalog: catalog.namesakes(strings, self._ids, self._segments))
         stored = StoredPrompts(dict(itertools.chain(*(answer.items() for answer in reversed(answers)))))
-        nearest = {absence.segment: stored.nearest(absence.segment) for absence in absences}  # parents before children
+        nearest = {each.segment: stored.nearest(each.segment) for each in missing}  # parents before children
         rows = _by_segment(self._rows([near.segment.id for near in nearest.values() if near is not None]))
-        return {each.segment: self._moved_miss(each, nearest[each.segment], rows) for each in absences}
+        return {each.segment: self._moved_miss(each, nearest[each.segment], rows) for each in missing}
 
-    def _moved_miss(self, absence: Absence, near: Near | None, rows: Mapping[SegmentId, Sequence[Row]]) -> Miss:
+    def _moved_miss(self, missing: MissingSegment, near: Near | None, rows: Mapping[SegmentId, Sequence[Row]]) -> Miss:
         if near is None:
             is_known = self._db.catalog is not None
-            return Miss(needed=absence.needed, reason=Reason.NEVER_SEEN if is_known else Reason.UNKNOWN)
+            return Miss(needed=missing.needed, reason=Reason.NEVER_SEEN if is_known else Reason.UNKNOWN)
         found = rows.get(near.segment.id, ())
-        is_own = any((row.weights_id, row.tokenizer_id) == self._ids for row in found)
+        is_own = any(_ids_of(row) == self._ids for row in found)
         return Miss(
-            needed=absence.needed,
+            needed=missing.needed,
             reason=Reason.OTHER_PARENTS,
             seen_under=() if is_own else self._seen_under(found),
             difference=near.difference,
@@ -168,6 +168,10 @@ class Records:
         return answers
 
 
+def _ids_of(row: Row) -> ModelIds:
+    return ModelIds(row.weights_id, row.tokenizer_id)
+
+
 def _by_segment(rows: Iterable[Row]) -> dict[SegmentId, list[Row]]:
     """Group rows by their segments."""
     groups: dict[SegmentId, list[Row]] = {}
@@ -176,19 +180,16 @@ def _by_segment(rows: Iterable[Row]) -> dict[SegmentId, list[Row]]:
     return groups
 
 
-_NUM_CONTEXT_CHARACTERS = 24
-
-
 class Near(NamedTuple):
-    """The nearest stored segment with the same string."""
+    """The stored segment with the same string whose prompt is most like the given one."""
 
     segment: Segment
     difference: Difference | None
-    """None where all characters up to its end are the same."""
+    """None where both prompts have the same characters up to the segment's end."""
 
 
 class StoredPrompts:
-    """Stored segments, and whether they are of the model and tokenizer in question, which then come first."""
+    """Stored segments; those of the model and tokenizer in question come first."""
 
     def __init__(self, stored: Mapping[Segment, bool]) -> None:
         self._by_string: dict[str, list[Segment]] = {}
@@ -198,9 +199,9 @@ class StoredPrompts:
         self._found: dict[Segment, Near] = {}
 
     def nearest(self, segment: Segment) -> Near | None:
-        """Return what is nearest to a segment, None where nothing has its string. Parents are asked for first.
+        """Return what is nearest to a segment, None where no stored segment has its string.
 
-        What goes on from the prompt that was nearest to the parents is nearest.
+        Ask for parents before children: what continues the prompt that was nearest to the parents is nearest.
         """
         namesakes = self._by_string.get(segment.string, [])
         if not namesakes:
@@ -208,7 +209,7 @@ class StoredPrompts:
         before = [self._found[parent] for parent in segment.parents if parent in self._found]
         following = [each for each in namesakes if any(near.segment in each.parents for near in before)]
         if following and len(segment.parents) == 1 and _is_whole(before[0].difference):
-            # What is shown does not change any more. Joining all pieces for each of many would take long.
+            # The part that is shown stays the same. Joining all pieces again for each of many segments would take long.
             near = Near(following[0], before[0].difference)
         else:
             near = _compare(segment, following or self._own(namesakes) or namesakes)
@@ -248,5 +249,5 @@ def _difference(stored: str, given: str) -> Difference | None:
 
 
 def _is_whole(difference: Difference | None) -> bool:
-    """Whether as much is shown of both prompts as ever is."""
+    """Whether the difference already shows as many characters of both prompts as it may."""
     return difference is not None and min(len(difference.stored), len(difference.given)) == _NUM_CONTEXT_CHARACTERS

@@ -1,4 +1,4 @@
-"""What to compute, and in which passes: from texts to missing segments to packs. Knows tokens and graphs, no model."""
+"""What to compute, and in which passes: from wanted parts to missing segments to packs. Knows no model."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ Wanted = Mapping[Segment, frozenset[Part]]
 """Parts that are wanted, by segment."""
 
 MAX_PACK_TOKENS = 2048
-"""New tokens of a pass, unless one segment alone has more: bounds what its activations take up."""
+"""New tokens of a pass, unless one segment alone has more: bounds the memory of its activations."""
 
 MAX_PACK_PAIRS = 1 << 23
-"""New tokens times all tokens of a pass, unless one segment alone has more: bounds what its mask takes up."""
+"""New tokens times all tokens of a pass, unless one segment alone has more: bounds the memory of its mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What passes of a model cost, in units of one token's products with the weights."""
+    """What passes of a model cost. The unit is the cost of multiplying one token with the weights."""
 
     tokens_per_pass: float = 32
-    """A pass more, however short: reading the weights, and all that does not depend on its tokens."""
+    """The cost of one more pass, however short: reading the weights, and all else that its tokens do not change."""
     pairs_per_token: float = 4500
-    """How many pairs of a new token and a key, whether it may see it or not, cost as much as one token."""
+    """How many pairs of a new token and a key, visible or not, cost as much as one token."""
 
     @property
     def fair_share(self) -> float:
-        """What a token costs beyond itself in passes of the best length, when there are tokens enough.
+        """The extra cost of a token in passes of the best length, if there are enough tokens.
 
-        A pass of N tokens that do not see each other wastes N pairs for each: N = sqrt(pass * pairs) makes the sum of
-        that waste and the token's share of the pass smallest.
+        A pass of N tokens that do not see each other wastes N pairs for each token. The sum of that waste and of the
+        token's share of the pass is least for N = sqrt(tokens_per_pass * pairs_per_token).
         """
         return 2 * math.sqrt(self.tokens_per_pass / self.pairs_per_token)
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One forward pass: the segments it computes, after the context that it brings in."""
+    """One forward pass: the segments that it computes, and the context that they see."""
 
     segments: tuple[Segment, ...]
     """Parents before children."""
@@ -52,8 +52,8 @@ class Pack:
     """Every other segment that one of them sees, parents before children."""
 
     @property
-    def needs(self) -> list[tuple[Segment, Part]]:
-        """The parts that must be there before the pass: keys and values of the context, logits of the predictors."""
+    def needs(self) -> list[Need]:
+        """The parts that a pass needs: keys and values of its context, logits of its predictors."""
         return [(other, Part.KV) for other in self.context] + [(other, Part.LOGITS) for other in self.predictors]
 
     @property
@@ -69,9 +69,9 @@ def missing_parts(
 ) -> dict[Segment, frozenset[Part]]:
     """Return the segments to compute so that every wanted part is there, parents before children.
 
-    Each comes with the parts that are needed of it and not stored. Computing a segment needs the keys and values of
-    everything visible to it and, for the log-probability of its first token, its parent's logits; what of that is not
-    stored is computed too.
+    Each comes with its parts that are needed and not stored. Computing a segment needs the keys and values of all
+    segments that it sees and, for the log-probability of its first token, its parent's logits. Those that are not
+    stored are computed too.
     """
     needed = {segment: set(wanted.get(segment, ())) for segment in ancestry(wanted)}
     missing, context = dict[Segment, frozenset[Part]](), set[Segment]()
@@ -89,7 +89,7 @@ def missing_parts(
 
 
 def positions(segments: Iterable[Segment], num_tokens: Mapping[Segment, int]) -> dict[Segment, int]:
-    """Return the position id of each segment's first token; `segments` come parents before children and complete."""
+    """Return the position id of each segment's first token; `segments` are complete, parents before children."""
     starts: dict[Segment, int] = {}
     for segment in segments:
         ends = (starts[parent] + num_tokens[parent] for parent in segment.parents)
@@ -100,7 +100,7 @@ def positions(segments: Iterable[Segment], num_tokens: Mapping[Segment, int]) ->
 def num_read(num_tokens: Mapping[Segment, int], *, produced: Mapping[Segment, frozenset[Part]]) -> dict[Segment, int]:
     """Return how many tokens of each segment the model reads, at most.
 
-    The last token of a segment that nothing follows, and of which only scores are wanted, is predicted and never read.
+    The last token of a segment is predicted but not read if nothing follows it and only scores are wanted.
     """
     followed = {parent for segment in num_tokens for parent in segment.parents}
     ends = {segment for segment, parts in produced.items() if segment not in followed and parts <= {Part.SCORES}}
@@ -137,10 +137,10 @@ def packs(
 ) -> list[Pack]:
     """Divide the missing segments, given parents before children, into packs that are cheap and bounded in memory.
 
-    A segment joins a pack when what it wastes there, pairs of tokens that may not see each other, costs less than its
-    share of a pass more. (Keys and values of the context cost nothing more in either: they stay in memory in between.)
-    `max_segments=1` makes a pass for every segment. `max_columns` bounds the tokens of a pass of several segments, its
-    context included.
+    A segment joins a pack if the pairs that it wastes there, of tokens that may not see each other, cost less than its
+    share of another pass. (Keys and values of the context cost the same either way: they stay in memory in between.)
+    `max_segments=1` makes a pass for every segment. `max_columns` bounds the tokens of a pass of several segments,
+    including its context.
     """
     divided: list[Pack] = []
     num_left = sum(num_tokens[segment] for segment in missing)
@@ -155,7 +155,7 @@ def packs(
 
 
 class _GrowingPack:
-    """A pack being filled, with the running sums that bound it."""
+    """A pack that is being filled, with the running sums that bound it."""
 
     def __init__(self, num_tokens: Mapping[Segment, int], costs: Costs, max_columns: int | None) -> None:
         self.segments: dict[Segment, None] = {}
@@ -167,7 +167,7 @@ class _GrowingPack:
         self._num_new = self._num_context = 0
 
     def admits(self, segment: Segment, num_left: int) -> bool:
-        """Whether a segment, one of those with the last `num_left` tokens of all, had better join than begin a pack."""
+        """Whether a segment should join this pack and not begin another; `num_left` tokens are in no pack yet."""
         num_tokens = self._num_tokens[segment]
         num_new = self._num_new + num_tokens
         num_columns = num_new + self._num_context + sum(self._num_tokens[other] for other in self._unseen(segment))
@@ -199,7 +199,7 @@ class _GrowingPack:
         return list(unseen)
 
     def _area(self, segment: Segment) -> int:
-        """Pairs of a new token and a position that it sees; exact for trees, too many after branches."""
+        """Return the pairs of a token of the segment and one that it sees: exact for trees, too many after branches."""
         num_tokens = self._num_tokens[segment]
         return num_tokens * self._num_visible(segment) + num_tokens * num_tokens // 2
 
@@ -218,7 +218,7 @@ class _GrowingPack:
 
 
 def _canonical(context: Collection[Segment]) -> list[Segment]:
-    """Order a context by depth, then id: parents before children, whatever order the text was written in."""
+    """Order a context by depth, then id: parents before children, and the same however the text was written."""
     depths: dict[Segment, int] = {}
     for segment in ancestry(context):
         depths[segment] = max((depths[parent] + 1 for parent in segment.parents), default=0)
@@ -226,9 +226,9 @@ def _canonical(context: Collection[Segment]) -> list[Segment]:
 
 
 def num_chained(pack: Pack, num_whole: int) -> int:
-    """Return how many of a pack's first `num_whole` segments see all that lies before them in the buffer of the pass.
+    """Return how many of a pack's first `num_whole` segments see everything before them in the pass's buffer.
 
-    Only what these begin can be the context of a later pass; what follows are branches.
+    Only these can be the context of a later pass, in this order; what follows them are branches.
     """
     number = 0
     for segment in pack.segments[:num_whole]:
@@ -243,7 +243,7 @@ def num_chained(pack: Pack, num_whole: int) -> int:
 
 
 def token_offsets(pack: Pack, num_tokens: Mapping[Segment, int]) -> Iterator[tuple[int, Segment]]:
-    """Yield where each segment of a pack begins among the pass's new tokens."""
+    """Yield each segment of a pack with the index of its first token among the pass's new tokens."""
     begin = 0
     for segment in pack.segments:
         yield begin, segment
@@ -256,4 +256,4 @@ class Bounds:
 
     max_positions: int | None
     max_columns: int | None
-    """Tokens that it may have in one pass, those of parallel branches included."""
+    """Tokens that it may have in one pass, including those of parallel branches."""

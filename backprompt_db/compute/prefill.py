@@ -1,4 +1,4 @@
-"""One call's worth of computation: its packs, with everything that a pass needs to know of their segments."""
+"""The packs that one call computes, with everything that a pass needs to know about their segments."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment
 
 if TYPE_CHECKING:
-    from backprompt_db.compute.inference.forward import Computed
+    from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.kv_cache import KVBuffer
     from backprompt_db.compute.inference.runner import ModelRunner
 
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """Packs to compute, in order, and the parts that pass between them and out of them."""
+    """Packs to compute, in order, and which of their parts other packs or the caller need."""
 
     packs: list[Pack]
     input_ids: Mapping[Segment, Sequence[int]]
     starts: Mapping[Segment, int]
     wanted: Wanted
     missing: Wanted
-    """Parts that something needs and that nobody had stored when the packs were planned."""
+    """Parts that are needed and were not stored when the packs were planned."""
     keep: MutableMapping[Segment, frozenset[Part]]
-    """Parts to store of each segment that is computed; without those that were, when its pack's turn has come."""
+    """Parts to store of each segment that is computed, without those that others stored before its pack was claimed."""
     is_deterministic: bool
-    """Whether all parts are computed each time, so that a part has the same bits whatever else is wanted."""
+    """Whether all parts are always computed, so that a part has the same bits whatever else is wanted."""
 
     def num_tokens(self, pack: Pack) -> int:
-        """Tokens that a pack computes."""
+        """Return how many tokens a pack computes."""
         return sum(len(self.input_ids[segment]) for segment in pack.segments)
 
     def produced(self, segment: Segment) -> frozenset[Part]:
-        """Return the parts that are made of a segment when it is computed."""
+        """Return the parts of a segment that its pass makes."""
         if self.is_deterministic:
             return frozenset(Part)
         return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
 
     def is_used(self, need: Need) -> bool:
-        """Whether a part was asked for, or another pack needs it."""
+        """Whether the caller wants a part, or another pack needs it."""
         return need in self._last_use or need[1] in self.wanted.get(need[0], ())
 
     def is_handed_on(self, need: Need, pack: Pack) -> bool:
-        """Whether a part that `pack` has brought in is needed again."""
+        """Whether a part that `pack` needed is needed again."""
         return self._last_use[need] is not pack or need[1] in self.wanted.get(need[0], ())
 
     @cached_property
@@ -62,11 +62,11 @@ class Prefill(Passes):
     runner: ModelRunner
 
     def fits(self, segment: Segment, kv: Arrays) -> bool:
-        """Whether keys and values have the shape that this model gives a segment's."""
+        """Whether keys and values have the shape that this model gives to those of a segment."""
         return kv["keys"].shape[2] == len(self.input_ids[segment]) and self.runner.fits(kv)
 
-    def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> Computed:
-        """Run the model on a pack after its context; `found` has the logits of its predictors."""
+    def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> PassResult:
+        """Run the model on a pack after its context; `found` has the logits of the pack's predictors."""
         return self.runner.compute(
             pack,
             input_ids=self.input_ids,
@@ -76,10 +76,10 @@ class Prefill(Passes):
             produce={segment: self.produced(segment) for segment in pack.segments},
         )
 
-    def retain(self, pack: Pack, computed: Computed, found: MutableMapping[Need, Arrays]) -> None:
-        """Add to `found` what a pack has computed, but for what nobody asked for and no other pack needs.
+    def retain(self, pack: Pack, computed: PassResult, found: MutableMapping[Need, Arrays]) -> None:
+        """Add to `found` the parts that a pack has computed and that the caller or another pack needs.
 
-        What no later pack needs is dropped: memory holds no more than it must.
+        Parts that the pack needed and nobody needs again are dropped, to save memory.
         """
         found.update({need: part for need, part in computed.parts.items() if self.is_used(need) and need not in found})
         for need in pack.needs:

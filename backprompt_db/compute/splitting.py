@@ -1,9 +1,11 @@
-"""How a chat becomes a text: what its template renders, cut where messages meet, so that turns share what precedes."""
+"""Cutting strings into segments: chats where messages meet, long strings after about so many tokens.
+
+The pieces have together exactly the tokens of the whole, so strings with a common beginning share its representation.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,10 +30,12 @@ logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 
-# What a template does with messages that it was not written for.
+_CUTS = b"backprompt-db/cuts/1\0"
+
+# Raised by templates for messages that they were not written for.
 _TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 
-_NOT_OF_TEXTS = frozenset({
+_REFUSED_ARGUMENTS = frozenset({
     "max_length",
     "padding",
     "return_assistant_tokens_mask",
@@ -56,23 +60,41 @@ def chat_pieces(
     """Return what the chat template makes of `messages`, cut into pieces with exactly the tokens of the whole.
 
     Cuts are where a message ends, and around what an assistant wrote: `[generation prompt][content][end of message]`.
-    There is none where the template writes a beginning of the conversation otherwise than the whole, or refuses it.
-    Renders the template once or twice per message.
+    A cut is left out where the template refuses the messages before it, or renders them alone in another way than
+    within the whole. Renders the template once or twice per message.
 
     Raises `PromptError` where there is no message or no template, and where the template refuses the messages.
     """
     conversation = _conversation(messages)
     template = _Template(tokenizer.tokenizer, template_arguments)
     string = template.whole(conversation, add_generation_prompt=add_generation_prompt)
-    utf8(string)  # says what is wrong with a lone surrogate, which tokenizers do not
+    utf8(string)  # names a lone surrogate, which tokenizers do not
     cuts = tokenizer.exact_cuts(string, _boundaries(template, conversation, string))
-    pieces = [string[first:last] for first, last in itertools.pairwise([0, *cuts, len(string)])]
+    pieces = [string[first:last] for first, last in pairwise([0, *cuts, len(string)])]
     _warn_of_start(tokenizer, pieces[0])
     return pieces
 
 
+def split_pieces(string: str, num_tokens: int, *, source: ModelSource, model_metadata: ModelMetadata) -> list[str]:
+    """Return a string in pieces of about `num_tokens` tokens, which have together exactly the tokens of the string.
+
+    Loads the tokenizer only if the catalog does not remember the cuts. Raises `PromptError` for a `num_tokens` below 1.
+    """
+    if not isinstance(num_tokens, int) or num_tokens < 1:
+        raise PromptError(f"split={num_tokens!r} is not a number of tokens", hint="Give an int of 1 or more.")
+    if not isinstance(string, str) or not string:
+        Text(string)  # raises an error for anything but a string
+        return [string]
+    key = hashlib.sha256(_CUTS + source.ids.tokenizer_id + num_tokens.to_bytes(8, "big") + utf8(string)).digest()
+    known = model_metadata.recall(lambda catalog: catalog.cuts(key))
+    if known is None:
+        known = CutsRecord(key, tuple(source.tokenizer.cuts(string, num_tokens)))
+        model_metadata.save(known)
+    return [string[first:last] for first, last in pairwise((0, *known.offsets, len(string)))]
+
+
 def _conversation(messages: Iterable[Message]) -> list[Message]:
-    """Return `messages` as a list; `PromptError` for anything but one or more messages."""
+    """Return `messages` as a list. Raises `PromptError` for anything but one or more messages."""
     conversation = list(messages)
     if not conversation:
         raise PromptError("the chat has no messages", hint="Give at least one.")
@@ -91,8 +113,8 @@ class _Template:
     arguments: Mapping[str, Any]
 
     def whole(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """Return the rendering that the text is made of; `PromptError` where there is none."""
-        if refused := sorted(_NOT_OF_TEXTS & self.arguments.keys()):
+        """Return the rendering of all messages. Raises `PromptError` where there is none."""
+        if refused := sorted(_REFUSED_ARGUMENTS & self.arguments.keys()):
             raise PromptError(
                 f"a chat takes no {refused[0]}=", hint="Leave it out: the tokens of a text are those of its strings."
             )
@@ -103,7 +125,7 @@ class _Template:
 
     def length_in(self, whole: str, messages: Sequence[Message], *, add_generation_prompt: bool) -> int:
         """Return the length of the rendering of the first messages if `whole` begins with it, else 0."""
-        # Only the last message of the whole is to be continued.
+        # Only the last message of the whole is continued.
         arguments = {name: value for name, value in self.arguments.items() if name != "continue_final_message"}
         try:
             rendering = self._render(messages, add_generation_prompt=add_generation_prompt, **arguments)
@@ -138,9 +160,10 @@ def _boundaries(template: _Template, messages: Sequence[Message], whole: str) ->
 
 
 def _end_of_content(whole: str, prompt: int, content: object) -> int:
-    """Return where the `content` directly after the generation prompt ends, which ends at `prompt`; else `prompt`.
+    """Return the offset where `content` ends if it follows directly on the generation prompt, else `prompt`.
 
-    Many templates strip it, and some put a space before it, which a model then generates.
+    `prompt` is the offset where the generation prompt ends. Many templates strip the content, and some put a space
+    before it, which a model then generates.
     """
     if not prompt or not isinstance(content, str):
         return prompt
@@ -151,29 +174,7 @@ def _end_of_content(whole: str, prompt: int, content: object) -> int:
 
 
 def _warn_of_start(tokenizer: SegmentTokenizer, beginning: str) -> None:
-    """Say once that the tokens of a chat are not those that transformers gives it."""
+    """Log, once for each tokenizer, that a chat has other tokens than transformers gives it."""
     if tokenizer not in _warned and not tokenizer.writes_start(beginning):
         _warned.add(tokenizer)
         logger.warning("the chat template writes no start tokens: they are put before its text, as before any prompt")
-
-
-_CUTS = b"backprompt-db/cuts/1\0"
-
-
-def pieces(string: str, num_tokens: int, *, source: ModelSource, model_metadata: ModelMetadata) -> list[str]:
-    """Return a string in pieces of about that many tokens, which have together exactly the tokens of the string.
-
-    Loads the tokenizer only where nobody has cut it before. Raises `PromptError` for what is no number of tokens.
-    """
-    if not isinstance(num_tokens, int) or num_tokens < 1:
-        raise PromptError(f"split={num_tokens!r} is not a number of tokens", hint="Give an int of 1 or more.")
-    if not isinstance(string, str) or not string:
-        Text(string)  # says what is wrong
-        return [string]
-    _, tokenizer_id = source.ids
-    key = hashlib.sha256(_CUTS + tokenizer_id + num_tokens.to_bytes(8, "big") + utf8(string)).digest()
-    known = model_metadata.recall(lambda catalog: catalog.cuts(key))
-    if known is None:
-        known = CutsRecord(key, tuple(source.tokenizer.cuts(string, num_tokens)))
-        model_metadata.save(known)
-    return [string[first:last] for first, last in pairwise((0, *known.offsets, len(string)))]

@@ -1,15 +1,26 @@
-"""How segments become tokens: each string alone, with the tokenizer's start tokens at the beginning of a prompt."""
+"""How segments become tokens, and how tokens become strings again to be shown.
+
+Each string is tokenised alone, with the tokenizer's start tokens at the beginning of a prompt.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from backprompt_db.errors import InvalidText, UnsupportedModel
+from backprompt_db.database.vocabulary import open_vocabulary, vocabulary_of
+from backprompt_db.errors import CatalogError, InvalidText, ModelMismatch, UnsupportedModel
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, tokenizer_id
 from backprompt_db.prompt.segments import Seam, Segment
+
+if TYPE_CHECKING:
+    from backprompt_db.database.database import Database
+    from backprompt_db.views.scene import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 _SEAM_CONTEXT_CHARS = 128
 """Seams are compared within this many characters on either side: merges do not reach further."""
@@ -24,57 +35,10 @@ _MODEL_OPTIONS = (
 )
 
 _MAX_REMEMBERED_TOKENS = 1 << 22
+_MAX_VOCABULARIES = 4
 
-
-class _Place(NamedTuple):
-    """A place between two tokens of a string."""
-
-    in_string: int
-    in_ids: int
-
-
-class _Pieces:
-    """The beginning of a string, cut into pieces whose tokens are those that the string has there."""
-
-    def __init__(self, tokenizer: Any, string: str, ids: list[int], start_ids: list[int]) -> None:
-        self._tokenizer = tokenizer
-        self._string = string
-        self._ids = ids
-        self._start_ids = start_ids
-        self._known: dict[str, list[int]] = {}
-        self.places = [_Place(0, 0)]
-        """Where the pieces begin, and where the last of them ends."""
-
-    def learn(self, offsets: Sequence[int]) -> None:
-        """Encode the pieces between `offsets` in one call: most of them will be asked for."""
-        pieces = [self._string[first:last] for first, last in itertools.pairwise(offsets)]
-        self._known.update(zip(pieces, encode_strings(self._tokenizer, pieces), strict=True))
-
-    def end_at(self, end: int, *, num_tries: int) -> None:
-        """End a piece at `end`, or none if that would change tokens.
-
-        The fault may be that of the cut before, so the piece is also tried without that one, and so on.
-        """
-        for index in reversed(range(len(self.places))[-num_tries:]):
-            num_tokens = self._num_tokens(self.places[index], end)
-            if num_tokens:
-                self.places[index + 1 :] = [_Place(end, self.places[index].in_ids + num_tokens)]
-                return
-
-    def _num_tokens(self, begin: _Place, end: int) -> int:
-        """The number of tokens from `begin` to `end`, or 0 if the piece there has others than the string."""
-        ids = self._encode(self._string[begin.in_string : end])
-        end_in_ids = begin.in_ids + len(ids)
-        is_same = ids == self._ids[begin.in_ids : end_in_ids]
-        is_whole = end < len(self._string) or end_in_ids == len(self._ids)
-        # A first piece that ends within the start tokens would be given them once more.
-        has_start = begin.in_ids > 0 or _begin(ids, self._start_ids) == _begin(self._ids, self._start_ids)
-        return len(ids) if is_same and is_whole and has_start else 0
-
-    def _encode(self, piece: str) -> list[int]:
-        if piece not in self._known:
-            self._known[piece] = encode_strings(self._tokenizer, [piece])[0]
-        return self._known[piece]
+_vocabularies: dict[TokenizerId, Vocabulary] = {}
+"""Opening one takes a fifth of a second, and a notebook shows result after result."""
 
 
 class SegmentTokenizer:
@@ -102,12 +66,12 @@ class SegmentTokenizer:
         return self._id
 
     def definition(self) -> str:
-        """Return all that changes the tokenizer's tokens, as JSON; it is serialised anew."""
+        """Return everything that changes the tokenizer's tokens, as JSON. The tokenizer is serialised anew."""
         return definition(self.tokenizer, self.start_ids)
 
     @property
     def is_fast(self) -> bool:
-        """Whether the definition has the whole tokenizer, so that it can be made again from that alone."""
+        """Whether the tokenizer can be made again from its definition alone."""
         return bool(getattr(self.tokenizer, "is_fast", False))
 
     def _refresh(self) -> None:
@@ -119,7 +83,7 @@ class SegmentTokenizer:
     def encode(self, segments: Iterable[Segment]) -> dict[Segment, list[int]]:
         """Return the token ids of each segment; a segment without parents begins with the start tokens.
 
-        They are not put there twice: a string that writes them itself, as many chat templates do, is left as it is.
+        A string that begins with the start tokens itself, as many chat templates do, does not get them twice.
         Raises `InvalidText` for a segment that has no tokens.
         """
         segments = list(segments)
@@ -156,8 +120,8 @@ class SegmentTokenizer:
         """Return where to cut `string` into pieces of about `num_tokens` tokens that keep exactly its tokens.
 
         Cuts are character offsets, at pre-tokeniser boundaries. They depend only on what precedes them and a few
-        characters after, so strings with a common beginning share its pieces. A boundary at which a cut would change
-        tokens is passed over.
+        characters after, so strings with a common beginning share its pieces. Boundaries at which a cut would change
+        tokens are skipped.
         """
         if not self.is_fast:
             raise UnsupportedModel(
@@ -184,16 +148,16 @@ class SegmentTokenizer:
         return self._exact(string, cuts[1:], ids)
 
     def exact_cuts(self, string: str, cuts: Sequence[int]) -> list[int]:
-        """Return those of the offsets `cuts`, ascending, at which `string` falls into pieces with exactly its tokens.
+        """Return the `cuts`, ascending offsets, at which `string` can be cut into pieces with exactly its tokens.
 
-        Only cuts that change tokens are left out. Whether one stays depends on what precedes it and on the piece after
+        Cuts that would change tokens are dropped. Whether one stays depends on what precedes it and on the piece after
         it, so strings with a common beginning share its pieces.
         """
         self._refresh()
         return self._exact(string, cuts, encode_strings(self.tokenizer, [string])[0])
 
     def writes_start(self, string: str) -> bool:
-        """Return whether a prompt that begins with `string` has its start tokens without their being put there."""
+        """Return whether `string` itself begins with the start tokens of a prompt."""
         self._refresh()
         return _begin(encode_strings(self.tokenizer, [string])[0], self.start_ids)
 
@@ -217,7 +181,7 @@ class SegmentTokenizer:
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """Return the ids that the tokenizer puts before a prompt, such as BOS; what it puts after one is not used."""
+    """Return the ids that the tokenizer puts before a prompt, such as BOS; ids that it puts after one are not used."""
     (plain,) = encode_strings(tokenizer, ["a"])
     whole = list(tokenizer("a", add_special_tokens=True, padding=False, truncation=False)["input_ids"])
     for begin in range(len(whole) - len(plain) + 1):
@@ -243,7 +207,7 @@ def encode_strings(tokenizer: Any, strings: Sequence[str]) -> list[list[int]]:
 
 
 def definition(tokenizer: Any, start_ids: Iterable[int]) -> str:
-    """Return what a tokenizer's id is the digest of: the tokenizer, special tokens, what it puts before a prompt."""
+    """Return the JSON text that a tokenizer's id is the digest of: tokenizer, special tokens and start tokens."""
     facts: dict[str, Any] = {
         "start_ids": list(start_ids),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -251,18 +215,18 @@ def definition(tokenizer: Any, start_ids: Iterable[int]) -> str:
     }
     if getattr(tokenizer, "is_fast", False):
         serialised = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Calls set padding and truncation on the tokenizer; ours always turn both off.
+        # Padding and truncation are set by calls; our calls always turn both off.
         facts["tokenizer"] = {**serialised, "padding": None, "truncation": None}
     else:
         facts["tokenizer"] = [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), _probe(tokenizer)]
     if facts["start_ids"]:
-        # Before this rule, such a prompt had them twice. The ids of tokenizers without them stay what they were.
+        # Before this rule, such a prompt had them twice. Tokenizers without start tokens keep their ids.
         facts["start_ids_are_put"] = "unless the prompt begins with them"
     return json.dumps(facts, sort_keys=True, ensure_ascii=True)
 
 
 def _signature(tokenizer: Any) -> object:
-    """What changes when a tokenizer is changed in place; of its merges, those that a sample of text shows."""
+    """Return a value that differs after a tokenizer was changed in place; merges count if a sample text shows them."""
     parts: list[object] = [len(tokenizer), sorted(map(str, tokenizer.special_tokens_map.items()))]
     if getattr(tokenizer, "is_fast", False):
         backend = tokenizer.backend_tokenizer
@@ -274,6 +238,99 @@ def _signature(tokenizer: Any) -> object:
 
 
 def _probe(tokenizer: Any) -> list[int]:
-    """What a tokenizer does shows on a sample of every kind of character."""
+    """Return the tokens of a sample with every kind of character: what a tokenizer does shows there."""
     sample = "The naïve café's 3.14 %s — tabs\tand\n\n  spaces; 你好 🙂 İstanbul ﬁ" * 2
     return list(tokenizer(sample, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
+
+
+class _Place(NamedTuple):
+    """A place between two tokens of a string."""
+
+    in_string: int
+    in_ids: int
+
+
+class _Pieces:
+    """The beginning of a string, cut into pieces that have the same tokens alone as within the string."""
+
+    def __init__(self, tokenizer: Any, string: str, ids: list[int], start_ids: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._string = string
+        self._ids = ids
+        self._start_ids = start_ids
+        self._known: dict[str, list[int]] = {}
+        self.places = [_Place(0, 0)]
+        """Where each piece begins, and where the last one ends."""
+
+    def learn(self, offsets: Sequence[int]) -> None:
+        """Encode the pieces between `offsets` in one call: most of them will be needed."""
+        pieces = [self._string[first:last] for first, last in itertools.pairwise(offsets)]
+        self._known.update(zip(pieces, encode_strings(self._tokenizer, pieces), strict=True))
+
+    def end_at(self, end: int, *, num_tries: int) -> None:
+        """End a piece at `end`, unless that would change tokens.
+
+        The cut before may be the one that changes them: then the piece is tried without that cut, and so on.
+        """
+        for index in reversed(range(len(self.places))[-num_tries:]):
+            num_tokens = self._num_tokens(self.places[index], end)
+            if num_tokens:
+                self.places[index + 1 :] = [_Place(end, self.places[index].in_ids + num_tokens)]
+                return
+
+    def _num_tokens(self, begin: _Place, end: int) -> int:
+        """Return the number of tokens from `begin` to `end`, or 0 if the piece alone has other tokens."""
+        ids = self._encode(self._string[begin.in_string : end])
+        end_in_ids = begin.in_ids + len(ids)
+        is_same = ids == self._ids[begin.in_ids : end_in_ids]
+        is_whole = end < len(self._string) or end_in_ids == len(self._ids)
+        # A first piece that ends within the start tokens would get them a second time.
+        has_start = begin.in_ids > 0 or _begin(ids, self._start_ids) == _begin(self._ids, self._start_ids)
+        return len(ids) if is_same and is_whole and has_start else 0
+
+    def _encode(self, piece: str) -> list[int]:
+        if piece not in self._known:
+            self._known[piece] = encode_strings(self._tokenizer, [piece])[0]
+        return self._known[piece]
+
+
+def vocabulary(db: Database, tokenizer_id: TokenizerId, *, load: Callable[[], SegmentTokenizer]) -> Vocabulary:
+    """Return the tokens of a tokenizer as strings: out of the catalog, else out of the tokenizer that `load` returns.
+
+    Raises `ModelMismatch` where that one has another id.
+    """
+    if tokenizer_id not in _vocabularies:
+        found = _recorded_vocabulary(db, tokenizer_id) or _loaded_vocabulary(load(), tokenizer_id)
+        if len(_vocabularies) >= _MAX_VOCABULARIES:
+            _vocabularies.clear()
+        _vocabularies[tokenizer_id] = found
+    return _vocabularies[tokenizer_id]
+
+
+def _recorded_vocabulary(db: Database, tokenizer_id: TokenizerId) -> Vocabulary | None:
+    try:
+        return None if db.catalog is None else open_vocabulary(db.catalog, tokenizer_id)
+    except CatalogError as error:
+        logger.info("the catalog cannot be read: %s", error)
+        return None
+
+
+def _loaded_vocabulary(tokenizer: SegmentTokenizer, tokenizer_id: TokenizerId) -> Vocabulary:
+    if tokenizer.id != tokenizer_id:
+        raise ModelMismatch("the tokenizer has changed since this was computed", hint="Run the text again.")
+    found = vocabulary_of(tokenizer.definition()) if tokenizer.is_fast else None
+    return found or _DecodedVocabulary(tokenizer.tokenizer)
+
+
+class _DecodedVocabulary:
+    """The tokens of a tokenizer that cannot tell where they lie in a text: each is decoded alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def pieces(self, _: str, ids: Sequence[int]) -> list[str]:
+        return [self.token(each) for each in ids]
+
+    def token(self, token_id: int) -> str:
+        # Models may predict ids that no token has: their last matrix may have more rows than there are tokens.
+        return str(self._tokenizer.decode([token_id])) if token_id < len(self._tokenizer) else ""

@@ -53,7 +53,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 class Model(Protocol):
-    """What recomputes; `compute/recompute.py` has one."""
+    """What recomputes; `compute/answers.py` has one."""
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CohereConfig, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from backprompt_db.compute.inference.head import HiddenStates, Predictions, Question, WholeLogits
+from backprompt_db.compute.inference.head import HiddenStates, LogitsQuery, Predictions, WholeLogits
 from backprompt_db.compute.inference.selfcheck import proven_head
 
 ROWS = st.lists(st.integers(0, 11), max_size=30)
@@ -36,7 +36,7 @@ def test_each_way_of_reading_agrees_with_a_plain_log_softmax(
         WholeLogits(logits),
     ]
     for way in ways:
-        logprobs, last = way.read(Question(np.array(rows, np.int64), targets, np.array(ends, np.int64)))
+        logprobs, last = way.read(LogitsQuery(np.array(rows, np.int64), targets, np.array(ends, np.int64)))
         assert np.allclose(logprobs, expected, atol=1e-5)
         assert len(last) == len(ends)
         assert not ends or torch.allclose(last, logits[ends], atol=1e-5)

@@ -339,6 +339,6 @@ class TestViews:
 
 
 def test_the_median_of_passes_is_not_led_by_a_slow_one() -> None:
-    from backprompt_db.compute.batch.costs import _median
+    from backprompt_db.compute.batch.costs import weighted_median
 
-    assert math.isclose(_median([(1.0, 100.0), (1.1, 100.0), (50.0, 90.0)]), 0.011)
+    assert math.isclose(weighted_median([(1.0, 100.0), (1.1, 100.0), (50.0, 90.0)]), 0.011)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.compute.inference.forward import Computed
+from backprompt_db.compute.inference.forward import PassResult
 from backprompt_db.compute.inference.runner import ModelRunner
 from backprompt_db.compute.plan import Pack
 from backprompt_db.database.database import Database
@@ -62,7 +62,7 @@ def test_what_a_failed_call_had_not_computed_is_free_before_the_rest_is_written(
     text = bp.Text("a") + "b"
     compute = ModelRunner.compute
 
-    def fail_at_second(runner: ModelRunner, pack: Pack, **arguments: Any) -> Computed:
+    def fail_at_second(runner: ModelRunner, pack: Pack, **arguments: Any) -> PassResult:
         if pack.segments[0].string == "b":
             raise KeyboardInterrupt
         return compute(runner, pack, **arguments)

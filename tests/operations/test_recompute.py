@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import backprompt_db as bp
 from backprompt_db.codec.blob import decode, decode_origin, encode
 from backprompt_db.codec.fidelity import Fidelity
+from backprompt_db.compute.answers import Recomputer
 from backprompt_db.compute.inference.loading import GivenModel
-from backprompt_db.compute.recompute import Recomputer
 from backprompt_db.database.lineage import Lineage, origin_of
 from backprompt_db.errors import ModelMismatch
 from backprompt_db.operations.inspection import Kind

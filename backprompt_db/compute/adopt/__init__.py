@@ -1,1 +1,1 @@
-"""Taking over keys and values that somebody else computed."""
+"""Checking and storing keys and values that the user computed."""

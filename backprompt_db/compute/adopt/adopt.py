@@ -12,9 +12,17 @@ import numpy.typing as npt
 import torch
 
 from backprompt_db.compute import plan
-from backprompt_db.compute.adopt.crosscheck import Computed, Deviation, Tokens, can_sample, computed_in_part, deviations
-from backprompt_db.compute.adopt.given_cache import CachedTokens, cached_tokens
-from backprompt_db.compute.recompute import Recomputer
+from backprompt_db.compute.adopt.crosscheck import (
+    Deviation,
+    Recomputed,
+    Tokens,
+    can_sample,
+    deviations,
+    recomputed_in_part,
+)
+from backprompt_db.compute.adopt.given_cache import KVTensors, cached_tokens
+from backprompt_db.compute.answers import Recomputer
+from backprompt_db.compute.inference.head import LogitsQuery, WholeLogits
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.prompt.representation import Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment
@@ -31,21 +39,18 @@ Check = Literal["sample", "full"]
 
 _OTHERS = (Part.SCORES, Part.LOGITS)
 
-_ROWS_AT_ONCE = 64
-"""Rows of logits that are turned into log-probabilities at a time."""
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Adopted:
     """What `lm.adopt` took over.
 
     Attributes:
-        text: the text whose keys and values these are.
-        num_tokens: its tokens.
-        num_stored_tokens: those whose keys and values were not stored yet; what is stored stays as it is.
-        num_checked_tokens: those that were computed again in all layers. The first layer was, for all of them.
-        max_error: the largest error that was found, in root mean squares of the layer that it was found in.
-        fidelity: `exact`, or that of the lossy database that keeps them.
+        text: the text whose keys and values were taken.
+        num_tokens: how many tokens it has.
+        num_stored_tokens: how many of them got keys and values; what was stored before stays as it is.
+        num_checked_tokens: how many were computed again in all layers; in the first layer, all of them were.
+        max_error: the largest error that was found, in root mean squares of its layer.
+        fidelity: `exact`, or the fidelity of the lossy database that keeps them.
     """
 
     text: Text
@@ -57,45 +62,45 @@ class Adopted:
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Offer:
-    """What a user gives, and how much of it shall be checked."""
+class AdoptArguments:
+    """The cache and logits that a user gives, and how much of them to check."""
 
     cache: Any
     logits: torch.Tensor | None
-    """After every token, [T, vocab_size] for each row of the cache; or None."""
+    """The logits after every token, [T, vocab_size] for each row of the cache; or None."""
     row: int | None
     check: Check
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Finding:
-    """What the check found: how far off the worst number is, and the parts of segments that it made on the way."""
+class _CheckResult:
+    """The largest error that a check found, and the parts of segments that it computed on the way."""
 
     max_error: float
     num_checked_tokens: int
     parts: Mapping[Segment, dict[Part, Arrays]]
 
 
-def adopt(engine: Engine, source: ModelSource, text: Text, offer: Offer, *, namespace: str) -> Adopted:
+def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArguments, *, namespace: str) -> Adopted:
     """Store the keys and values that a cache holds of a text, with the logits after it; see `LanguageModel.adopt`.
 
     Raises `StoreReadOnly` where nothing may be stored, `PromptError` for a cache that does not fit the text, and
     `ModelMismatch` for numbers that are not what this model makes of it.
     """
-    _require_possible(engine, offer)
+    _require_possible(engine, arguments)
     ids, runner = source.ids, engine.prove()
     tokens = _tokens_of(source, runner, text, namespace=namespace)
-    given = cached_tokens(offer.cache, runner.shape, num_tokens=len(tokens), row=offer.row)
-    logits = None if offer.logits is None else _logits_of(offer.logits, tokens, row=offer.row)
+    given = cached_tokens(arguments.cache, runner.shape, num_tokens=len(tokens), row=arguments.row)
+    logits = None if arguments.logits is None else _logits_of(arguments.logits, tokens, row=arguments.row)
     began = time.perf_counter()
-    finding = _check(source, runner, tokens, given, logits, check=offer.check)
-    seconds = (time.perf_counter() - began) / finding.num_checked_tokens
+    result = _check(source, runner, tokens, given, logits, check=arguments.check)
+    seconds = (time.perf_counter() - began) / result.num_checked_tokens
     if source.ids != ids:
         raise ModelMismatch("the model changed while the cache was checked", hint="Adopt it again; nothing was stored.")
-    told = {} if logits is None else _parts_of(tokens, logits)
+    from_logits = {} if logits is None else _parts_of(tokens, logits)
     num_stored = 0
     for segment, kv in _divided(tokens, given):
-        parts = {Part.KV: kv, **told.get(segment, {}), **finding.parts.get(segment, {})}
+        parts = {Part.KV: kv, **from_logits.get(segment, {}), **result.parts.get(segment, {})}
         new = {part: arrays for part, arrays in parts.items() if not engine.is_stored(segment, ids=ids, parts=[part])}
         num_tokens = tokens.num_tokens[segment]
         engine.store(segment, new, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
@@ -104,15 +109,15 @@ def adopt(engine: Engine, source: ModelSource, text: Text, offer: Offer, *, name
         text=text,
         num_tokens=len(tokens),
         num_stored_tokens=num_stored,
-        num_checked_tokens=finding.num_checked_tokens,
-        max_error=finding.max_error,
+        num_checked_tokens=result.num_checked_tokens,
+        max_error=result.max_error,
         fidelity=engine.fidelity,
     )
 
 
-def _require_possible(engine: Engine, offer: Offer) -> None:
-    if offer.check not in ("sample", "full"):
-        raise PromptError(f"check={offer.check!r} is no check", hint='Give "sample" or "full".')
+def _require_possible(engine: Engine, arguments: AdoptArguments) -> None:
+    if arguments.check not in ("sample", "full"):
+        raise PromptError(f"check={arguments.check!r} is no check", hint='Give "sample" or "full".')
     if not engine.keeps:
         raise StoreReadOnly("this database may only be read", hint="Adopt into one that you may write to.")
     if engine.is_deterministic:
@@ -136,7 +141,7 @@ def _tokens_of(source: ModelSource, runner: ModelRunner, text: Text, *, namespac
 
 
 def _logits_of(logits: Any, tokens: Tokens, *, row: int | None) -> torch.Tensor:
-    """Return the logits after each token of the text, without what comes before them in a padded row."""
+    """Return the logits after each token of the text, without those of the padding before it."""
     rows: torch.Tensor = logits.detach() if isinstance(logits, torch.Tensor) else torch.empty(0)
     if rows.dim() == 3 and (row or 0) < len(rows):
         rows = rows[row or 0]
@@ -156,18 +161,18 @@ def _check(
     source: ModelSource,
     runner: ModelRunner,
     tokens: Tokens,
-    given: CachedTokens,
+    given: KVTensors,
     logits: torch.Tensor | None,
     *,
     check: Check,
-) -> _Finding:
+) -> _CheckResult:
     """Compare what was given with what the model makes of the text. Raises `ModelMismatch` where they differ."""
     found: Mapping[Need, Arrays] = {}
     if check == "sample" and can_sample(runner, tokens):
-        steps, num_checked = computed_in_part(runner, tokens, given), len(tokens.sample)
+        steps, num_checked = recomputed_in_part(runner, tokens, given), len(tokens.sample)
     else:
         found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(Part)))
-        steps, num_checked = _recomputed(tokens, found), len(tokens)
+        steps, num_checked = _recomputed_in_full(tokens, found), len(tokens)
     parts = {segment: {part: found[segment, part] for part in _OTHERS} for segment in tokens.segments if found}
     max_error = 0.0
     for computed in steps:
@@ -176,20 +181,20 @@ def _check(
                 raise _mismatch(source, tokens, off)
             max_error = max(max_error, off.size)
         parts = {**_last_logits(tokens, computed), **parts}
-    return _Finding(max_error, num_checked, parts)
+    return _CheckResult(max_error, num_checked, parts)
 
 
-def _recomputed(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Computed]:
-    """Yield all tokens of each segment in all layers, and the logits after its last one."""
+def _recomputed_in_full(tokens: Tokens, found: Mapping[Need, Arrays]) -> Iterator[Recomputed]:
+    """Yield all tokens of each segment in all layers, and the logits after its last token."""
     for segment, end in tokens.ends.items():
-        kv = CachedTokens(*(found[segment, Part.KV][name].torch() for name in ("keys", "values")))
-        yield Computed(np.arange(end + 1 - tokens.num_tokens[segment], end + 1), slice(None), kv)
-        last = CachedTokens(kv.keys[:, :, -1:], kv.values[:, :, -1:])
-        yield Computed(np.array([end]), slice(None), last, found[segment, Part.LOGITS]["logits"].torch()[None])
+        kv = KVTensors(*(found[segment, Part.KV][name].torch() for name in ("keys", "values")))
+        yield Recomputed(np.arange(end + 1 - tokens.num_tokens[segment], end + 1), slice(None), kv)
+        last = KVTensors(kv.keys[:, :, -1:], kv.values[:, :, -1:])
+        yield Recomputed(np.array([end]), slice(None), last, found[segment, Part.LOGITS]["logits"].torch()[None])
 
 
-def _last_logits(tokens: Tokens, computed: Computed) -> dict[Segment, dict[Part, Arrays]]:
-    """Return the logits after the segments that the text ends with, those of them that were computed."""
+def _last_logits(tokens: Tokens, computed: Recomputed) -> dict[Segment, dict[Part, Arrays]]:
+    """Return the logits after the last segments of the text, if they were computed."""
     if computed.logits is None:
         return {}
     rows = dict(zip(computed.places.tolist(), computed.logits, strict=True))
@@ -212,16 +217,15 @@ def _parts_of(tokens: Tokens, logits: torch.Tensor) -> dict[Segment, dict[Part, 
 
 
 def _token_logprobs(tokens: Tokens, logits: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Return the log-probability of each token [T], NaN where nothing predicts it."""
+    """Return the log-probability of each token [T]; NaN where nothing predicts it."""
     predictors = np.arange(-1, len(tokens) - 1)
     for segment, end in tokens.ends.items():
         first = end + 1 - tokens.num_tokens[segment]
         predictors[first] = tokens.ends[segment.parents[0]] if len(segment.parents) == 1 else -1
     logprobs = np.full(len(tokens), np.nan, dtype=np.float32)
-    for places in np.array_split(np.flatnonzero(predictors >= 0), len(tokens) // _ROWS_AT_ONCE + 1):
-        rows = logits[torch.from_numpy(predictors[places])].float().log_softmax(-1)
-        targets = torch.from_numpy(tokens.input_ids[places])[:, None].to(rows.device)
-        logprobs[places] = rows.gather(1, targets)[:, 0].cpu().numpy()
+    predicted = np.flatnonzero(predictors >= 0)
+    query = LogitsQuery(predictors[predicted], tokens.input_ids[predicted], predictors[:0])
+    logprobs[predicted], _ = WholeLogits(logits).read(query)
     return logprobs
 
 
@@ -229,7 +233,7 @@ def _logits_part(logits: torch.Tensor) -> Arrays:
     return {"logits": Array.from_torch(logits.clone())}
 
 
-def _divided(tokens: Tokens, given: CachedTokens) -> Iterator[tuple[Segment, Arrays]]:
+def _divided(tokens: Tokens, given: KVTensors) -> Iterator[tuple[Segment, Arrays]]:
     """Yield each segment with its own keys and values."""
     for segment, end in tokens.ends.items():
         own = slice(end + 1 - tokens.num_tokens[segment], end + 1)

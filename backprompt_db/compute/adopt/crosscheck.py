@@ -1,13 +1,13 @@
-"""Whether keys and values are this model's for these tokens, found out for less than computing them.
+"""Whether keys and values are what this model makes of some tokens, checked for less than computing them costs.
 
 Two facts make that possible. The first layer's keys and values follow from a token and its position alone, so a pass
-that ends where they are made, before any attention, checks every token of a text. And if some token's keys and values
-in deeper layers are wrong, then there is one that does not follow from those before it: so some tokens, each computed
-over the *given* keys and values of what it sees, are compared in all layers.
+that ends where they are made, before any attention, checks every token of a text. And if keys and values in deeper
+layers are wrong, then some token's do not follow from those before it: so a sample of tokens, each computed over the
+*given* keys and values of what it sees, is compared in all layers.
 
 A cache of another text, at other positions, of another model, in another precision, or with another mask is wrong
-nearly everywhere, and does not pass. What can: a token that is wrong in deeper layers alone, is not among those that
-are compared, and moves none of them by more than rounding does.
+nearly everywhere, and does not pass. One error can pass: a token that is wrong in deeper layers alone, is not in the
+sample, and changes no token of the sample by more than rounding does.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy.typing as npt
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from backprompt_db.compute.adopt.given_cache import CachedTokens
-from backprompt_db.compute.inference.forward import evaluation, forward
-from backprompt_db.compute.inference.head import Question
-from backprompt_db.compute.inference.kv_cache import KVBuffer
+from backprompt_db.compute.adopt.given_cache import KVTensors
+from backprompt_db.compute.inference.forward import evaluation, extend
+from backprompt_db.compute.inference.head import LogitsQuery
+from backprompt_db.compute.inference.kv_cache import KVBuffer, short_name
 from backprompt_db.compute.inference.masks import mask_of_tokens
 from backprompt_db.compute.plan import MAX_PACK_PAIRS
-from backprompt_db.errors import ModelMismatch, UnsupportedModel
+from backprompt_db.errors import ModelMismatch
 from backprompt_db.prompt.segments import Segment
 
 if TYPE_CHECKING:
@@ -36,14 +36,32 @@ if TYPE_CHECKING:
 
 
 STRIDE = 16
-"""One token of so many is compared in all layers, and the last one of each segment."""
+"""One token in so many is compared in all layers, and the last one of each segment."""
 
 _MAX_TOKENS_PER_PASS = 256
 _MIN_TOKENS_PER_PASS = 16
 _TOKENS_OF_FIRST_LAYER = 2048
 
+_TINY = 1e-30
+
+_LIMIT = {"F64": 1e-3, "F32": 1e-3, "F16": 0.05, "BF16": 0.25}
+"""The largest error of numbers that are the same, by the dtype of keys and values. Measured on a trained model
+(SmolLM2-135M, 960 tokens of prose): 0.000003 in F32, 0.005 in F16 and 0.044 in BF16."""
+
+_SHARE_OF_MEAN = 0.25
+"""The share of that limit which the mean error of a token over all layers may reach. Rounding is large in few layers:
+means were below 0.02 in BF16. Tokens 20 or 60 after one that a mask hid are off by 0.1 in the mean."""
+
+_LIMIT_OF_FIRST_LAYER = {"F64": 1e-4, "F32": 1e-4, "F16": 0.003, "BF16": 0.02}
+"""In the first layer no errors have added up: they were 0 in each dtype, and 0.012 in BF16 for numbers rounded from
+another precision. A text that begins one position later is off by 0.6, or by 0.2 in models with slower rotations;
+weights of 8 bits are off by 0.023."""
+
+_MIN_LOGPROB = -9.2
+"""Log-probabilities of tokens that are less likely than 1 in 10,000 on both sides are not compared."""
+
 Places = npt.NDArray[np.int64]
-"""Numbers of tokens, counted from the beginning of the text."""
+"""Indices of tokens, counted from the beginning of the text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +84,7 @@ class Tokens:
 
     @property
     def tips(self) -> list[Segment]:
-        """The segments that nothing follows."""
+        """The segments that no other segment follows."""
         followed = {parent for segment in self.segments for parent in segment.parents}
         return [segment for segment in self.segments if segment not in followed]
 
@@ -77,37 +95,37 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class Recomputed:
     """What the model itself makes of some tokens."""
 
     places: Places
     layers: slice
     """Which layers were computed."""
-    kv: CachedTokens
+    kv: KVTensors
     """[num_layers, num_kv_heads, num_places, head_dim] each."""
     logits: torch.Tensor | None = None
-    """[num_places, vocab_size]: what it predicts after each of the tokens, on the CPU."""
+    """[num_places, vocab_size]: the logits after each of the tokens, on the CPU."""
 
 
 def can_sample(runner: ModelRunner, tokens: Tokens) -> bool:
-    """Whether single tokens can be computed over a cache: the model takes masks, and has room for them beside it."""
+    """Whether single tokens can be computed over a cache: the model takes masks, and a pass has room for some more."""
     limit = runner.max_columns
     return runner.takes_packs and (limit is None or len(tokens) + _MIN_TOKENS_PER_PASS <= limit)
 
 
-def computed_in_part(runner: ModelRunner, tokens: Tokens, given: CachedTokens) -> Iterator[Computed]:
-    """Yield the first layer of all tokens, then all layers of a sample of them, over what is `given` before each."""
+def recomputed_in_part(runner: ModelRunner, tokens: Tokens, given: KVTensors) -> Iterator[Recomputed]:
+    """Yield the first layer of all tokens, then all layers of a sample of them, computed over what is `given`."""
     yield from _first_layers(runner, tokens)
     yield from _sample(runner, tokens, given)
 
 
-def _first_layers(runner: ModelRunner, tokens: Tokens) -> Iterator[Computed]:
-    """Yield the first layer's keys and values of all tokens: what follows from a token and its position."""
+def _first_layers(runner: ModelRunner, tokens: Tokens) -> Iterator[Recomputed]:
+    """Yield the first layer's keys and values of all tokens: they follow from a token and its position alone."""
     for begin in range(0, len(tokens), _TOKENS_OF_FIRST_LAYER):
         places = np.arange(begin, min(begin + _TOKENS_OF_FIRST_LAYER, len(tokens)))
         inputs = {"input_ids": tokens.input_ids[places], "position_ids": tokens.position_ids[places]}
         layer, kv = _first_layer(runner, inputs)
-        yield Computed(places, slice(layer, layer + 1), kv)
+        yield Recomputed(places, slice(layer, layer + 1), kv)
 
 
 class _FarEnough(Exception):
@@ -115,26 +133,26 @@ class _FarEnough(Exception):
 
 
 class _LayerThatEndsThePass(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
-    """A layer of an empty cache that keeps what it is given first, and lets nothing come after it."""
+    """A layer of an empty cache that keeps the first keys and values, and then ends the pass."""
 
     def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Keep keys and values, and end the pass."""
+        """Keep the keys and values, and end the pass."""
         self.keys, self.values = key_states, value_states
         raise _FarEnough
 
 
-def _first_layer(runner: ModelRunner, inputs: dict[str, npt.NDArray[np.int64]]) -> tuple[int, CachedTokens]:
+def _first_layer(runner: ModelRunner, inputs: dict[str, npt.NDArray[np.int64]]) -> tuple[int, KVTensors]:
     cache = DynamicCache()
     cache.layers = [_LayerThatEndsThePass() for _ in range(runner.shape.num_layers)]
     tensors = {name: torch.from_numpy(numbers)[None].to(runner.device) for name, numbers in inputs.items()}
     with evaluation(runner.model), suppress(_FarEnough):
         runner.model(**tensors, past_key_values=cache, use_cache=True)
     layer, filled = next((number, each) for number, each in enumerate(cache.layers) if each.keys is not None)
-    return layer, CachedTokens(filled.keys.cpu(), filled.values.cpu())
+    return layer, KVTensors(filled.keys.cpu(), filled.values.cpu())
 
 
-def _sample(runner: ModelRunner, tokens: Tokens, given: CachedTokens) -> Iterator[Computed]:
-    """Yield the sample's tokens in all layers, each computed over what is `given` of the tokens that it sees."""
+def _sample(runner: ModelRunner, tokens: Tokens, given: KVTensors) -> Iterator[Recomputed]:
+    """Yield the sample's tokens in all layers, each computed over the `given` keys and values of what it sees."""
     sample = tokens.sample
     room = _tokens_per_pass(runner, len(tokens))
     context = KVBuffer(runner.shape, capacity=len(tokens) + min(room, len(sample)), device=runner.device)
@@ -151,78 +169,55 @@ def _tokens_per_pass(runner: ModelRunner, num_tokens: int) -> int:
     return max(1, min(num_left, MAX_PACK_PAIRS // (num_tokens + num_left)))
 
 
-def _pass_over(runner: ModelRunner, tokens: Tokens, places: Places, context: KVBuffer) -> Computed:
-    """Compute some tokens beside each other: a mask hides from each its own place in the context, and all others."""
+def _pass_over(runner: ModelRunner, tokens: Tokens, places: Places, context: KVBuffer) -> Recomputed:
+    """Compute some tokens side by side: a mask hides from each its own place in the context, and the others."""
     mask = np.hstack([mask_of_tokens(places, tokens.segments, tokens.num_tokens), np.eye(len(places), dtype=bool)])
     positions = np.concatenate([tokens.position_ids, tokens.position_ids[places]])
-    cache, rows = context.cache(), np.arange(len(places))
+    rows = np.arange(len(places))
     with evaluation(runner.model):
-        predicted = forward(
+        predicted = extend(
             runner.model, tokens.input_ids[places], positions, mask,
-            cache=cache, form=runner.require_supported(), head=runner.head,
+            context=context, form=runner.require_supported(), head=runner.head,
         )  # fmt: skip
-        if len(predicted) != len(places) or not context.is_extended_by(cache, len(places)):
-            raise UnsupportedModel(
-                f"{type(runner.model).__name__} gave no keys and values for some of its tokens",
-                hint="Run it with transformers directly; nothing was stored.",
-            )
-        _, logits = predicted.read(Question(rows[:0], rows[:0], rows))
+        _, logits = predicted.read(LogitsQuery(rows[:0], rows[:0], rows))
     runner.num_calls += 1
-    begin, end = len(tokens), len(tokens) + len(places)
-    kv = CachedTokens(*(whole[:, 0, :, begin:end].clone().cpu() for whole in (context.keys, context.values)))
-    return Computed(places, slice(None), kv, logits.cpu())
-
-
-_TINY = 1e-30
-
-_LIMIT = {"F64": 1e-3, "F32": 1e-3, "F16": 0.05, "BF16": 0.25}
-"""Up to which error numbers are the same, by the dtype of keys and values. Measured on a trained model (SmolLM2-135M,
-960 tokens of prose): 0.000003, 0.005 and 0.044."""
-
-_SHARE_OF_MEAN = 0.25
-"""Up to which part of that the mean error of a token over all layers may reach. Rounding is large in few of them: means
-were below 0.02 in BF16. What follows one token that a mask hid, 20 or 60 before, is off by 0.1 in the mean."""
-
-_LIMIT_OF_FIRST_LAYER = {"F64": 1e-4, "F32": 1e-4, "F16": 0.003, "BF16": 0.02}
-"""There nothing has added up: errors were 0 in each, and 0.012 in BF16 where another precision was rounded to it. A
-text that begins one position later is off by 0.6, by 0.2 in models whose rotations are slower; weights of 8 bits by
-0.023."""
-
-_MIN_LOGPROB = -9.2
-"""Logits of tokens that both sides find less likely than 1 in 10,000 are not compared."""
+    begin, end = len(tokens), context.length
+    context.length = begin  # the next ones are computed beside these, not after them
+    kv = KVTensors(*(whole[:, 0, :, begin:end].clone().cpu() for whole in (context.keys, context.values)))
+    return Recomputed(places, slice(None), kv, logits.cpu())
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Deviation:
-    """The first error of some tokens that is too large, else the largest, and where it is."""
+    """The first error among some tokens that is too large, or else the largest one, and its place."""
 
     size: float
     limit: float
-    """What rounding stays below."""
+    """Errors by rounding stay below this."""
     token: int
     what: str
 
     @property
     def is_rounding(self) -> bool:
-        """Whether the numbers are the same but for their last bits."""
+        """Whether the numbers are the same except for their last bits."""
         return self.size <= self.limit
 
 
 def deviations(
-    computed: Computed, given: CachedTokens, logits: torch.Tensor | None, *, dtype: str
+    computed: Recomputed, given: KVTensors, logits: torch.Tensor | None, *, dtype: str
 ) -> Iterator[Deviation]:
-    """Yield how far off keys and values are, and logits where there are both.
+    """Yield the errors of keys and values, and of logits where both sides have them.
 
-    `logits` are those after every token of the text, [T, vocab_size]; `dtype` is the safetensors name of that of keys
-    and values.
+    `logits` are those after every token of the text, [T, vocab_size]; `dtype` is the safetensors name of the dtype of
+    keys and values.
     """
-    yield _of_keys_and_values(computed, given, dtype)
+    yield _deviation_of_kv(computed, given, dtype)
     if computed.logits is not None and logits is not None:
-        yield _of_logits(computed, computed.logits, logits, dtype)
+        yield _deviation_of_logits(computed, computed.logits, logits, dtype)
 
 
-def _of_keys_and_values(computed: Computed, given: CachedTokens, dtype: str) -> Deviation:
-    """Return the error of one head's keys or values, in root mean squares of the layer's."""
+def _deviation_of_kv(computed: Recomputed, given: KVTensors, dtype: str) -> Deviation:
+    """Return the error of the keys or values of one head, in root mean squares of its layer."""
     places = torch.from_numpy(computed.places)
     pairs = (computed.kv.keys, given.keys), (computed.kv.values, given.values)
     errors = torch.stack([_errors(ours, theirs[computed.layers][:, :, places]) for ours, theirs in pairs]).amax(0)
@@ -244,15 +239,15 @@ def _errors(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return _finite(rows / unit[:, None])
 
 
-def _of_logits(computed: Computed, ours: torch.Tensor, given: torch.Tensor, dtype: str) -> Deviation:
-    """Return the error of a log-probability after one of the tokens, in standard deviations of them all.
+def _deviation_of_logits(computed: Recomputed, ours: torch.Tensor, given: torch.Tensor, dtype: str) -> Deviation:
+    """Return the error of one log-probability after one token, in standard deviations of all of them there.
 
     Raises `ModelMismatch` for logits of another vocabulary or dtype.
     """
     if (ours.shape[1], ours.dtype) != (given.shape[1], given.dtype):
         raise ModelMismatch(
-            f"the logits are {given.shape[1]:,} numbers in {_name(given.dtype)} after each token, "
-            f"this model's {ours.shape[1]:,} in {_name(ours.dtype)}",
+            f"the logits are {given.shape[1]:,} numbers in {short_name(given.dtype)} after each token, "
+            f"this model's {ours.shape[1]:,} in {short_name(ours.dtype)}",
             hint="Give them as the model returns them; nothing was stored.",
         )
     mine, theirs = (rows.float().log_softmax(-1) for rows in (ours, given[torch.from_numpy(computed.places)].cpu()))
@@ -264,9 +259,9 @@ def _of_logits(computed: Computed, ours: torch.Tensor, given: torch.Tensor, dtyp
 
 
 def _worst(errors: torch.Tensor, limit: float) -> tuple[int, int]:
-    """Return the first place, row by row, of `errors` [T, num_layers] that is beyond `limit`; else that of the largest.
+    """Return the first place, row by row, where `errors` [T, num_layers] are beyond `limit`, else that of the largest.
 
-    What is wrong first makes wrong what follows it.
+    The first error is reported because it causes errors in all that follows.
     """
     beyond = (errors > limit).flatten()
     return divmod(int(beyond.int().argmax() if beyond.any() else errors.argmax()), errors.shape[1])
@@ -274,7 +269,3 @@ def _worst(errors: torch.Tensor, limit: float) -> tuple[int, int]:
 
 def _finite(errors: torch.Tensor) -> torch.Tensor:
     return errors.nan_to_num(torch.inf, torch.inf)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Keys and values out of a transformers `Cache` that somebody else filled: whole, of the right shape, or refused."""
+"""Reading the keys and values of a text out of a transformers `Cache` that the user filled, or refusing it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 import torch
 
-from backprompt_db.compute.inference.kv_cache import KVShape
+from backprompt_db.compute.inference.kv_cache import KVShape, short_name
 from backprompt_db.errors import ModelMismatch, PromptError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class CachedTokens:
-    """The keys and values of one row of a cache, in memory of their own."""
+class KVTensors:
+    """Keys and values of some tokens in some layers of a model."""
 
     keys: torch.Tensor
     """[num_layers, num_kv_heads, T, key_dim]"""
     values: torch.Tensor
     """[num_layers, num_kv_heads, T, value_dim]"""
 
-    def to(self, device: torch.device) -> CachedTokens:
+    def to(self, device: torch.device) -> KVTensors:
         """Return them on a device."""
-        return CachedTokens(self.keys.to(device), self.values.to(device))
+        return KVTensors(self.keys.to(device), self.values.to(device))
 
 
-def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | None) -> CachedTokens:
-    """Return what `cache` holds of a text of `num_tokens` tokens, copied.
+def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | None) -> KVTensors:
+    """Return a copy of what `cache` holds of a text of `num_tokens` tokens.
 
-    A cache of several rows takes the number of one, whose last `num_tokens` places are the text's: what lies before
-    them is padding. Raises `PromptError` for what is no cache of that many tokens, `ModelMismatch` where a model of
+    `row` is the text's row in a cache of several; its last `num_tokens` places are the text's, what lies before them is
+    padding. Raises `PromptError` for anything but a cache of that many tokens, and `ModelMismatch` where a model of
     `shape` cannot have made it.
     """
     layers = _layers(cache, shape)
@@ -46,11 +46,11 @@ def cached_tokens(cache: Any, shape: KVShape, *, num_tokens: int, row: int | Non
     keys, values = (torch.stack(each) for each in zip(*rows, strict=True))
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ModelMismatch("some numbers of the cache are not finite", hint="Compute it again; nothing was stored.")
-    return CachedTokens(keys, values)
+    return KVTensors(keys, values)
 
 
 def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
-    """Return the layers of a cache, each with keys and values of the model's shape."""
+    """Return the layers of a cache. Raises an error unless each has keys and values of the model's shape."""
     layers = list(getattr(cache, "layers", ()))
     if not layers or not all(_is_filled(layer) for layer in layers):
         raise PromptError(
@@ -59,20 +59,20 @@ def _layers(cache: Any, shape: KVShape) -> Sequence[Any]:
         )
     if len(layers) != shape.num_layers:
         raise _mismatch(f"it has {len(layers)} layers, this model {shape.num_layers}")
-    expected = f"{shape.num_kv_heads} heads of {shape.key_dim} and {shape.value_dim} in {_name(shape.dtype)}"
+    expected = f"{shape.num_kv_heads} heads of {shape.key_dim} and {shape.value_dim} in {short_name(shape.dtype)}"
     for number, layer in enumerate(layers):
         found = _form(layer)
         if found != (shape.num_kv_heads, shape.key_dim, shape.value_dim, shape.dtype):
             heads, key_dim, value_dim, dtype = found
             raise _mismatch(
-                f"its layer {number} has {heads} heads of {key_dim} and {value_dim} in {_name(dtype)}, "
+                f"its layer {number} has {heads} heads of {key_dim} and {value_dim} in {short_name(dtype)}, "
                 f"this model {expected}"
             )
     return layers
 
 
 def _is_filled(layer: Any) -> bool:
-    """Whether a layer has keys and values, [rows, heads, tokens, dim] each, as many of both and of one dtype."""
+    """Whether a layer has keys and values, [rows, heads, tokens, dim] each, as many keys as values, of one dtype."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     if not (isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor)):
         return False
@@ -93,7 +93,7 @@ def _num_places(layers: Sequence[Any]) -> int:
         )
     (num_seen,) = numbers
     for number, layer in enumerate(layers):
-        num_kept = layer.keys.shape[2]  # more than were seen in a cache of a fixed size
+        num_kept = layer.keys.shape[2]  # a cache of a fixed size keeps more than were seen
         if num_kept < num_seen:
             raise PromptError(
                 f"layer {number} of the cache keeps {num_kept:,} of {num_seen:,} tokens: it forgets, or is compressed",
@@ -120,7 +120,3 @@ def _hint_for_length(num_more: int) -> str:
 
 def _mismatch(what: str) -> ModelMismatch:
     return ModelMismatch(f"this cache is another model's: {what}", hint="Nothing was stored.")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

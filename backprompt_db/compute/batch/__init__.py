@@ -1,1 +1,1 @@
-"""Many texts at once: what a run will take, and running it."""
+"""Many texts at once: planning a run and running it."""

@@ -1,4 +1,4 @@
-"""What a run would compute, write and need: its batches played through without the model's weights."""
+"""What a run would compute, write and need: a dry run of its batches, without the model's weights."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from backprompt_db.compute.batch.costs import (
     pass_units,
     seconds_per_unit,
 )
-from backprompt_db.compute.batch.requests import IsStored, Order, Orders, Work, batches, lacking, too_long, work_of
+from backprompt_db.compute.batch.requests import IsStored, Request, Requests, Work, batches, lacking, too_long, work_of
 from backprompt_db.compute.batch.run_plan import MAX_LISTED, RoomForecast, RunPlan, TooLong
+from backprompt_db.compute.call import Addresses
 from backprompt_db.compute.explain import wait_until_written
 from backprompt_db.compute.inference.forward import fed_lengths
 from backprompt_db.compute.prefill import Passes
@@ -29,42 +30,42 @@ from backprompt_db.prompt.representation import Part
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import EvictionCandidate
-    from backprompt_db.compute.call import Addresses
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
-    from backprompt_db.compute.inference.outline import Outline
+    from backprompt_db.compute.inference.spec import ModelSpec
     from backprompt_db.compute.plan import Pack
     from backprompt_db.database.database import Database
-    from backprompt_db.prompt.ids import SegmentId
+    from backprompt_db.prompt.ids import ModelIds, SegmentId
     from backprompt_db.prompt.segments import Segment
 
+logger = logging.getLogger(__name__)
 
 _Lengths = Mapping["Segment", int]
 
 
-def forecast(engine: Engine, source: ModelSource, db: Database, orders: Orders, *, batch_size: int) -> RunPlan:
-    """Return what running orders in batches would take. Nothing is computed or written; the tokenizer is loaded.
+def forecast(engine: Engine, source: ModelSource, db: Database, requests: Requests, *, batch_size: int) -> RunPlan:
+    """Return what running requests in batches would take. Nothing is computed or written; loads the tokenizer.
 
-    Memory grows by some 200 bytes for each distinct segment, not with its text.
+    Memory grows by some 200 bytes for each distinct segment, whatever the length of its text.
     """
     wait_until_written(db)
-    addresses = engine.addresses()
-    record = db.model_metadata.recall(lambda catalog: catalog.model(addresses.ids.weights_id))
-    outline = source.outline(record)
-    rehearsal = Rehearsal(db, source, addresses, outline, deterministic=engine.is_deterministic)
-    for batch in batches(orders, batch_size):
-        rehearsal.play(batch)
-    counts = rehearsal.counts
-    pace = seconds_per_unit(db.catalogs, addresses, outline.costs) if counts.num_passes else 0.0
+    ids = source.ids
+    record = db.model_metadata.recall(lambda catalog: catalog.model(ids.weights_id))
+    spec = source.spec(record)
+    dry_run = DryRun(db, source, ids, spec, deterministic=engine.is_deterministic)
+    for batch in batches(requests, batch_size):
+        dry_run.add(batch)
+    counts = dry_run.counts
+    pace = seconds_per_unit(db.catalogs, ids, spec.costs) if counts.num_passes else 0.0
     return RunPlan(
         model_name=record.name if record and record.name else source.name,
-        dtype=outline.dtype,
-        weights_id=addresses.ids.weights_id,
-        tokenizer_id=addresses.ids.tokenizer_id,
+        dtype=spec.dtype,
+        weights_id=ids.weights_id,
+        tokenizer_id=ids.tokenizer_id,
         namespace=db.namespace,
         num_texts=counts.num_texts,
         num_stored_texts=counts.num_stored_texts,
-        num_completions=None if orders.completions is None else len(orders.completions),
+        num_completions=None if requests.completions is None else len(requests.completions),
         num_segments=counts.num_segments,
         num_missing_segments=counts.num_missing_segments,
         num_cached_tokens=counts.num_cached_tokens,
@@ -74,7 +75,7 @@ def forecast(engine: Engine, source: ModelSource, db: Database, orders: Orders, 
         nbytes=counts.nbytes,
         overhead_nbytes=counts.overhead_nbytes,
         memory=memory_forecast(
-            outline,
+            spec,
             counts.peak,
             num_missing_tokens=counts.num_missing_tokens,
             written_nbytes=sum(counts.nbytes.values()) + counts.overhead_nbytes,
@@ -88,7 +89,7 @@ def forecast(engine: Engine, source: ModelSource, db: Database, orders: Orders, 
 
 @dataclass(slots=True)
 class _Counts:
-    """What the batches have come to so far; most is what `RunPlan` says of it."""
+    """Sums over the batches so far; most fields are those of `RunPlan`."""
 
     num_texts: int = 0
     num_stored_texts: int = 0
@@ -98,7 +99,7 @@ class _Counts:
     num_missing_tokens: int = 0
     num_passes: int = 0
     units: float = 0.0
-    """What the passes cost, as `pass_units` has it."""
+    """The sum of `pass_units` over the passes."""
     nbytes: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(Part, 0))
     overhead_nbytes: int = 0
     pages_nbytes: int = 0
@@ -107,104 +108,106 @@ class _Counts:
     too_long: list[TooLong] = field(default_factory=list)
 
 
-class Rehearsal:
-    """Batches played through one after the other, each as if those before had been run."""
+class DryRun:
+    """A dry run of batches, one after the other, each as if those before it had been run."""
 
     def __init__(
-        self, db: Database, source: ModelSource, addresses: Addresses, outline: Outline, *, deterministic: bool
+        self, db: Database, source: ModelSource, ids: ModelIds, spec: ModelSpec, *, deterministic: bool
     ) -> None:
         self.counts = _Counts()
         self._db = db
         self._source = source
-        self._addresses = addresses
-        self._outline = outline
+        self._addresses = Addresses(ids)
+        self._spec = spec
         self._deterministic = deterministic
-        self._sizes = Sizes(outline, db.fidelity)
+        self._sizes = Sizes(spec, db.fidelity)
         self._seen: set[SegmentId] = set()
         self._written: dict[SegmentId, frozenset[Part]] = {}
-        """What would be stored by now that is not."""
+        """Parts that the batches so far would have stored."""
 
-    def play(self, batch: Sequence[Order]) -> None:
-        """Go through what a run would do about one batch."""
-        segments = dict.fromkeys(segment for order in batch for segment in order.segments)
+    def add(self, batch: Sequence[Request]) -> None:
+        """Count what a run would do for one batch."""
+        segments = dict.fromkeys(segment for request in batch for segment in request.segments)
         input_ids = self._source.tokenizer.encode(segments)
         lengths = {segment: len(ids) for segment, ids in input_ids.items()}
         is_stored = cache(self._is_stored)
         lack = lacking(batch, is_stored)
-        problems = {order: self._too_long(order, lengths) for order in lack}
-        work = work_of([order for order in lack if problems[order] is None], is_stored)
+        problems = {request: self._too_long(request, lengths) for request in lack}
+        work = work_of([request for request in lack if problems[request] is None], is_stored)
         missing = plan.missing_parts(work.wanted, is_stored=is_stored)
         self.counts.num_texts += len(batch)
         self.counts.num_stored_texts += len(batch) - len(lack)
-        self._leave_out([problem for problem in problems.values() if problem is not None])
-        taken = [order for order in batch if problems.get(order) is None]
-        self._see((segment for order in taken for segment in order.segments), missing, lengths, is_stored)
+        self._add_too_long([problem for problem in problems.values() if problem is not None])
+        taken = [request for request in batch if problems.get(request) is None]
+        self._count_segments(
+            (segment for request in taken for segment in request.segments), missing, lengths, is_stored
+        )
         passes = Passes(
             self._packs(missing, lengths), input_ids, {}, work.wanted, missing,
             self._kept(missing, work, is_stored), self._deterministic,
         )  # fmt: skip
-        self._compute(passes, lengths)
+        self._add_passes(passes, lengths)
 
     def _is_stored(self, segment: Segment, part: Part) -> bool:
         written = self._written.get(segment.id, frozenset())
         return part in written or self._db.has(self._addresses.key(segment, part))
 
-    def _too_long(self, order: Order, lengths: _Lengths) -> TooLong | None:
-        return too_long(order, lengths, self._outline.bounds, is_deterministic=self._deterministic)
+    def _too_long(self, request: Request, lengths: _Lengths) -> TooLong | None:
+        return too_long(request, lengths, self._spec.bounds, is_deterministic=self._deterministic)
 
     def _packs(self, missing: Mapping[Segment, object], lengths: _Lengths) -> list[Pack]:
-        """Divide what is missing as the engine does."""
+        """Divide the missing segments into packs as the engine does."""
         return plan.packs(
             list(missing),
             lengths,
-            costs=self._outline.costs,
-            max_segments=1 if self._deterministic or not self._outline.takes_packs else None,
-            max_columns=self._outline.bounds.max_columns,
+            costs=self._spec.costs,
+            max_segments=1 if self._deterministic or not self._spec.takes_packs else None,
+            max_columns=self._spec.bounds.max_columns,
         )
 
     def _kept(self, missing: Iterable[Segment], work: Work, is_stored: IsStored) -> dict[Segment, frozenset[Part]]:
-        """Return the parts of each segment that would be written: all but what is there."""
+        """Return the parts of each segment that would be written: those to keep that are not stored."""
         return {
             segment: frozenset(part for part in work.keep.get(segment, Part) if not is_stored(segment, part))
             for segment in missing
         }
 
-    def _leave_out(self, problems: Sequence[TooLong]) -> None:
+    def _add_too_long(self, problems: Sequence[TooLong]) -> None:
         self.counts.num_too_long += len(problems)
         self.counts.too_long += problems[: MAX_LISTED - len(self.counts.too_long)]
 
-    def _see(
+    def _count_segments(
         self, segments: Iterable[Segment], missing: Mapping[Segment, object], lengths: _Lengths, is_stored: IsStored
     ) -> None:
-        """Count segments that no batch before has had."""
+        """Count the segments that no earlier batch had."""
         new = dict.fromkeys(segment for segment in segments if segment.id not in self._seen)
         self._seen.update(segment.id for segment in new)
         cached = (each for each in new if each not in missing and any(is_stored(each, part) for part in Part))
         self.counts.num_segments += len(new)
         self.counts.num_cached_tokens += sum(lengths[segment] for segment in cached)
 
-    def _compute(self, passes: Passes, lengths: _Lengths) -> None:
+    def _add_passes(self, passes: Passes, lengths: _Lengths) -> None:
         for pack in passes.packs:
-            self._pass(pack, passes, lengths)
+            self._add_pass(pack, passes, lengths)
         for segment in passes.missing:
-            self._write(segment, passes.keep[segment], lengths[segment])
+            self._add_written(segment, passes.keep[segment], lengths[segment])
         passed_on = (segment for segment in passes.missing if passes.is_used((segment, Part.KV)))
         self.counts.peak.num_passed_on = max(
             self.counts.peak.num_passed_on, sum(lengths[segment] for segment in passed_on)
         )
         self.counts.num_missing_segments += len(passes.missing)
 
-    def _pass(self, pack: Pack, passes: Passes, lengths: _Lengths) -> None:
+    def _add_pass(self, pack: Pack, passes: Passes, lengths: _Lengths) -> None:
         produce = {segment: passes.produced(segment) for segment in pack.segments}
         num_fed = sum(fed_lengths(pack, lengths, produce).values())
         num_context = sum(lengths[segment] for segment in pack.context)
         if num_fed:
             self.counts.num_passes += 1
-            self.counts.units += pass_units(self._outline.costs, num_fed, num_context)
+            self.counts.units += pass_units(self._spec.costs, num_fed, num_context)
         self.counts.num_missing_tokens += passes.num_tokens(pack)
-        self.counts.peak.see_pass(num_fed, num_context)
+        self.counts.peak.add(num_fed, num_context)
 
-    def _write(self, segment: Segment, parts: frozenset[Part], num_tokens: int) -> None:
+    def _add_written(self, segment: Segment, parts: frozenset[Part], num_tokens: int) -> None:
         if self._db.readonly:
             return
         self._written[segment.id] = parts | self._written.get(segment.id, frozenset())
@@ -215,11 +218,8 @@ class Rehearsal:
             self.counts.pages_nbytes += pages_size(nbytes + header_nbytes)
 
 
-logger = logging.getLogger(__name__)
-
-
 def room_forecast(db: Database, written_nbytes: int) -> RoomForecast | None:
-    """Return whether `written_nbytes` more fit; None for a database that keeps nothing on disk, or cannot be read."""
+    """Return whether `written_nbytes` more fit; None for a database that writes nothing to disk, or cannot be read."""
     if db.readonly or db.directory is None:
         return None
     try:
@@ -242,7 +242,7 @@ def room_forecast(db: Database, written_nbytes: int) -> RoomForecast | None:
 
 
 def _unremovable(live_nbytes: int, candidates: Sequence[EvictionCandidate]) -> int:
-    """Return what stays when all of them have gone: what is pinned, or needed."""
+    """Return how many bytes stay when all candidates are evicted: what is pinned, or what others need."""
     return max(0, live_nbytes - sum(candidate.nbytes for candidate in candidates))
 
 

@@ -1,4 +1,4 @@
-"""What texts ask to be stored, and what of it a batch must compute: the same for a plan and for the run. No torch."""
+"""Which parts texts ask to have stored, and which of them a batch must compute; plans and runs share this. No torch."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from backprompt_db.prompt.text import Text
 
 IsStored = Callable[[Segment, Part], bool]
 
-_Each = TypeVar("_Each")
+_Item = TypeVar("_Item")
 
 _SCORES = frozenset({Part.SCORES})
 _NUM_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Order:
-    """What one text asks for."""
+class Request:
+    """What one text, or scoring completions after it, asks to have stored."""
 
     number: int
     """Its place among the texts, from 0."""
     text: Text
     segments: Sequence[Segment]
-    """Its own and those of its completions, parents before children."""
+    """Segments of the text and of its completions, parents before children."""
     wanted: Wanted
-    """Parts that shall be stored in the end."""
+    """Parts to be stored in the end."""
     keep: Wanted
     """Parts to store of each segment that is computed."""
 
@@ -46,13 +46,13 @@ class Work:
     """What must be computed for a batch."""
 
     wanted: Wanted
-    """Of each segment that lacks parts the least of them; when it is computed, all that it lacks are stored."""
+    """The first missing part of each segment that lacks some: computing it stores all others that the segment lacks."""
     keep: Wanted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
-    """What each of many texts asks for: `keep` of all its segments, or the scores of the completions after it.
+class Requests:
+    """The requests of many texts: the parts `keep` of all their segments, and the scores of completions after them.
 
     Iterating raises `PromptError` for an empty text, and where nothing predicts the first token of a completion.
     """
@@ -62,7 +62,7 @@ class Orders:
     keep: frozenset[Part]
     namespace: str
     own: Callable[[Text | str], Text]
-    """Makes a text one of the model's."""
+    """Makes a string or a text one that belongs to the model."""
 
     @classmethod
     def of(
@@ -73,8 +73,8 @@ class Orders:
         keep: Iterable[str],
         namespace: str,
         own: Callable[[Text | str], Text],
-    ) -> Orders:
-        """Return what a caller asks for. Raises `PromptError` for what makes no sense."""
+    ) -> Requests:
+        """Return the requests of a caller. Raises `PromptError` for arguments that cannot be used."""
         if isinstance(completions, str | Text):
             raise PromptError("completions is one text", hint="Give a list of completions.")
         return cls(
@@ -85,62 +85,62 @@ class Orders:
             own=own,
         )
 
-    def __iter__(self) -> Iterator[Order]:
+    def __iter__(self) -> Iterator[Request]:
         for number, text in enumerate(self.texts):
-            yield self._order(number, self.own(text))
+            yield self._request(number, self.own(text))
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.texts)
 
-    def _order(self, number: int, text: Text) -> Order:
+    def _request(self, number: int, text: Text) -> Request:
         segments = text.segments(self.namespace)
         if self.completions is None:
             wanted = dict.fromkeys(segments, self.keep)
-            return Order(number, text, segments, wanted, wanted)
+            return Request(number, text, segments, wanted, wanted)
         endings = completion_segments([text], self.completions, namespace=self.namespace)
         scored = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
-        return Order(number, text, [*segments, *scored], scored, dict.fromkeys(segments, self.keep) | scored)
+        return Request(number, text, [*segments, *scored], scored, dict.fromkeys(segments, self.keep) | scored)
 
 
 PARTS = tuple(part.name.lower() for part in Part)
-"""What people call the three parts."""
+"""The names that people give the three parts."""
 
 
 def parts_named(names: Iterable[str]) -> frozenset[Part]:
-    """Return the parts of these names. Raises `PromptError` for others, and for none."""
+    """Return the parts that have these names. Raises `PromptError` for other names, and for none."""
     given = [names] if isinstance(names, str) else list(names)
     if not given or not set(PARTS) >= set(given):
         raise PromptError(f"keep={names!r} are no parts", hint=f"Name some of {', '.join(PARTS)}.")
     return frozenset(Part[name.upper()] for name in given)
 
 
-def batches(each: Iterable[_Each], size: int) -> Iterator[list[_Each]]:
-    """Divide what comes into lists of so many. Raises `PromptError` for a size below 1."""
+def batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Divide items into lists of `size`. Raises `PromptError` for a size below 1."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PromptError(f"batch_size={size!r} is not a number of texts", hint="Give an int of 1 or more.")
-    remaining = iter(each)
+    remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
 
 
-def lacking(batch: Iterable[Order], is_stored: IsStored) -> list[Order]:
-    """Return those of the orders of which something is not stored."""
+def lacking(batch: Iterable[Request], is_stored: IsStored) -> list[Request]:
+    """Return the requests that ask for a part that is not stored."""
     is_stored = cache(is_stored)
     return [
-        order
-        for order in batch
-        if not all(is_stored(segment, part) for segment, parts in order.wanted.items() for part in parts)
+        request
+        for request in batch
+        if not all(is_stored(segment, part) for segment, parts in request.wanted.items() for part in parts)
     ]
 
 
-def work_of(batch: Sequence[Order], is_stored: IsStored) -> Work:
-    """Return what must be computed for orders that lack something."""
+def work_of(batch: Sequence[Request], is_stored: IsStored) -> Work:
+    """Return what must be computed for requests that lack parts."""
     wanted: dict[Segment, frozenset[Part]] = {}
-    for segment, parts in _merged(order.wanted for order in batch).items():
+    for segment, parts in _merged(request.wanted for request in batch).items():
         least = next((part for part in Part if part in parts and not is_stored(segment, part)), None)
         if least is not None:
             wanted[segment] = frozenset({least})
-    return Work(wanted, _merged(order.keep for order in batch))
+    return Work(wanted, _merged(request.keep for request in batch))
 
 
 def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
@@ -152,22 +152,22 @@ def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
 
 
 def too_long(
-    order: Order, num_tokens: Mapping[Segment, int], bounds: plan.Bounds, *, is_deterministic: bool
+    request: Request, num_tokens: Mapping[Segment, int], bounds: plan.Bounds, *, is_deterministic: bool
 ) -> TooLong | None:
-    """Return what is too long about an order, None where nothing is. `num_tokens` are those of all its segments."""
-    starts = plan.positions(order.segments, num_tokens)
-    own = {segment: num_tokens[segment] for segment in order.segments}
-    num_read = own if is_deterministic else plan.num_read(own, produced=order.keep)
+    """Return by how much a request is too long, None if it fits. `num_tokens` has the lengths of all its segments."""
+    starts = plan.positions(request.segments, num_tokens)
+    own = {segment: num_tokens[segment] for segment in request.segments}
+    num_read = own if is_deterministic else plan.num_read(own, produced=request.keep)
     num_positions = max(start + num_read[segment] for segment, start in starts.items())
     if bounds.max_positions is not None and num_positions > bounds.max_positions:
-        return TooLong(order.number, num_positions, bounds.max_positions, str(order.text)[:_NUM_CHARACTERS])
+        return TooLong(request.number, num_positions, bounds.max_positions, str(request.text)[:_NUM_CHARACTERS])
     if bounds.max_columns is None:
         return None
     # Without branches and gaps, each position is one column.
-    is_plain = all(len(segment.parents) < 2 and segment.start is None for segment in order.segments)
-    num_columns = num_positions if is_plain else max(_num_columns(segment, num_read) for segment in order.segments)
+    is_plain = all(len(segment.parents) < 2 and segment.start is None for segment in request.segments)
+    num_columns = num_positions if is_plain else max(_num_columns(segment, num_read) for segment in request.segments)
     if num_columns > bounds.max_columns:
-        return TooLong(order.number, num_columns, bounds.max_columns, str(order.text)[:_NUM_CHARACTERS])
+        return TooLong(request.number, num_columns, bounds.max_columns, str(request.text)[:_NUM_CHARACTERS])
     return None
 
 

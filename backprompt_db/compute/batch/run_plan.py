@@ -1,4 +1,4 @@
-"""What `lm.plan` and `lm.warm` return: what a large run would take, and what it did."""
+"""What `lm.plan` and `lm.warm` return: what a large run would need, and what it has done."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ class TooLong:
     number: int
     """Its number among the texts, from 0."""
     num_positions: int
-    """Positions that it needs, with the longest of the completions; or tokens that it needs in one pass."""
+    """Positions that it needs, with the longest completion; or tokens that it needs in one pass."""
     max_positions: int
-    """As many as the model has."""
+    """How many of them the model has."""
     beginning: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryForecast:
-    """Bytes of memory at the peak of a run, besides Python and its libraries. They are estimated."""
+    """Bytes of memory at the peak of a run, beside those of Python and its libraries. They are estimates."""
 
     weights_nbytes: int
-    """Bytes of all parameters; only this number is exact."""
+    """All parameters; only this number is exact."""
     prefixes_nbytes: int
-    """Keys and values of the longest pass, and those that are kept in memory for passes to come."""
+    """Keys and values of the longest pass, and those that are kept in memory for later passes."""
     activations_nbytes: int
-    """What the largest pass takes: hidden states, its mask, and a block of logits."""
+    """Hidden states, mask and a block of logits of the largest pass."""
     queue_nbytes: int
-    """The most that waits to be written."""
+    """The most that waits to be written at a time."""
     total_nbytes: int
 
 
@@ -59,19 +59,19 @@ class RoomForecast:
     max_live_nbytes: int | None
     """How much may be in use before something is evicted; None without a limit."""
     holds: bool
-    """Whether everything that is written would be there at the end. If not, the run evicts some of it itself."""
+    """Whether everything that is written would still be stored at the end; if not, the rest evicts some of it."""
     num_evicted_parts: int
-    """How many parts that are there now would be evicted, beginning with those that are worth least."""
+    """Parts that are stored now and would be evicted, those that are worth least first."""
     evicted_nbytes: int
     evicted_seconds: float
-    """What computing them took."""
+    """How long computing them took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
     """What running texts would find and compute. Printed, it is a table.
 
-    Texts that are too long are counted in `num_texts` and otherwise left out, as `lm.warm` does.
+    Texts that are too long are counted in `num_texts` and otherwise skipped, as `lm.warm` does.
     """
 
     model_name: str
@@ -81,28 +81,28 @@ class RunPlan:
     namespace: str
     num_texts: int
     num_stored_texts: int
-    """Texts of which nothing must be computed."""
+    """Texts that need no computation."""
     num_completions: int | None
-    """How many completions are scored after each text; None where texts are only run."""
+    """Completions after each text; None if texts are run and nothing is scored."""
     num_segments: int
-    """Distinct ones."""
+    """Distinct segments."""
     num_missing_segments: int
-    """Those that would be computed."""
+    """Segments that would be computed."""
     num_cached_tokens: int
-    """Tokens of the distinct segments of which nothing must be computed."""
+    """Tokens of distinct segments that need no computation."""
     num_missing_tokens: int
     """Tokens to compute."""
     num_passes: int
-    """Calls of the model. A model that never ran is assumed to compute several segments in one pass; a few cannot."""
+    """Calls of the model. A model that never ran is assumed to take several segments in a pass; a few models cannot."""
     seconds: float | None
-    """About how long these passes take; None where no run of the model is recorded."""
+    """About how long these passes take; None if no passes of the model are recorded."""
     nbytes: Mapping[Part, int]
     """Bytes of the arrays to be written, by part."""
     overhead_nbytes: int
-    """About how much is written besides: texts, names and digests."""
+    """About how many more bytes are written with them: texts, names and digests."""
     memory: MemoryForecast
     room: RoomForecast | None
-    """None for a database that is only read, or that is in memory."""
+    """None for a database that is opened read-only, or that is in memory."""
     num_too_long: int
     too_long: tuple[TooLong, ...]
     """The first thousand of them."""
@@ -125,7 +125,7 @@ class Warmed:
 
     num_texts: int
     num_stored_texts: int
-    """Texts that were stored before."""
+    """Texts that were stored before the run."""
     num_computed_tokens: int
     num_passes: int
     """Calls of the model."""
@@ -136,7 +136,7 @@ class Warmed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that were computed in a second, on average."""
+        """Tokens computed per second, over the whole run."""
         return self.num_computed_tokens / self.seconds if self.seconds else 0.0
 
 

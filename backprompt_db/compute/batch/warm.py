@@ -1,4 +1,4 @@
-"""Running many texts, in batches that memory has room for, so that everything of them is stored afterwards."""
+"""Running many texts in batches so that their parts are stored afterwards, and pinning texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from backprompt_db.compute.batch.requests import Order, Orders, batches, lacking, too_long, work_of
+from backprompt_db.compute.batch.requests import Request, Requests, batches, lacking, too_long, work_of
 from backprompt_db.compute.batch.run_plan import MAX_LISTED, TooLong, Warmed
 from backprompt_db.compute.plan import Bounds
 from backprompt_db.database.database import writable_catalog
@@ -27,13 +27,16 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_FLUSHES = 10.0
-"""A failure to write ends the run after this time at most; waiting for each batch would cost more."""
+"""A failed write ends the run after this time at most; waiting for each batch would cost more."""
 
-_NOTE = "What was computed is stored: run the same again to go on."
+_HOW_TO_GO_ON = "What was computed is stored: run the same again to go on."
+
+_NUM_TRIES = 3
+"""How often segments that were evicted before they could be pinned are computed again."""
 
 
 class Warmer:
-    """Computes what orders lack, batch by batch, and counts."""
+    """Computes what requests lack, batch by batch, and counts what it did."""
 
     def __init__(self, engine: Engine, source: ModelSource, db: Database) -> None:
         if db.readonly:
@@ -46,13 +49,13 @@ class Warmer:
         self._num_passes = self._num_texts = self._num_stored_texts = self._num_too_long = 0
         self._too_long: list[TooLong] = []
 
-    def run(self, orders: Orders, *, batch_size: int, progress: bool) -> Warmed:
-        """Compute all; what was computed is stored, also when this is interrupted or fails.
+    def run(self, requests: Requests, *, batch_size: int, progress: bool) -> Warmed:
+        """Compute everything. What was computed is stored, even if this is interrupted or fails.
 
-        Raises what `Database.flush` raises where it cannot be stored.
+        Raises what `Database.flush` raises where something cannot be stored.
         """
-        with _stored_afterwards(self._db), _bar(orders, is_shown=progress) as bar:
-            for batch in batches(orders, batch_size):
+        with _stored_afterwards(self._db), _bar(requests, is_shown=progress) as bar:
+            for batch in batches(requests, batch_size):
                 self._run_batch(batch)
                 self._flush_at_times()
                 bar.set_postfix_str(f"{self.result().tokens_per_second:,.0f} tok/s", refresh=False)
@@ -71,7 +74,7 @@ class Warmer:
             too_long=tuple(self._too_long),
         )
 
-    def _run_batch(self, batch: Sequence[Order]) -> None:
+    def _run_batch(self, batch: Sequence[Request]) -> None:
         addresses = self._engine.addresses()
 
         @cache
@@ -88,20 +91,20 @@ class Warmer:
         self._num_texts += len(batch)
         self._num_stored_texts += len(batch) - len(lack)
 
-    def _fitting(self, batch: Sequence[Order]) -> list[Order]:
-        """Return those of the orders that the model can run, and list the others. Loads the model."""
+    def _fitting(self, batch: Sequence[Request]) -> list[Request]:
+        """Return the requests that the model can run, and list the others as too long. Loads the model."""
         runner = self._engine.prove()
         bounds = Bounds(runner.max_positions, runner.max_columns)
-        segments = dict.fromkeys(segment for order in batch for segment in order.segments)
+        segments = dict.fromkeys(segment for request in batch for segment in request.segments)
         num_tokens = {segment: len(ids) for segment, ids in self._source.tokenizer.encode(segments).items()}
         problems = {
-            order: too_long(order, num_tokens, bounds, is_deterministic=self._engine.is_deterministic)
-            for order in batch
+            request: too_long(request, num_tokens, bounds, is_deterministic=self._engine.is_deterministic)
+            for request in batch
         }
         found = [problem for problem in problems.values() if problem is not None]
         self._num_too_long += len(found)
         self._too_long += found[: MAX_LISTED - len(self._too_long)]
-        return [order for order in batch if problems[order] is None]
+        return [request for request in batch if problems[request] is None]
 
     def _num_calls(self) -> int:
         return self._source.runner.num_calls if self._source.is_loaded else 0
@@ -112,33 +115,11 @@ class Warmer:
             self._flushed = time.monotonic()
 
 
-def _bar(orders: Orders, *, is_shown: bool) -> tqdm[Any]:
-    """Return a progress bar, which appears after a second, in a terminal."""
-    total = operator.length_hint(orders) or None
-    return tqdm(total=total, unit="text", desc="warming", delay=1, disable=None if is_shown else True, leave=False)
-
-
-@contextmanager
-def _stored_afterwards(db: Database) -> Iterator[None]:
-    """Wait in the end until everything is stored, also where the block was interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        interrupt.add_note(_NOTE)
-        raise
-    finally:
-        db.flush()
-
-
-_NUM_TRIES = 3
-"""How often what was evicted, before it could be pinned, is computed again."""
-
-
 def pin(engine: Engine, db: Database, segments: Sequence[Segment], *, label: str | None) -> None:
-    """Compute what is missing of segments, pin them, and label them if there is a label.
+    """Compute the missing parts of segments, pin the segments, and label them if there is a label.
 
     Raises `StoreReadOnly` and `CatalogError` where nothing can be pinned, what `Database.flush` raises, and
-    `StoreError` where others remove it faster than it can be pinned.
+    `StoreError` where parts are evicted faster than they can be pinned.
     """
     catalog = writable_catalog(db)
     addresses = engine.addresses()
@@ -156,6 +137,24 @@ def pin(engine: Engine, db: Database, segments: Sequence[Segment], *, label: str
 
 
 def unpin(engine: Engine, db: Database, segments: Sequence[Segment]) -> None:
-    """Let segments be evicted again. Raises `StoreReadOnly` and `CatalogError` where nothing can be set."""
+    """Let segments be evicted again. Raises `StoreReadOnly` and `CatalogError` where nothing can be written."""
     addresses = engine.addresses()
     writable_catalog(db).pin([addresses.address(segment) for segment in segments], is_pinned=False)
+
+
+def _bar(requests: Requests, *, is_shown: bool) -> tqdm[Any]:
+    """Return a progress bar, which appears after a second, in a terminal."""
+    total = operator.length_hint(requests) or None
+    return tqdm(total=total, unit="text", desc="warming", delay=1, disable=None if is_shown else True, leave=False)
+
+
+@contextmanager
+def _stored_afterwards(db: Database) -> Iterator[None]:
+    """Wait at the end until everything is stored, also when the block is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(_HOW_TO_GO_ON)
+        raise
+    finally:
+        db.flush()

@@ -1,1 +1,1 @@
-"""Everything that touches a model: loading, identity, self-check, masks, caches, forward passes."""
+"""Everything that touches a model: loading, identity, self-check, masks, keys and values, forward passes."""

@@ -1,7 +1,7 @@
-"""One call of transformers' `generate` over stored keys and values, and what it leaves behind.
+"""One call of transformers' `generate` over stored keys and values: its arguments, its prompts and its outcome.
 
-It is given the whole prompt's token ids and a cache of all but the last of them, so that it computes one token where a
-plain call computes the prompt. Prompts of different lengths are padded on the left, in the cache too.
+The call gets the token ids of the whole prompt and a cache of all of them but the last, so that it computes one token
+where a plain call computes the prompt. Prompts of different lengths are padded on the left, in the cache too.
 """
 
 from __future__ import annotations
@@ -31,10 +31,103 @@ if TYPE_CHECKING:
     from backprompt_db.compute.inference.runner import ModelRunner
     from backprompt_db.compute.tokens import SegmentTokenizer
 
+_READ_PADDING = frozenset({
+    "bad_words_ids", "encoder_no_repeat_ngram_size", "guidance_scale", "logits_processor", "min_length",
+    "no_repeat_ngram_size", "prefix_allowed_tokens_fn", "sequence_bias", "stopping_criteria", "watermarking_config",
+})  # fmt: skip
+"""Arguments that depend on the order or the number of a prompt's tokens, which padding changes."""
+
+_ALLOWED = _READ_PADDING | {
+    "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_repetition_penalty", "eos_token_id",
+    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_eos_token_id", "length_penalty",
+    "max_time", "min_new_tokens", "min_p", "num_beams", "pad_token_id", "remove_invalid_values", "renormalize_logits",
+    "repetition_penalty", "stop_strings", "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
+}  # fmt: skip
+"""Any other argument changes what a token sees or what is returned, belongs to other models, or is misspelt."""
+
+_PROMPT = "The prompt is all that the model is given."
+_CACHE = "The stored keys and values are the cache."
+_RESULT = "A result has token_ids and token_logprobs; for more, call model.generate with lm.past_key_values(text)."
+_SPECULATION = "Speculative decoding is not supported."
+_HINTS = {
+    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
+    **dict.fromkeys(
+        ("past_key_values", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+        _CACHE,
+    ),
+    **dict.fromkeys(
+        ("return_dict_in_generate", "output_logits", "output_scores", "output_attentions", "output_hidden_states"),
+        _RESULT,
+    ),
+    **dict.fromkeys(("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp"), _SPECULATION),
+    "generation_config": "Give its values by name, or set lm.model.generation_config.",
+    "max_length": "Give max_new_tokens, which does not count the prompt.",
+    "tokenizer": "Stop strings are read with the tokenizer of the language model.",
+    "token_healing": "It changes the tokens of the prompt, which are those of its pieces.",
+}  # fmt: skip
+
+NEUTRAL: Mapping[str, Any] = {
+    "use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, "token_healing": False,
+    "prompt_lookup_num_tokens": None, "use_mtp": None, "return_dict_in_generate": True, "output_logits": True,
+    "output_scores": False, "output_attentions": False, "output_hidden_states": False,
+}  # fmt: skip
+"""Values of arguments that nobody may give: the model's own generation configuration may have others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateArguments:
+    """The arguments of `generate`. Raises `PromptError` for those that cannot be used."""
+
+    max_new_tokens: int
+    num_return_sequences: int | None
+    """Continuations of each prompt; None for one, without a list around it."""
+    streamer: Any
+    store: bool
+    others: Mapping[str, Any]
+    """The other arguments, by the names that transformers gives them."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("num_return_sequences", self.num_sequences)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PromptError(f"{name}={value!r} is not a number of that kind", hint="Give an int of 1 or more.")
+        for name in self.others:
+            if name not in _ALLOWED:
+                hint = _HINTS.get(name, "It is no argument that changes which tokens are chosen, or it is misspelt.")
+                raise PromptError(f"generate takes no {name}=", hint=hint)
+
+    @property
+    def num_sequences(self) -> int:
+        """Continuations of each prompt."""
+        return 1 if self.num_return_sequences is None else self.num_return_sequences
+
+    def value(self, name: str, model: Any) -> Any:
+        """Return an argument, or where it was not given that of the model's own generation configuration."""
+        return self.others[name] if name in self.others else getattr(model.generation_config, name, None)
+
+    def num_rows(self, model: Any) -> int:
+        """Return how many sequences are generated at a time for each prompt: its beams, or the sequences to return."""
+        return max(self.num_beams(model), self.num_sequences)
+
+    def num_beams(self, model: Any) -> int:
+        """Return the number of beams; 1 without beam search."""
+        return int(self.value("num_beams", model) or 1)
+
+    def admits_padding(self, model: Any) -> bool:
+        """Return whether prompts of different lengths may be generated together, with the shorter ones padded."""
+        return not any(self.value(name, model) for name in _READ_PADDING)
+
+    def eos_ids(self, model: Any) -> frozenset[int]:
+        """Return the token ids that end a sequence."""
+        given = self.value("eos_token_id", model)
+        given = getattr(given, "tolist", lambda: given)()  # a tensor, in newer checkpoints
+        if given is None:
+            return frozenset()
+        return frozenset(given if isinstance(given, list | tuple) else [given])
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt's tokens in the order written, in which their keys and values lie in a cache."""
+    """A prompt's tokens in the order in which it was written, the order of keys and values in a cache."""
 
     text: Text
     segments: list[Segment]
@@ -72,8 +165,9 @@ class Prompt:
     def require_possible(self, runner: ModelRunner, num_tokens: int) -> None:
         """Raise an error where the model cannot continue the prompt by `num_tokens`.
 
-        `ContextLengthExceeded` where that would pass its last position, `UnsupportedModel` for branches and gaps in a
-        model of plain chains, and where a window counts them: `generate` masks windows by places in the cache.
+        `ContextLengthExceeded` where the model has too few positions. `UnsupportedModel` for branches and gaps, if the
+        model runs plain chains only, or if the text is longer than its window: `generate` masks windows by places in
+        the cache.
         """
         places = len(self.input_ids) + num_tokens
         positions = self.position_ids[-1] + 1 + num_tokens
@@ -102,7 +196,7 @@ class Row:
 
     prompt: Prompt
     token_ids: list[int]
-    """What was generated, up to and with an end-of-sequence token."""
+    """The generated tokens, up to an end-of-sequence token, which is included."""
     token_logprobs: npt.NDArray[np.float32]
     """float32 [T]: natural log-probability of each token under the model itself."""
     num_kept: int
@@ -111,7 +205,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Decoding:
-    """Prompts that one call of `generate` goes on from."""
+    """The prompts of one call of `generate`."""
 
     runner: ModelRunner
     prompts: Sequence[Prompt]
@@ -128,41 +222,41 @@ class Decoding:
         stops = _Stops(self._stop_criteria(tokenizer), self.padding)
         cache = self._cache(found)
         with evaluation(model):
-            output = model.generate(**self.inputs, past_key_values=cache, **self._told(stops))
+            output = model.generate(**self.inputs, past_key_values=cache, **self._call_arguments(stops))
         return Outcome(self, output, stops.lengths, cache, time.perf_counter() - began)
 
     @property
     def num_rows(self) -> int:
-        """Sequences that are generated at a time for each prompt."""
+        """How many sequences are generated at a time for each prompt."""
         return self.arguments.num_rows(self.runner.model)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """How many tokens the longest prompt has."""
         return max(len(prompt.input_ids) for prompt in self.prompts)
 
     @cached_property
     def padding(self) -> list[int]:
-        """Tokens that stand before each prompt."""
+        """How many tokens of padding stand before each prompt."""
         return [self.longest - len(prompt.input_ids) for prompt in self.prompts]
 
     @cached_property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What the model is given of the prompts: int64 [num_prompts, longest] each.
+        """The model's inputs: int64 [num_prompts, longest] each.
 
-        Padding repeats the prompt's first token: a penalty for repetition then meets no token that is not there.
+        Padding repeats the prompt's first token, so that a penalty for repetition meets no token that the prompt lacks.
         """
         padded = list(zip(self.padding, self.prompts, strict=True))
         rows = {
             "input_ids": [prompt.input_ids[:1] * padding + prompt.input_ids for padding, prompt in padded],
             "attention_mask": [[0] * padding + [1] * len(prompt.input_ids) for padding, prompt in padded],
         }
-        if self.runner.takes_packs:  # else the model counts for itself, and the prompt is plain
+        if self.runner.takes_packs:  # else the prompt is plain, and the model counts positions itself
             rows["position_ids"] = [[0] * padding + prompt.position_ids for padding, prompt in padded]
         return {name: torch.tensor(values, device=self.runner.device) for name, values in rows.items()}
 
     def _cache(self, found: Mapping[Need, Arrays]) -> Cache:
-        """Return the keys and values of all tokens but the last, with room for everything to come."""
+        """Return the keys and values of all tokens but the last, with memory for all that will be generated."""
         parts = [[found[segment, Part.KV] for segment in prompt.segments] for prompt in self.prompts]
         cache = cache_of_rows(
             self.runner.shape,
@@ -180,8 +274,8 @@ class Decoding:
         criteria = list(self.arguments.others.get("stopping_criteria") or ())
         return [StopStringCriteria(tokenizer, strings), *criteria] if strings else criteria
 
-    def _told(self, stops: _Stops) -> dict[str, Any]:
-        """Return the arguments of `generate`: those given, and those that the result and the cache depend on."""
+    def _call_arguments(self, stops: _Stops) -> dict[str, Any]:
+        """Return the arguments of the call: the given ones, and those that the result and the cache depend on."""
         config = self.runner.model.generation_config
         given = {**self.arguments.others, "stop_strings": None, "stopping_criteria": StoppingCriteriaList([stops])}
         return {
@@ -194,9 +288,9 @@ class Decoding:
 
 
 class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
-    """Stopping criteria as each prompt alone would meet them, and how long each row was when it first did.
+    """Stopping criteria that see each prompt without its padding, and how long each row was when it first met one.
 
-    A row that is done is filled up until all are; afterwards it cannot be told where it ended.
+    A row that is done is filled up until all rows are; its end could not be found afterwards.
     """
 
     def __init__(self, criteria: Sequence[Any], padding: Sequence[int]) -> None:
@@ -219,7 +313,7 @@ class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one call of `generate` returned, and the cache that it filled."""
+    """The output of one call of `generate`, and the cache that it filled."""
 
     decoding: Decoding
     output: Any
@@ -230,12 +324,12 @@ class Outcome:
 
     @property
     def num_steps(self) -> int:
-        """Tokens generated for the longest row."""
+        """How many tokens were generated for the longest row."""
         return int(self.output.sequences.shape[1]) - self.decoding.longest
 
     @property
     def is_searched(self) -> bool:
-        """Whether beams were searched: their rows in the cache were moved and overwritten."""
+        """Whether this was a beam search, which moves and overwrites rows of the cache."""
         return getattr(self.output, "beam_indices", None) is not None
 
     @cached_property
@@ -245,7 +339,7 @@ class Outcome:
 
     @cached_property
     def rows(self) -> list[Row]:
-        """The sequences, those of one prompt one after the other."""
+        """The generated sequences, prompt by prompt."""
         arguments = self.decoding.arguments
         eos_ids, num_sequences = arguments.eos_ids(self.decoding.runner.model), arguments.num_sequences
         generated = self.output.sequences[:, self.decoding.longest :].cpu()
@@ -266,7 +360,7 @@ class Outcome:
         return min(stop, next((index + 1 for index, token in enumerate(ids) if token in eos_ids), len(ids)))
 
     def _logprobs(self) -> npt.NDArray[np.float32]:
-        """Return the log-probability of each generated token: float32 [num_rows, num_steps]; of padding, anything."""
+        """Return the log-probability of each generated token, float32 [num_rows, num_steps]; any number for padding."""
         tokens = self.output.sequences[:, self.decoding.longest :]
         sources = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
         if self.is_searched:  # at each step, the beam that the token was appended to
@@ -280,7 +374,7 @@ class Outcome:
 
     @cached_property
     def last_logits(self) -> torch.Tensor:
-        """float32 [num_rows, vocab_size]: the logits after the last step, which takes one more pass over one token."""
+        """The logits after the last step, float32 [num_rows, vocab_size]; they take one more pass over one token."""
         decoding = self.decoding
         inputs = {name: values.repeat_interleave(decoding.num_rows, 0) for name, values in decoding.inputs.items()}
         added = torch.ones_like(self.output.sequences[:, decoding.longest :])
@@ -296,101 +390,7 @@ class Outcome:
         return logits
 
     def logits_after(self, row: int, num_tokens: int) -> torch.Tensor:
-        """Return the logits [vocab_size] after a row's first generated tokens, in memory of their own."""
+        """Return a copy of the logits [vocab_size] after the first `num_tokens` generated tokens of a row."""
         logits = self.output.logits[num_tokens] if num_tokens < len(self.output.logits) else self.last_logits
         own: torch.Tensor = logits[row].clone()
         return own
-
-
-_READ_PADDING = frozenset({
-    "bad_words_ids", "encoder_no_repeat_ngram_size", "guidance_scale", "logits_processor", "min_length",
-    "no_repeat_ngram_size", "prefix_allowed_tokens_fn", "sequence_bias", "stopping_criteria", "watermarking_config",
-})  # fmt: skip
-"""Arguments that look at the order or the number of a prompt's tokens, to which padding would add."""
-
-_ALLOWED = _READ_PADDING | {
-    "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_repetition_penalty", "eos_token_id",
-    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_eos_token_id", "length_penalty",
-    "max_time", "min_new_tokens", "min_p", "num_beams", "pad_token_id", "remove_invalid_values", "renormalize_logits",
-    "repetition_penalty", "stop_strings", "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
-}  # fmt: skip
-"""Everything else changes what a token sees or what is returned, belongs to other kinds of models, or is misspelt."""
-
-_PROMPT = "The prompt is all that the model is given."
-_CACHE = "The stored keys and values are the cache."
-_RESULT = "A result has token_ids and token_logprobs; for more, call model.generate with lm.past_key_values(text)."
-_SPECULATION = "Speculative decoding is not supported."
-_HINTS = {
-    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
-    **dict.fromkeys(
-        ("past_key_values", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
-        _CACHE,
-    ),
-    **dict.fromkeys(
-        ("return_dict_in_generate", "output_logits", "output_scores", "output_attentions", "output_hidden_states"),
-        _RESULT,
-    ),
-    **dict.fromkeys(("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp"), _SPECULATION),
-    "generation_config": "Give its values by name, or set lm.model.generation_config.",
-    "max_length": "Give max_new_tokens, which does not count the prompt.",
-    "tokenizer": "Stop strings are read with the tokenizer of the language model.",
-    "token_healing": "It changes the tokens of the prompt, which are those of its pieces.",
-}  # fmt: skip
-
-NEUTRAL: Mapping[str, Any] = {
-    "use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, "token_healing": False,
-    "prompt_lookup_num_tokens": None, "use_mtp": None, "return_dict_in_generate": True, "output_logits": True,
-    "output_scores": False, "output_attentions": False, "output_hidden_states": False,
-}  # fmt: skip
-"""What is passed instead of what cannot be told: a model's own generation configuration may say otherwise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateArguments:
-    """What `generate` was told. Raises `PromptError` for what it cannot do."""
-
-    max_new_tokens: int
-    num_return_sequences: int | None
-    """Continuations of each prompt; None for one, without a list around it."""
-    streamer: Any
-    store: bool
-    others: Mapping[str, Any]
-    """By the names that transformers gives them."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("num_return_sequences", self.num_sequences)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PromptError(f"{name}={value!r} is not a number of that kind", hint="Give an int of 1 or more.")
-        for name in self.others:
-            if name not in _ALLOWED:
-                hint = _HINTS.get(name, "It is no argument that changes which tokens are chosen, or it is misspelt.")
-                raise PromptError(f"generate takes no {name}=", hint=hint)
-
-    @property
-    def num_sequences(self) -> int:
-        """Continuations of each prompt."""
-        return 1 if self.num_return_sequences is None else self.num_return_sequences
-
-    def value(self, name: str, model: Any) -> Any:
-        """Return an argument, or what the model's own generation configuration says where it was not given."""
-        return self.others[name] if name in self.others else getattr(model.generation_config, name, None)
-
-    def num_rows(self, model: Any) -> int:
-        """Return how many sequences are generated at a time for each prompt: beams, or those to return."""
-        return max(self.num_beams(model), self.num_sequences)
-
-    def num_beams(self, model: Any) -> int:
-        """Return the number of beams; 1 without beam search."""
-        return int(self.value("num_beams", model) or 1)
-
-    def admits_padding(self, model: Any) -> bool:
-        """Return whether prompts of different lengths may be generated together, the shorter ones padded."""
-        return not any(self.value(name, model) for name in _READ_PADDING)
-
-    def eos_ids(self, model: Any) -> frozenset[int]:
-        """Return the token ids that end a sequence."""
-        given = self.value("eos_token_id", model)
-        given = getattr(given, "tolist", lambda: given)()  # a tensor, in newer checkpoints
-        if given is None:
-            return frozenset()
-        return frozenset(given if isinstance(given, list | tuple) else [given])

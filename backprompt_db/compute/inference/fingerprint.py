@@ -1,10 +1,11 @@
-r"""Who a model is: a digest of everything about it that changes the numbers.
+r"""The identity of a model: a digest of everything about it that changes the numbers.
 
     weights_id = SHA256("backprompt-db/weights/1\0" | ascending SHA-256 digests of the facts)
 
 A fact is one of: the class, the forward method's origin and the plain attributes of a module, under its name; the
-configuration; a parameter's, buffer's or other tensor's name, dtype, shape and bytes; the compute dtype. What these
-cannot see is refused: hooks, replaced forward methods, quantised or otherwise special tensors.
+configuration; a parameter's, buffer's or other tensor's name, dtype, shape and bytes; the compute dtype. Models with
+anything that these facts cannot describe are refused: hooks, replaced forward methods, quantised or otherwise special
+tensors.
 """
 
 from __future__ import annotations
@@ -44,8 +45,13 @@ _INERT_ATTRIBUTES = frozenset({
 """Attributes of modules that change no number of a forward pass; trainers set some of them."""
 
 _HARMLESS_HOOKS = frozenset({"transformers.utils.output_capturing", "backprompt_db.compute.inference.head"})
-"""Where hooks come from that change nothing: transformers leaves some behind when hidden states were asked for, and
-another thread's pass may be under way."""
+"""Modules whose hooks change nothing: transformers keeps some after hidden states were asked for, and another thread's
+pass may be running."""
+
+_VERSIONED = frozenset(
+    {"torch", "transformers", "transformers_modules", "peft", "accelerate", "builtins", "typing", "abc"}
+)
+"""Packages whose classes are identified by name alone: code that changes there has another version or module name."""
 
 _NUM_SAMPLES = 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -58,7 +64,8 @@ _Tensors = list[tuple[str, torch.Tensor]]
 def weights_id(model: nn.Module) -> WeightsId:
     """Return the id of a model's weights, architecture, configuration, compute dtype and active adapters.
 
-    Hashes every parameter and buffer, in one thread per core. Raises `UnsupportedModel` for what it cannot see.
+    Hashes every parameter and buffer, in one thread per core. Raises `UnsupportedModel` for a model with changes that
+    the digest cannot describe.
     """
     modules = list(model.named_modules(remove_duplicate=False))
     tensors = list(_tensors(modules))
@@ -69,17 +76,11 @@ def weights_id(model: nn.Module) -> WeightsId:
     return WeightsId(hashlib.sha256(_WEIGHTS + b"".join(sorted(facts))).digest())
 
 
-_VERSIONED = frozenset(
-    {"torch", "transformers", "transformers_modules", "peft", "accelerate", "builtins", "typing", "abc"}
-)
-"""Where classes are told apart by their names: what changes there has another version, or another module name."""
-
-
 class ModelIdentity:
     """The weights id of one model object, computed again only when the object has changed.
 
-    Changes are seen by tensors' version counters and addresses, by module and configuration attributes, and, for writes
-    that bypass the counters (`parameter.data`), by a sample of every tensor.
+    Changes are detected by tensors' version counters and addresses, by module and configuration attributes, and, for
+    writes that bypass the counters (`parameter.data`), by a sample of every tensor.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -113,7 +114,7 @@ class ModelIdentity:
 
 
 class _Samples:
-    """A few elements of every tensor, spread over it, as views: reading them again shows what has changed."""
+    """Views of a few elements of every tensor, spread over it: reading them again shows changes."""
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         views = [view for tensor in tensors if (view := _sample(tensor)) is not None]
@@ -131,7 +132,7 @@ class _Samples:
 
 
 def _structure(model: nn.Module, modules: _Modules) -> Iterator[tuple[object, ...]]:
-    """Yield what modules and configuration say, as plain values: cheap, so that it is looked at in every call."""
+    """Yield the facts of modules and configuration as plain values. They are cheap, so every call reads them."""
     for name, module in modules:
         kind: Any = type(module)
         yield "module", name, _origin(kind), _origin(kind.forward), *_attributes(module)
@@ -141,7 +142,7 @@ def _structure(model: nn.Module, modules: _Modules) -> Iterator[tuple[object, ..
 
 
 def _effective(fields: dict[Any, Any]) -> list[tuple[str, Any]]:
-    """Return the configuration fields that change numbers, in order, those of nested configurations too."""
+    """Return the configuration fields that change numbers, sorted, including those of nested configurations."""
     return [
         (str(name), _effective(value) if isinstance(value, dict) else value)
         for name, value in sorted(fields.items(), key=lambda item: str(item[0]))
@@ -150,7 +151,7 @@ def _effective(fields: dict[Any, Any]) -> list[tuple[str, Any]]:
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, str]]:
-    """Return a module's plain attributes: numbers, strings, functions, and lists and tables of such."""
+    """Return a module's plain attributes: numbers, strings, functions, and lists and dicts of these."""
     return [
         (name, described)
         for name, value in sorted(vars(module).items())
@@ -176,7 +177,7 @@ def _described(value: Any) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _origin(definition: Any) -> str:
-    """Return the full name of a class or function, with a digest of its code where no version says what it is."""
+    """Return the full name of a class or function, with a digest of its code unless its package has versions."""
     classes = definition.__mro__ if isinstance(definition, type) else (definition,)
     own = [each for each in classes if str(each.__module__).split(".")[0] not in _VERSIONED]
     codes = [code for each in own for part in _functions(each) for code in _code(part)]
@@ -230,7 +231,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A few elements spread over a tensor, as a view of their bits; None for one that cannot be viewed as a line."""
+    """Return a view of the bits of a few elements of a tensor; None for one that cannot be viewed as one dimension."""
     if not tensor.numel() or not tensor.is_contiguous():
         return None
     line = tensor.detach().view(-1)[:: max(1, tensor.numel() // _NUM_SAMPLES)][: _NUM_SAMPLES + 1]

@@ -1,4 +1,4 @@
-"""How a miss is computed: one pack, one call of the model, sliced into the parts of its segments."""
+"""How missing segments are computed: one call of the model for a pack, divided into the parts of its segments."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache
 
 from backprompt_db.compute.inference.head import (
     HiddenStates,
+    LogitsQuery,
     Predictions,
-    Question,
     WholeLogits,
     first_logprobs,
     kept_from_running,
@@ -34,15 +34,15 @@ from backprompt_db.system.platform import register_at_fork
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """What a pass gave."""
+class PassResult:
+    """What a pass has computed."""
 
     parts: dict[tuple[Segment, Part], Arrays]
     seconds: float
     num_tokens: int
-    """Tokens that went through the model; 0 where all scores followed from what was there."""
+    """Tokens that went through the model; 0 where all scores followed from stored logits."""
     num_whole: int
-    """How many of the first segments have all their keys and values in the buffer."""
+    """How many segments, from the first on, have the keys and values of all their tokens in the buffer."""
 
 
 def compute_pack(
@@ -56,43 +56,58 @@ def compute_pack(
     context: KVBuffer,
     predictions: Mapping[Segment, Array],
     produce: Mapping[Segment, frozenset[Part]],
-) -> Computed:
+) -> PassResult:
     """Run the model once, at most, and return the parts of the pack's segments that `produce` names.
 
     `context` holds the keys and values of `pack.context`, in that order, and is extended by those of the new tokens;
-    `head` is the module that alone makes the logits, if there is one. `predictions` are the logits of the segments of
-    the context that predict a first token.
+    `head` is the module that alone makes the logits, if there is one. `predictions` are the stored logits of the
+    pack's predictors.
     """
     began = time.perf_counter()
     lengths = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
     fed = {**lengths, **fed_lengths(pack, lengths, produce)}
     ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
     first = context.length
-    answers = _Answers(pack, input_ids, fed, produce)
+    scores = _PackScores(pack, input_ids, fed, produce)
     if len(ids):
         places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
-        cache = context.cache()
         with evaluation(model):
-            predicted = forward(model, ids, places, attention_mask(pack, fed), cache=cache, form=form, head=head)
-            if len(predicted) != len(ids) or not context.is_extended_by(cache, len(ids)):
-                raise UnsupportedModel(
-                    f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
-                    hint="Run it with transformers directly; nothing of this pass was stored.",
-                )
-            context.length += len(ids)
-            answers.read(predicted)
-    answers.read_outside(predictions)
+            mask = attention_mask(pack, fed)
+            scores.read(extend(model, ids, places, mask, context=context, form=form, head=head))
+    scores.read_outside(predictions)
     parts: dict[tuple[Segment, Part], Arrays] = {}
     for begin, segment in token_offsets(pack, fed):
+        end = begin + fed[segment]
         for part in produce[segment]:
             is_kv = part is Part.KV
-            parts[segment, part] = (
-                context.slice(first + begin, first + begin + fed[segment]) if is_kv else answers.part(segment, part)
-            )
-    num_whole = next(
-        (n for n, segment in enumerate(pack.segments) if fed[segment] < lengths[segment]), len(pack.segments)
-    )
-    return Computed(parts, time.perf_counter() - began, len(ids), num_whole)
+            parts[segment, part] = context.slice(first + begin, first + end) if is_kv else scores.part(segment, part)
+    num_whole = next((n for n, each in enumerate(pack.segments) if fed[each] < lengths[each]), len(pack.segments))
+    return PassResult(parts, time.perf_counter() - began, len(ids), num_whole)
+
+
+def extend(
+    model: Any,
+    input_ids: npt.NDArray[Any],
+    position_ids: npt.NDArray[Any],
+    mask: Mask,
+    *,
+    context: KVBuffer,
+    form: MaskForm,
+    head: nn.Module | None,
+) -> Predictions:
+    """Call the model on new tokens, extend the buffer by their keys and values, and return the predictions.
+
+    Raises `UnsupportedModel` where the model left out some of the tokens.
+    """
+    cache = context.cache()
+    predicted = forward(model, input_ids, position_ids, mask, cache=cache, form=form, head=head)
+    if len(predicted) != len(input_ids) or not context.is_extended_by(cache, len(input_ids)):
+        raise UnsupportedModel(
+            f"{type(model).__name__} gave no logits, or no keys and values, for some of its tokens",
+            hint="Run it with transformers directly; nothing of this pass was stored.",
+        )
+    context.length += len(input_ids)
+    return predicted
 
 
 def fed_lengths(
@@ -100,8 +115,8 @@ def fed_lengths(
 ) -> dict[Segment, int]:
     """Return how many tokens of each segment go through the model.
 
-    The last token of a segment predicts what comes after it; where nothing does and only scores are asked for, it need
-    not be computed: a label of one token costs nothing but a look at the logits before it.
+    The last token of a segment predicts what comes after it. If nothing does and only scores are wanted, the token is
+    not computed: the score of a label of one token is read from the logits before it.
     """
     followed = {parent for segment in ancestry(pack.segments) for parent in segment.parents}
     return {
@@ -110,8 +125,8 @@ def fed_lengths(
     }
 
 
-class _Answers:
-    """The scores and last logits of a pack's segments: which predictions they need, and what these were."""
+class _PackScores:
+    """The scores and last logits of a pack's segments, and the predictions that they are read from."""
 
     def __init__(
         self,
@@ -126,7 +141,7 @@ class _Answers:
         self._ends: dict[Segment, int] = {}
         self._logits: dict[Segment, torch.Tensor] = {}
         self._rows: list[tuple[Segment, int, npt.NDArray[np.int64]]] = []
-        """Segments with the number of the first token that the pass predicts, and the rows that predict from it on."""
+        """Each segment, the index of its first token that the pass predicts, and the rows that predict its tokens."""
         offsets = {segment: begin for begin, segment in token_offsets(pack, fed)}
         for segment, begin in offsets.items():
             if Part.LOGITS in produce[segment]:
@@ -146,21 +161,21 @@ class _Answers:
         self._rows.append((segment, num_tokens - len(rows), rows))
 
     def read(self, predicted: Predictions) -> None:
-        """Take from a pass what it predicts of this."""
+        """Read the scores and last logits from the predictions of the pass."""
         rows = [each for _, _, each in self._rows]
         targets = [np.asarray(self._input_ids[segment])[first:] for segment, first, _ in self._rows]
         none = np.empty(0, dtype=np.int64)
-        question = Question(
+        query = LogitsQuery(
             np.concatenate([none, *rows]), np.concatenate([none, *targets]), np.array([*self._ends.values()], np.int64)
         )
-        logprobs, logits = predicted.read(question)
+        logprobs, logits = predicted.read(query)
         self._logits = dict(zip(self._ends, logits, strict=True))
         parts = np.split(logprobs, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
         for (segment, first, _), part in zip(self._rows, parts, strict=True):
             self._logprobs[segment][first:] = part
 
     def read_outside(self, predictions: Mapping[Segment, Array]) -> None:
-        """Take the first tokens' log-probabilities from the logits of segments that were there before."""
+        """Read the log-probabilities of first tokens from stored logits of the segments before them."""
         for parent, segments in self._outside.items():
             if parent in predictions:
                 firsts = np.array([self._input_ids[segment][0] for segment in segments])
@@ -188,10 +203,10 @@ def forward(
     form: MaskForm,
     head: nn.Module | None = None,
 ) -> Predictions:
-    """Call the model on new tokens [N] that see `mask` [N, cached + N]; return what it predicts after each.
+    """Call the model on new tokens [N] under `mask` [N, cached + N] and return its predictions after each of them.
 
-    `position_ids` [cached + N] are those of all that is seen. The cache is extended by the new tokens. Training mode,
-    autocast and gradient settings are left as found.
+    `position_ids` [cached + N] are those of all tokens, cached ones first. The cache is extended by the new tokens.
+    Training mode, autocast and gradient settings are restored afterwards.
     """
     tensors: dict[str, Any] = {"input_ids": _batch_of_one(input_ids, model)}
     if form.kind is MaskKind.CAUSAL:
@@ -208,17 +223,17 @@ def forward(
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """Return the logits [N, vocab_size] of a model's output, which a configuration may turn into a plain tuple."""
+    """Return the logits [N, vocab_size] of a model's output, which is a plain tuple under some configurations."""
     logits: torch.Tensor = output[0] if isinstance(output, tuple) else output.logits
     return logits[0]
 
 
 _modes = threading.RLock()
-"""Held for a pass: another thread's pass over the same model must not end with the restoring of its training mode."""
+"""Held during a pass: when another thread's pass over the same model ends, it restores the training mode."""
 
 
 def _after_fork_in_child() -> None:
-    global _modes  # noqa: PLW0603 - a thread that does not exist here may have held it
+    global _modes  # noqa: PLW0603 - a thread that the child lacks may have held the lock
     _modes = threading.RLock()
 
 
@@ -232,7 +247,7 @@ def evaluation(model: Any) -> Iterator[None]:
         training = [module for module in model.modules() if module.training]
         with undone_afterwards(lambda: _set_training(training, mode=True)):
             _set_training(training, mode=False)
-            # Not inference_mode: users may backpropagate through what follows the cache that this fills.
+            # Not inference_mode: users may backpropagate through what they compute with the cache that this fills.
             with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
                 yield
 

@@ -1,4 +1,4 @@
-"""Keys and values of many segments in one transformers `Cache`, and back."""
+"""Keys and values of many segments in one transformers `Cache`, and back, in buffers that passes reuse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Array, Arrays
 
 _BITS = {torch.bfloat16: torch.uint16}
-"""Dtypes that NumPy does not know, and what stands for them."""
+"""Dtypes that NumPy does not know, with one of the same size that it knows."""
+
+_MIN_NBYTES = 96 << 20
+_MIN_TOKENS = 2048
+"""The least memory of a buffer, in bytes or tokens, if the budget has it: the next prompt then finds pages that the
+process has touched before, while new pages cost as much as reading a prefix of that length."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What a model's keys and values look like, but for their length."""
+    """The shape of a model's keys and values, without their length."""
 
     num_layers: int
     num_kv_heads: int
@@ -43,7 +48,7 @@ class KVShape:
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
-    """A cache layer that appends in place, and doubles its room when it is full.
+    """A cache layer that appends in place, and doubles its memory when that is full.
 
     Concatenating, as a `DynamicLayer` does, copies the whole prefix for every pass; at 1,000 tokens that costs as much
     as the pass itself.
@@ -61,7 +66,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         begin = self.keys.shape[-2]
         end = begin + key_states.shape[-2]
         keys, values = self._room
-        # By storage: an empty view has no address. Users of the cache may have replaced or repeated its tensors.
+        # Storages are compared: an empty view has no address. Users of the cache may replace or repeat its tensors.
         is_ours = self.keys.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
         if not is_ours or end > keys.shape[-2]:
             self._room = keys, values = _enlarged(self.keys, 2 * end), _enlarged(self.values, 2 * end)
@@ -71,15 +76,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         return self.keys, self.values
 
 
-def _enlarged(tensor: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Return a copy of keys or values at the beginning of room for `capacity` tokens."""
-    room = tensor.new_empty((*tensor.shape[:-2], capacity, tensor.shape[-1]))
-    room[:, :, : tensor.shape[-2]] = tensor
-    return room
-
-
 class KVBuffer:
-    """Room for the keys and values of some segments, one after the other, and a `Cache` over it.
+    """Memory for the keys and values of some segments, one after the other, and a `Cache` over it.
 
     Shapes are `[num_layers, 1, num_kv_heads, capacity, head_dim]`: one segment is one strided copy for all layers.
     """
@@ -89,11 +87,11 @@ class KVBuffer:
         self.shape = shape
         self.device = device
         self.capacity = capacity
-        self.keys = _room((*size, shape.key_dim), shape.dtype, device)
-        self.values = _room((*size, shape.value_dim), shape.dtype, device)
+        self.keys = _empty((*size, shape.key_dim), shape.dtype, device)
+        self.values = _empty((*size, shape.value_dim), shape.dtype, device)
         self.length = 0
         self.contents: list[tuple[Address, int]] = []
-        """What lies in it, from the beginning: addresses and numbers of tokens, as far as they are known."""
+        """Addresses and numbers of tokens of the segments at its beginning; a pass adds its own when it ends."""
 
     @property
     def nbytes(self) -> int:
@@ -101,18 +99,18 @@ class KVBuffer:
         return self.keys.nbytes + self.values.nbytes
 
     def append(self, arrays: Arrays) -> None:
-        """Copy stored keys and values, `[num_layers, num_kv_heads, T, head_dim]`, behind the others."""
+        """Copy stored keys and values, `[num_layers, num_kv_heads, T, head_dim]`, after the others."""
         end = self.length + arrays["keys"].shape[2]
         self.keys[:, 0, :, self.length : end] = arrays["keys"].torch()
         self.values[:, 0, :, self.length : end] = arrays["values"].torch()
         self.length = end
 
     def span(self, num_tokens: int) -> KVSpan:
-        """Return the place for the next `num_tokens` tokens, to be filled and then counted with `extend`."""
+        """Return the memory of the next `num_tokens` tokens, to be filled and then counted with `extend`."""
         return KVSpan(*(_numpy(self._next(whole, num_tokens)) for whole in (self.keys, self.values)))
 
     def extend(self, span: KVSpan) -> None:
-        """Count a span that was filled."""
+        """Count the tokens of a span that was filled."""
         if self.device.type != "cpu":
             for whole, part in ((self.keys, span.keys), (self.values, span.values)):
                 staged = torch.from_numpy(part).view(self.shape.dtype)
@@ -149,7 +147,7 @@ class KVBuffer:
         return cache
 
     def is_extended_by(self, cache: Cache, num_tokens: int) -> bool:
-        """Whether a pass over `cache` has put just `num_tokens` more tokens here, and kept none anywhere else."""
+        """Whether a pass over `cache` has appended exactly `num_tokens` tokens here, and kept none anywhere else."""
         end = self.length + num_tokens
         starts = [(keys.data_ptr(), values.data_ptr()) for keys, values in zip(self.keys, self.values, strict=True)]
         layers = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
@@ -171,103 +169,6 @@ def assemble(shape: KVShape, parts: Sequence[Arrays], *, capacity: int, device: 
     return buffer
 
 
-@torch.inference_mode(mode=False)  # else nobody could write to it outside that mode
-def _room(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.empty(size, dtype=dtype, device=device)
-    # NumPy asks the system for huge pages, torch does not: fresh memory costs a fault for every 2 MiB, not every 4 KiB.
-    # Measured on 74 MB: 9 ms to fill instead of 55.
-    flat = np.empty(max(1, int(np.prod(size)) * dtype.itemsize), dtype=np.uint8)
-    return torch.from_numpy(flat)[: int(np.prod(size)) * dtype.itemsize].view(dtype).view(size)
-
-
-def _copy(place: torch.Tensor) -> Array:
-    copied = _room(tuple(place.shape), place.dtype, torch.device("cpu"))
-    return Array.from_torch(copied.copy_(place))
-
-
-def _numpy(place: torch.Tensor) -> Any:
-    """View a place in NumPy; for one on a device, return memory from which it can be copied there."""
-    bits = _BITS.get(place.dtype, place.dtype)
-    if place.device.type == "cpu":
-        return place.view(bits).numpy()
-    return torch.empty(place.shape, dtype=bits, pin_memory=place.device.type == "cuda").numpy()
-
-
-def shape_of(cache: Any, *, num_tokens: int) -> KVShape | str:
-    """Return the shape of the keys and values in a cache that a model filled, or why it has no single one."""
-    layers = list(getattr(cache, "layers", ()))
-    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
-        return "its state is not made of keys and values alone (state space, linear attention or none)"
-    shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype) for layer in layers}
-    if len(shapes) != 1:
-        return "its layers differ in the shape of their keys and values"
-    (keys, values, dtype) = shapes.pop()
-    if len(keys) != 4 or keys[:3] != values[:3]:
-        return f"its keys have shape {list(keys)} and its values {list(values)}"
-    if keys[2] != num_tokens:
-        return f"it keeps {keys[2]} keys for {num_tokens} tokens (a prompt of its own, or a cache that forgets)"
-    return KVShape(len(layers), keys[1], keys[3], values[3], dtype)
-
-
-_MIN_NBYTES = 96 << 20
-_MIN_TOKENS = 2048
-"""Where little is needed, a buffer gets room for so much: the next prompt finds memory that the process has touched
-before, where fresh pages cost as much as reading a prefix of that length."""
-
-
-def acquire_prefix(
-    memory: MemoryCache,
-    shape: KVShape,
-    contents: Sequence[tuple[Address, int]],
-    *,
-    room: int,
-    longest: int | None,
-    device: torch.device,
-) -> KVBuffer:
-    """Return a buffer that begins with as much of `contents` as any in memory, with room for all and `room` tokens.
-
-    `contents` are addresses with numbers of tokens, in order; `longest` is the number of positions that the model has.
-    The buffer belongs to the caller until `release_prefix`.
-    """
-    capacity = sum(num_tokens for _, num_tokens in contents) + room
-    best = memory.take_best((shape, device), lambda buffer: _rank(buffer, contents))
-    size = _with_headroom(capacity, shape, longest, memory.budget_nbytes)
-    if best is None:
-        return KVBuffer(shape, capacity=size, device=device)
-    buffer: KVBuffer = best
-    num_shared = buffer.num_shared(contents)
-    shared, lost = _rank(buffer, contents)
-    if -lost > max(shared, capacity // 8) and memory.room_nbytes >= buffer.nbytes + size * shape.nbytes_per_token:
-        # Another prompt's prefix with a common beginning: both stay, and later neither is read again.
-        copy = buffer.beginning(num_shared, capacity=size)
-        release_prefix(memory, buffer)
-        return copy
-    if buffer.capacity < capacity:
-        return buffer.beginning(num_shared, capacity=size)
-    buffer.truncate(num_shared)
-    return buffer
-
-
-def release_prefix(memory: MemoryCache, buffer: KVBuffer) -> None:
-    """Leave a buffer in memory for others to take."""
-    memory.put(object(), buffer, nbytes=buffer.nbytes, group=(buffer.shape, buffer.device))
-
-
-def _rank(buffer: KVBuffer, contents: Sequence[tuple[Address, int]]) -> tuple[int, int]:
-    """Tokens that a buffer has in common with `contents`, and, negative, those that it would lose."""
-    shared = sum(num_tokens for _, num_tokens in contents[: buffer.num_shared(contents)])
-    return shared, shared - sum(num_tokens for _, num_tokens in buffer.contents)
-
-
-def _with_headroom(capacity: int, shape: KVShape, longest: int | None, budget_nbytes: int) -> int:
-    """A little more than is needed: a growing chat shall not move each time; and not too little to be reused."""
-    most_nbytes = min(_MIN_NBYTES, budget_nbytes // 8)
-    least = min(_MIN_TOKENS, longest or _MIN_TOKENS, most_nbytes // shape.nbytes_per_token)
-    size = capacity + capacity // 8 + 64
-    return size if 4 * size > least else least
-
-
 def cache_of_rows(
     shape: KVShape,
     rows: Sequence[Sequence[Arrays]],
@@ -277,7 +178,7 @@ def cache_of_rows(
     capacity: int,
     device: torch.device,
 ) -> Cache:
-    """Return a cache of the keys and values of each row's parts, behind `padding` zeros, and `copies` of each row.
+    """Return a cache of the keys and values of each row's parts, after `padding` zeros, with `copies` of each row.
 
     Its layers are `[len(rows) * copies, num_kv_heads, length, head_dim]` and append in place up to `capacity` tokens.
     """
@@ -293,7 +194,7 @@ def cache_of_rows(
         whole.length = begin + num_tokens
         buffer = assemble(shape, parts, capacity=num_tokens, device=device)
         for room, filled in ((whole.keys, buffer.keys), (whole.values, buffer.values)):
-            room[:, own, :, :begin] = 0  # masked, but not even a masked NaN may be there
+            room[:, own, :, :begin] = 0  # these are masked, but even a masked NaN would spread
             room[:, own, :, begin : whole.length] = filled
     return whole.cache()
 
@@ -304,3 +205,107 @@ def slice_row(cache: Cache, row: int, begin: int, end: int) -> Arrays:
         "keys": Array.from_torch(torch.stack([layer.keys[row, :, begin:end] for layer in cache.layers])),
         "values": Array.from_torch(torch.stack([layer.values[row, :, begin:end] for layer in cache.layers])),
     }
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """Return what torch calls a dtype, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_of(cache: Any, *, num_tokens: int) -> KVShape | str:
+    """Return the shape of the keys and values in a cache that a model filled, or why they have no single shape."""
+    layers = list(getattr(cache, "layers", ()))
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+        return "its state is not made of keys and values alone (state space, linear attention or none)"
+    shapes = {(tuple(layer.keys.shape), tuple(layer.values.shape), layer.keys.dtype) for layer in layers}
+    if len(shapes) != 1:
+        return "its layers differ in the shape of their keys and values"
+    (keys, values, dtype) = shapes.pop()
+    if len(keys) != 4 or keys[:3] != values[:3]:
+        return f"its keys have shape {list(keys)} and its values {list(values)}"
+    if keys[2] != num_tokens:
+        return f"it keeps {keys[2]} keys for {num_tokens} tokens (a prompt of its own, or a cache that forgets)"
+    return KVShape(len(layers), keys[1], keys[3], values[3], dtype)
+
+
+def acquire_prefix(
+    memory: MemoryCache,
+    shape: KVShape,
+    contents: Sequence[tuple[Address, int]],
+    *,
+    room: int,
+    longest: int | None,
+    device: torch.device,
+) -> KVBuffer:
+    """Return a buffer that begins with as much of `contents` as any buffer in memory does.
+
+    It has memory for all of `contents` and `room` more tokens. `contents` are addresses with numbers of tokens, in
+    order; `longest` is the number of positions that the model has. The buffer belongs to the caller until
+    `release_prefix`.
+    """
+    capacity = sum(num_tokens for _, num_tokens in contents) + room
+    best = memory.take_best((shape, device), lambda buffer: _rank(buffer, contents))
+    size = _with_headroom(capacity, shape, longest, memory.budget_nbytes)
+    if best is None:
+        return KVBuffer(shape, capacity=size, device=device)
+    buffer: KVBuffer = best
+    num_shared = buffer.num_shared(contents)
+    shared, lost = _rank(buffer, contents)
+    if -lost > max(shared, capacity // 8) and memory.room_nbytes >= buffer.nbytes + size * shape.nbytes_per_token:
+        # The buffer is the prefix of another prompt with a common beginning. Both stay, so later neither is read again.
+        copy = buffer.beginning(num_shared, capacity=size)
+        release_prefix(memory, buffer)
+        return copy
+    if buffer.capacity < capacity:
+        return buffer.beginning(num_shared, capacity=size)
+    buffer.truncate(num_shared)
+    return buffer
+
+
+def release_prefix(memory: MemoryCache, buffer: KVBuffer) -> None:
+    """Put a buffer into the memory cache, for later passes to acquire."""
+    memory.put(object(), buffer, nbytes=buffer.nbytes, group=(buffer.shape, buffer.device))
+
+
+def _rank(buffer: KVBuffer, contents: Sequence[tuple[Address, int]]) -> tuple[int, int]:
+    """Return how many tokens a buffer shares with `contents`, and, negative, how many it would lose."""
+    shared = sum(num_tokens for _, num_tokens in contents[: buffer.num_shared(contents)])
+    return shared, shared - sum(num_tokens for _, num_tokens in buffer.contents)
+
+
+def _with_headroom(capacity: int, shape: KVShape, longest: int | None, budget_nbytes: int) -> int:
+    """Return a little more than `capacity`, so that a growing chat is not copied each time, and enough to be reused."""
+    most_nbytes = min(_MIN_NBYTES, budget_nbytes // 8)
+    least = min(_MIN_TOKENS, longest or _MIN_TOKENS, most_nbytes // shape.nbytes_per_token)
+    size = capacity + capacity // 8 + 64
+    return size if 4 * size > least else least
+
+
+def _enlarged(tensor: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return a copy of keys or values in memory for `capacity` tokens."""
+    room = tensor.new_empty((*tensor.shape[:-2], capacity, tensor.shape[-1]))
+    room[:, :, : tensor.shape[-2]] = tensor
+    return room
+
+
+@torch.inference_mode(mode=False)  # a tensor made in that mode cannot be written to outside it
+def _empty(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    # NumPy asks the system for huge pages, torch does not: new memory costs a page fault for every 2 MiB, not 4 KiB.
+    # Measured on 74 MB: 9 ms to fill instead of 55.
+    flat = np.empty(max(1, int(np.prod(size)) * dtype.itemsize), dtype=np.uint8)
+    return torch.from_numpy(flat)[: int(np.prod(size)) * dtype.itemsize].view(dtype).view(size)
+
+
+def _copy(place: torch.Tensor) -> Array:
+    copied = _empty(tuple(place.shape), place.dtype, torch.device("cpu"))
+    return Array.from_torch(copied.copy_(place))
+
+
+def _numpy(place: torch.Tensor) -> Any:
+    """View a part of a buffer in NumPy; for a device's buffer, return memory from which it can be copied there."""
+    bits = _BITS.get(place.dtype, place.dtype)
+    if place.device.type == "cpu":
+        return place.view(bits).numpy()
+    return torch.empty(place.shape, dtype=bits, pin_memory=place.device.type == "cuda").numpy()

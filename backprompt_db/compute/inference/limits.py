@@ -1,4 +1,4 @@
-"""What a short check cannot see of a model: read from its configuration, its modules and its cache's layer types."""
+"""Properties of a model that a short check cannot see, read from its configuration, modules and cache layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 from backprompt_db.compute.inference.masks import SLIDING_LAYERS
 
 _MAX_FILLED_WINDOW = 1024
-"""Tokens of a window that a self-check fills, where it can neither be masked nor be made shorter. A longer one is never
-reached: prompts end where it would begin."""
+"""The longest window, in tokens, that a self-check fills where the window can neither be masked nor be made shorter. A
+longer one is never used: prompts may not be longer than the window."""
 
 _MASKED_LAYERS = {"full_attention", SLIDING_LAYERS}
 
@@ -28,7 +28,7 @@ _KINDS_OF_KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 def refusal(model: Any) -> str | None:
-    """Return why a model is refused before it is run, None for one that may try."""
+    """Return why a model is refused without running it, None for one that a self-check may try."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     peft = getattr(model, "active_peft_config", None)
@@ -36,7 +36,7 @@ def refusal(model: Any) -> str | None:
         return "its adapter puts tokens of its own before every prompt (prompt learning)"
     try:
         layers = _cache_layers(model)
-    except Exception as error:  # noqa: BLE001 - whatever transformers says of a configuration that it does not know
+    except Exception as error:  # noqa: BLE001 - any that transformers raises for a configuration that it does not know
         return f"transformers knows no cache for its configuration ({type(error).__name__}: {error})"
     kinds = {type(layer).__name__ for layer in layers} - _KINDS_OF_KEYS_AND_VALUES
     if kinds:
@@ -51,19 +51,19 @@ def refusal(model: Any) -> str | None:
 
 
 def masked_window(model: Any) -> int | None:
-    """Return the window that masks can be made with, the one that transformers' own masks read; None without one."""
+    """Return the window to mask with, which is the one that transformers' own masks use; None without one."""
     window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
     return window if window in set(_windows(model)) else None
 
 
 def masked_layer_types(model: Any) -> tuple[str, ...]:
-    """Return the types of a model's layers where they differ and it is known what each sees, else nothing."""
+    """Return the types of a model's layers if they differ and it is known what each type sees, else nothing."""
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     return tuple(sorted(types)) if len(types) > 1 and types <= _MASKED_LAYERS else ()
 
 
 def filled_window(model: Any, *, masked: int | None = None) -> int | None:
-    """Return the longest attention window but the masked one that a check can fill, None where there is none."""
+    """Return the longest attention window, except the masked one, that a check can fill; None where there is none."""
     others = (window for window in _windows(model) if window != masked)
     return max((window for window in others if window <= _MAX_FILLED_WINDOW), default=None)
 
@@ -71,7 +71,7 @@ def filled_window(model: Any, *, masked: int | None = None) -> int | None:
 def max_positions(model: Any, *, masked: int | None = None) -> int | None:
     """Return how many positions a prompt may have; None where there is no limit.
 
-    A window that is neither masked nor short enough to be filled is a limit: before its end it hides nothing.
+    A window that is neither masked nor short enough to be filled is a limit: shorter prompts are not affected by it.
     """
     unproven = [window for window in _windows(model) if window > _MAX_FILLED_WINDOW and window != masked]
     longest = _num_trained_positions(model)
@@ -79,7 +79,7 @@ def max_positions(model: Any, *, masked: int | None = None) -> int | None:
 
 
 def max_columns(model: Any) -> int | None:
-    """Return how many tokens a pass may have, its context included: what a causal mask inside a module has room for."""
+    """Return how many tokens a pass may have with its context: the size of a causal mask inside a module, if any."""
     squares = (
         buffer.shape[-1]
         for buffer in model.buffers()
@@ -91,8 +91,8 @@ def max_columns(model: Any) -> int | None:
 def with_window(model: Any, *, masked: int, num_tokens: int) -> Any:
     """Return a second model over the same tensors whose masked window has another length, wherever it is written.
 
-    Any other window is half as long there: one that is read at all shows. The model itself is left alone: other threads
-    may run it, and its weights id must not change.
+    Any other window is half as long there, so that it shows whether it is used at all. The model itself is not changed:
+    other threads may run it, and its weights id must stay the same.
     """
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for place in _places(twin):
@@ -102,7 +102,7 @@ def with_window(model: Any, *, masked: int, num_tokens: int) -> Any:
 
 
 def is_index_dependent(model: Any) -> bool:
-    """Whether attention is scaled by the number of tokens in the cache, which in a pack says nothing."""
+    """Whether attention is scaled by the number of tokens in the cache, which means nothing in a pack."""
     return bool(getattr(model.config.get_text_config(), "attn_temperature_tuning", False))
 
 
@@ -113,7 +113,7 @@ def _num_trained_positions(model: Any) -> int | None:
 
 
 def _windows(model: Any) -> Iterator[int]:
-    """Yield every attention window that is shorter than the longest prompt, wherever it is written down."""
+    """Yield every attention window that is shorter than the longest prompt, wherever it is written."""
     longest = _num_trained_positions(model)
     for window in [*_windows_of_cache(model), *_windows_written(model)]:
         if longest is None or window < longest:
@@ -131,7 +131,7 @@ def _windows_of_cache(model: Any) -> Iterator[int]:
 
 
 def _windows_written(model: Any) -> Iterator[int]:
-    """Yield windows in the configuration and in modules: layer types may be silent about them."""
+    """Yield windows in the configuration and in modules: layer types may not mention them."""
     config = model.config.get_text_config()
     hides = "attention_layers" not in vars(config) or "local" in config.attention_layers
     for place in [*(vars(module) for module in model.modules()), config.to_dict() if hides else {}]:
@@ -147,7 +147,7 @@ def _windows_in(place: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _places(model: Any) -> Iterator[dict[str, Any]]:
-    """Yield the attributes of every module and of every configuration that one has, each once."""
+    """Yield the attributes of every module and of every configuration that a module has, each once."""
     modules = [vars(module) for module in model.modules()]
     configs = [place["config"] for place in modules if "config" in place] + [model.config.get_text_config()]
     yield from modules

@@ -1,4 +1,4 @@
-"""Where a language model comes from: objects that the user has, or files that are loaded at the first miss."""
+"""Where a language model comes from: objects that the user holds, or files that are loaded at the first miss."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from backprompt_db.prompt.ids import ModelIds
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import ModelRecord
-    from backprompt_db.compute.inference.outline import Outline
     from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.compute.inference.spec import ModelSpec
     from backprompt_db.database.catalogs import ModelMetadata
-
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +35,21 @@ _TOKENIZER_ARGUMENTS = (
     "gguf_file",
 )
 
+_SOURCE = b"backprompt-db/source/1\0"
+_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py", ".tiktoken"})
+_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+_ELSEWHERE = ("adapter_config.json",)
+"""Files that point to weights in another place, whose changes would not be seen here."""
+
+_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
+
 
 class ModelSource(Protocol):
     """A model and its tokenizer, loaded or not."""
 
     @property
     def name(self) -> str:
-        """What people call the model."""
+        """The name that people give the model."""
 
     @property
     def ids(self) -> ModelIds:
@@ -60,8 +67,8 @@ class ModelSource(Protocol):
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
 
-    def outline(self, record: ModelRecord | None) -> Outline:
-        """Return what follows from the model's shape; `record` is what a self-check has shown of it."""
+    def spec(self, record: ModelRecord | None) -> ModelSpec:
+        """Return what follows from the model's shape alone; `record` is the result of a self-check, if there is one."""
 
 
 class GivenModel:
@@ -81,15 +88,15 @@ class GivenModel:
         """The ids of the two objects as they are now."""
         return ModelIds(self.runner.weights_id, self.tokenizer.id)
 
-    def outline(self, record: ModelRecord | None) -> Outline:
-        """Return what follows from the model's shape."""
-        from backprompt_db.compute.inference.outline import outline_of
+    def spec(self, record: ModelRecord | None) -> ModelSpec:
+        """Return what follows from the model's shape alone."""
+        from backprompt_db.compute.inference.spec import spec_of
 
-        return outline_of(self.runner, record)
+        return spec_of(self.runner, record)
 
 
 class PretrainedModel:
-    """A model in files. Where the ids of these very files are known, nothing is loaded until it is needed."""
+    """A model in files. If the ids of exactly these files are known, nothing is loaded until it is needed."""
 
     def __init__(self, name: str, arguments: dict[str, Any], *, known_ids: ModelIds | None) -> None:
         self.name = name
@@ -98,7 +105,7 @@ class PretrainedModel:
 
     @property
     def ids(self) -> ModelIds:
-        """The ids: recorded ones while the model is not loaded, and those of the loaded objects after that."""
+        """The recorded ids as long as the model is not loaded, after that those of the loaded objects."""
         if self._known_ids is not None and not self.is_loaded:
             weights_id, tokenizer_id = self._known_ids
             return ModelIds(weights_id, self.tokenizer.id if "tokenizer" in vars(self) else tokenizer_id)
@@ -124,20 +131,20 @@ class PretrainedModel:
 
         return ModelRunner.load(self.name, self._arguments)
 
-    def outline(self, record: ModelRecord | None) -> Outline:
-        """Return what follows from the model's shape, without loading it where its configuration is enough."""
-        from backprompt_db.compute.inference.outline import outline_of, outline_of_files
+    def spec(self, record: ModelRecord | None) -> ModelSpec:
+        """Return what follows from the model's shape alone; loads the model only if its configuration is not enough."""
+        from backprompt_db.compute.inference.spec import spec_of, spec_of_files
 
         if not self.is_loaded:
             try:
-                return outline_of_files(self.name, self._arguments, record)
-            except Exception as error:  # noqa: BLE001 - whatever transformers says of a configuration alone
-                logger.info("%s must be loaded to be known: %s", self.name, error)
-        return outline_of(self.runner, record)
+                return spec_of_files(self.name, self._arguments, record)
+            except Exception as error:  # noqa: BLE001 - any that transformers raises for a configuration alone
+                logger.info("%s must be loaded to learn its shape: %s", self.name, error)
+        return spec_of(self.runner, record)
 
 
 def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: ModelMetadata) -> PretrainedModel:
-    """Return the model of that name or directory. It is loaded unless the ids of these very files are known."""
+    """Return the model of that name or directory. It is loaded, unless the ids of exactly these files are known."""
     key = source_key(name, arguments)
     known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
     known_ids = ModelIds(known.weights_id, known.tokenizer_id) if known else None
@@ -145,26 +152,17 @@ def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: Mo
     if known is None:
         ids = model.ids  # loads the model, and downloads it if need be
         after = source_key(name, arguments)
-        if after and key in (None, after):  # else the files changed meanwhile
+        if after and key in (None, after):  # else the files have changed meanwhile
             model_metadata.save(Source(after, name, *ids))
     return model
-
-
-_SOURCE = b"backprompt-db/source/1\0"
-_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py", ".tiktoken"})
-_HUB_BLOB = re.compile(r"[0-9a-f]{64}")
-_ELSEWHERE = ("adapter_config.json",)
-"""Files that point to weights in another place, whose changes would not be seen here."""
-
-_LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 def source_key(name_or_path: str, arguments: dict[str, Any]) -> bytes | None:
     """Return a digest that stays the same as long as loading `name_or_path` gives the same model and tokenizer.
 
     It covers every file of the model (a hub cache's blobs by their SHA-256 names, others by device, inode, size, change
-    and modification time), the loading arguments and the versions of the libraries that load. None where that does not
-    suffice, or nothing is on this machine yet: then the model must be loaded to be known.
+    and modification time), the loading arguments and the versions of the libraries that load. None where that is not
+    enough, or where no file is on this machine yet: then only loading the model tells its ids.
     """
     directory = locate(name_or_path, arguments)
     if directory is None or arguments.get("trust_remote_code") or arguments.get("subfolder"):
@@ -203,7 +201,7 @@ def _file_identity(path: Path) -> str:
 
 
 def _described(value: Any) -> Any:
-    """A loading argument as JSON; dtypes by their names. Raises `TypeError` for what has no fixed description."""
+    """Return a loading argument as JSON, a dtype as its name. Raises `TypeError` for any other object."""
     if str(type(value)) == "<class 'torch.dtype'>":
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):

@@ -1,4 +1,4 @@
-"""Who sees whom in a pass, and how a model is told: one mask for all its layers, or one for each type of layer."""
+"""Attention masks: which token sees which in a pass, as one mask for all layers or one for each type of layer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SLIDING_LAYERS = "sliding_attention"
 
 
 class MaskKind(enum.Enum):
-    """What the numbers of a mask are."""
+    """What the numbers of a mask mean."""
 
     BOOLEAN = "boolean"
     """True where a token attends."""
     ADDITIVE = "additive"
     """0 where a token attends, the dtype's minimum elsewhere: added to the attention scores."""
     CAUSAL = "causal"
-    """No mask, only plain causal attention over what is in the cache: a pass holds one segment of a plain chain."""
+    """No mask, only plain causal attention over the cache: a pass computes one segment of a plain chain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +37,19 @@ class MaskForm:
 
     kind: MaskKind
     window: int | None = None
-    """Positions that a layer with a window sees: a token's own and `window - 1` before it. None where none has one."""
+    """How many positions a layer with a window sees: a token's own and those before it. None if no layer has one."""
     layer_types: tuple[str, ...] = ()
-    """Types of layers that get masks of their own. Empty: one mask, and with it the window, is for all layers."""
+    """Types of layers that get masks of their own. Empty if one mask, and so the window, is for all layers."""
 
     @property
     def name(self) -> str:
-        """What the form is called in the catalog; the window and the types are the model's."""
+        """The form's name in the catalog; the window and the types follow from the model."""
         prefix = "layered " if self.layer_types else "windowed " if self.window else ""
         return prefix + self.kind.value
 
 
 def attention_mask(pack: Pack, num_tokens: Mapping[Segment, int]) -> Mask:
-    """Return who sees whom in a pack: a token sees its visible segments, itself, and what precedes it in its own."""
+    """Return the mask of a pack: a token sees its visible segments, itself, and the tokens before it in its segment."""
     columns = [*pack.context, *pack.segments]
     between = _visible(columns, ancestry(pack.segments))
     column_of_token = np.repeat(np.arange(len(columns)), [num_tokens[segment] for segment in columns])
@@ -64,7 +64,7 @@ def attention_mask(pack: Pack, num_tokens: Mapping[Segment, int]) -> Mask:
 def mask_of_tokens(
     tokens: npt.NDArray[np.integer], segments: Sequence[Segment], num_tokens: Mapping[Segment, int]
 ) -> Mask:
-    """Return which tokens of `segments`, parents before children, each of some of them sees: `[len(tokens), T]`.
+    """Return which tokens of `segments`, parents before children, are seen by each of `tokens`: `[len(tokens), T]`.
 
     No token counts as seeing itself.
     """
@@ -76,7 +76,7 @@ def mask_of_tokens(
 
 
 def _visible(columns: Sequence[Segment], ordered: Sequence[Segment]) -> Mask:
-    """Return which of `columns` each of them sees, itself not included; `ordered` are they, parents before children."""
+    """Return which of `columns` each one sees, without itself; `ordered` has the same, parents before children."""
     index = {segment: number for number, segment in enumerate(columns)}
     between = np.zeros((len(columns), len(columns)), dtype=bool)
     for segment in ordered:
@@ -87,12 +87,12 @@ def _visible(columns: Sequence[Segment], ordered: Sequence[Segment]) -> Mask:
 
 
 def within_window(mask: Mask, position_ids: npt.NDArray[np.integer], window: int | None) -> Mask:
-    """Return the mask of a layer with a window: what is `window` or more positions before a token is hidden from it.
+    """Return the mask of a layer with a window: tokens `window` or more positions before a token are hidden from it.
 
-    `position_ids` are those of all columns; the rows are the last of them. Distances are between positions, not between
-    places in the cache, where other branches lie in between: a branch reaches as far back as if it stood alone, and
-    what follows parallel branches sees of each what is near enough by position. Explicit starts count likewise: a gap
-    is as wide as if it were filled, and nothing that is visible at a later position is hidden.
+    `position_ids` are those of all columns; the rows are the last columns. Distances are between positions, not between
+    places in the cache, where other branches lie in between: a branch sees as far back as if it stood alone, and what
+    follows parallel branches sees the near positions of each. The same holds for explicit starts: a gap is as wide as
+    if it were filled, and visible tokens at later positions are never hidden.
     """
     if window is None:
         return mask
@@ -103,7 +103,7 @@ def within_window(mask: Mask, position_ids: npt.NDArray[np.integer], window: int
 def mask_argument(
     mask: Mask, position_ids: npt.NDArray[np.integer], form: MaskForm, *, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Return a mask as a model takes it: `[1, 1, new, columns]`, or a table of such by layer type."""
+    """Return a mask as a model takes it: `[1, 1, new, columns]`, or one such mask for each layer type."""
 
     def tensor(window: int | None) -> torch.Tensor:
         allowed = torch.from_numpy(within_window(mask, position_ids, window))[None, None].to(device)

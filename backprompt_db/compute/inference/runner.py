@@ -1,4 +1,4 @@
-"""A loaded model, ready to compute packs: its identity, its verdict, and its own limits. Imports torch."""
+"""A loaded model that computes packs: its identity, the verdict of its self-check, and its limits. Imports torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import transformers
 
 from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.fingerprint import ModelIdentity
-from backprompt_db.compute.inference.forward import Computed, compute_pack
-from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix
+from backprompt_db.compute.inference.forward import PassResult, compute_pack
+from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix, short_name
 from backprompt_db.compute.inference.limits import max_columns, max_positions
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
 from backprompt_db.compute.inference.selfcheck import (
@@ -34,7 +34,7 @@ from backprompt_db.prompt.segments import Segment
 
 
 class ModelRunner:
-    """What computes misses: a causal language model and what is known about it."""
+    """A causal language model that computes packs, and what is known about it."""
 
     def __init__(self, model: Any, *, name: str) -> None:
         self.model = model
@@ -56,7 +56,7 @@ class ModelRunner:
     def weights_id(self) -> WeightsId:
         """The weights id of the model as it is now; hashed again only when the model has changed."""
         weights_id = self._identity.weights_id()
-        if weights_id != self._probed:  # what was found out by running it, such as its dtype, may be another by now
+        if weights_id != self._probed:  # what running it has shown, such as its dtype, may have changed too
             for name in ("shape", "kv_dtype", "costs", "_proven_head"):
                 vars(self).pop(name, None)
             self._probed = weights_id
@@ -69,7 +69,7 @@ class ModelRunner:
 
     @property
     def head(self) -> torch.nn.Module | None:
-        """The module that alone makes logits of hidden states; None where there is more to it."""
+        """The module that alone makes logits of hidden states; None where more than one module does."""
         if self._proven_head[0] is not self.model.get_output_embeddings():  # replaced by one with equal weights
             vars(self).pop("_proven_head")
         return self._proven_head[1]
@@ -77,6 +77,11 @@ class ModelRunner:
     @cached_property
     def _proven_head(self) -> tuple[Any, torch.nn.Module | None]:
         return self.model.get_output_embeddings(), proven_head(self.model)
+
+    @property
+    def dtype(self) -> str:
+        """What torch calls the dtype of the model, such as `float32`."""
+        return short_name(self.model.dtype)
 
     @cached_property
     def kv_dtype(self) -> str:
@@ -89,17 +94,17 @@ class ModelRunner:
         return costs_of(self.model, num_layers=self.shape.num_layers)
 
     def acquire_prefix(self, memory: MemoryCache, contents: Sequence[tuple[Address, int]], *, room: int) -> KVBuffer:
-        """Return a buffer that begins with what of `contents` is in memory; see `acquire_prefix`."""
+        """Return a buffer that begins with as much of `contents` as any in memory; see `kv_cache.acquire_prefix`."""
         memory = memory if self.device.type == "cpu" else self._device_memory
         return acquire_prefix(memory, self.shape, contents, room=room, longest=self.max_positions, device=self.device)
 
     def release_prefix(self, memory: MemoryCache, context: KVBuffer) -> None:
-        """Leave a buffer in memory for passes that begin like it."""
+        """Put a buffer into the memory cache, for passes that begin like it."""
         release_prefix(memory if context.device.type == "cpu" else self._device_memory, context)
 
     @cached_property
     def _device_memory(self) -> MemoryCache:
-        """What the memory cache of a database is to the processor, for a device with memory of its own."""
+        """The buffers on a device with memory of its own; those of the processor are in the database's memory cache."""
         is_cuda = self.device.type == "cuda"
         free_nbytes = torch.cuda.mem_get_info(self.device)[0] if is_cuda else 0
         return MemoryCache(free_nbytes // 8)
@@ -110,17 +115,17 @@ class ModelRunner:
 
     @property
     def max_positions(self) -> int | None:
-        """How many positions a prompt may have, None where there is no limit; known once the model is proven."""
+        """How many positions a prompt may have, None where there is no limit. Known once the model is proven."""
         return self._max_positions
 
     @property
     def window(self) -> int | None:
-        """The attention window that packs are masked with, by position ids; None where there is none or no packs."""
+        """The window, in positions, that packs are masked with; None without one, or if the model takes no packs."""
         return self._verdict.form.window if self._verdict.form else None
 
     @property
     def max_columns(self) -> int | None:
-        """How many tokens a pass may have, those of its context included, None where there is no limit."""
+        """How many tokens a pass may have with its context; None where there is no limit."""
         return max_columns(self.model)
 
     @property
@@ -144,14 +149,13 @@ class ModelRunner:
         return self._proven == (weights_id, self._checked_with)
 
     def prove(self, weights_id: WeightsId, known: ModelRecord | None) -> ModelRecord | None:
-        """Settle how the model may be computed: by what is `known`, if that still holds, else by a self-check.
+        """Settle how the model may be computed: by the record `known`, if that still holds, else by a self-check.
 
-        Returns the record to keep when a self-check was made, else None.
+        Returns the record to save if a self-check was made, else None.
         """
         verdict = None
         if known is not None and known.checked_with == self._checked_with:
-            what = known.verdict, known.mask_form
-            verdict = recorded(self.model, *what, max_error=known.max_error, reason=known.reason)
+            verdict = recorded(self.model, known)
         self._verdict = verdict or self._examine(weights_id)
         form = self._verdict.form
         self._max_positions = max_positions(self.model, masked=form.window) if form else None
@@ -159,7 +163,7 @@ class ModelRunner:
         return None if verdict else self._record(weights_id, self._verdict)
 
     def require_supported(self) -> MaskForm:
-        """Return how to compute this model. Raises `UnsupportedModel`, with the reason, for a refused one."""
+        """Return the mask form to compute with. Raises `UnsupportedModel`, with the reason, for a refused model."""
         if self._verdict.form is None:
             raise UnsupportedModel(
                 f"{type(self.model).__name__} cannot be cached and stay right: {self._verdict.reason}",
@@ -170,7 +174,7 @@ class ModelRunner:
     def require_runnable(
         self, packs: Sequence[Pack], num_read: Mapping[Segment, int], starts: Mapping[Segment, int]
     ) -> None:
-        """Raise `UnsupportedModel` for packs that this model cannot run: one of chains runs no branches and no gaps."""
+        """Raise `UnsupportedModel` for packs that this model cannot run: if it takes only chains, branches and gaps."""
         limit = self.max_columns
         for pack in packs:
             _require_room(pack, num_read, limit)
@@ -191,8 +195,8 @@ class ModelRunner:
         context: KVBuffer,
         predictions: Mapping[Segment, Array],
         produce: Mapping[Segment, frozenset[Part]],
-    ) -> Computed:
-        """Run the model once, at most; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
+    ) -> PassResult:
+        """Run the model at most once; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
         computed = compute_pack(
             self.model, pack, form=self.require_supported(), head=self.head, input_ids=input_ids, starts=starts,
             context=context, predictions=predictions, produce=produce,
@@ -212,7 +216,7 @@ class ModelRunner:
             weights_id=weights_id,
             name=self.name,
             architecture=type(self.model).__name__,
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=self.dtype,
             num_layers=shape.num_layers if shape else 0,
             num_kv_heads=shape.num_kv_heads if shape else 0,
             head_dim=shape.key_dim if shape else 0,
@@ -235,7 +239,7 @@ class ModelRunner:
 
 
 def _require_room(pack: Pack, num_read: Mapping[Segment, int], limit: int | None) -> None:
-    """Raise `ContextLengthExceeded` for a segment that sees more tokens, side by side, than fit into one pass."""
+    """Raise `ContextLengthExceeded` for a pack that has, with its context, more tokens than fit into one pass."""
     num_columns = sum(num_read[segment] for segment in (*pack.context, *pack.segments))
     if limit is not None and num_columns > limit:
         raise ContextLengthExceeded(
@@ -247,9 +251,9 @@ def _require_room(pack: Pack, num_read: Mapping[Segment, int], limit: int | None
 def costs_of(model: Any, *, num_layers: int) -> Costs:
     """Estimate what passes of a model cost, from its size.
 
-    A token takes two operations for each weight, a pair `4 * hidden_size` in each layer; attention reaches about two
-    thirds of the rate of matrix products. The cost of a pass was measured on a processor; a GPU computes many more
-    tokens in the time in which it reads the weights.
+    A token takes two operations for each weight; a pair of tokens takes `4 * hidden_size` in each layer, and attention
+    is about two thirds as fast as matrix products. The cost of a pass was measured on a processor; a GPU computes many
+    more tokens in the time in which it reads the weights.
     """
     config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

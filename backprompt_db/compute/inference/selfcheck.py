@@ -1,12 +1,13 @@
-"""How a model proves itself: its packs against plain forward passes, before anything of it is stored.
+"""The self-check of a model: its packs are compared with plain forward passes before anything is stored.
 
 There is no list of supported models. A small random tree is computed in packs, as every prompt will be, and compared
-with one plain forward pass per branch: log-probabilities, and the keys and values of every layer. How much the last
-token of a branch reacts to other tokens before it says how large an error of the mask would be: an error that is not
-far below that reaction proves nothing. What a short check cannot see is read from the configuration (`limits`).
+with one plain forward pass per branch: log-probabilities, and the keys and values of every layer. The last token of a
+branch reacts to a change of the tokens before it; a wrong mask would cause an error as large as that reaction. So only
+an error far below the reaction proves the mask. What a short check cannot see is read from the configuration
+(`limits`).
 
-Attention windows are proven on a second model over the same tensors, whose window is a few tokens: that plain passes
-change when it grows by one shows that it is read at run time, and that a window which is off by one would not pass.
+Attention windows are proven on a second model over the same tensors, whose window is a few tokens. Plain passes must
+change when that window grows by one: then it is used at run time, and a window that is off by one would not pass.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.forward import compute_pack, evaluation, logits_of
-from backprompt_db.compute.inference.head import head_of, is_all, kept_from_running
+from backprompt_db.compute.inference.head import head_of, is_whole_head, kept_from_running
 from backprompt_db.compute.inference.kv_cache import KVShape, assemble, shape_of
 from backprompt_db.compute.inference.limits import (
     filled_window,
@@ -43,23 +45,27 @@ from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text
 
 CHECK_VERSION = 2
-"""Raised when the check sees more than before: verdicts of an older one are made again."""
+"""Raised when the check finds more than before: then recorded verdicts are made again."""
 
 _MAX_ERROR_OF_REACTION = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Largest error in units of the reaction. Rounding stays far below; a wrong mask or position is of the order of 1."""
+"""Largest error in units of the reaction. Rounding stays far below; a wrong mask or position reaches about 1."""
 
 _MIN_REACTION = 1e-4
-"""A model that reacts less to what precedes a token cannot prove anything."""
+"""The least reaction: a smaller one cannot prove anything."""
 
 _SHORT_WINDOW = 6
-"""Tokens that a window has while it is proven: shorter than any branch, longer than the segments at their ends."""
+"""Length of a window while it is proven: shorter than any branch, longer than the segments at their ends."""
 
 _MAX_ERROR_OF_WINDOW = 0.3
-"""Largest error in units of what one token more in the window changes; a window that is off by one reaches 1."""
+"""Largest error in units of the change by one more token in the window; a window that is off by one reaches 1."""
 
+_CHAINS = MaskForm(MaskKind.CAUSAL)
 _KV_WEIGHT = 0.1
 _ALL = frozenset(Part)
 _SEED = 20230101
+
+_Measured = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
+"""For each segment, log-probabilities after its last token [vocab_size], and keys and values in standard deviations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +75,8 @@ class Verdict:
     form: MaskForm | None
     """None for a refused model."""
     max_error: float | None
-    """Largest absolute error of a log-probability, or a tenth of the largest error of keys and values in units of their
-    standard deviation, whichever is larger."""
+    """The larger of two errors: the largest absolute error of a log-probability, and a tenth of the largest error of
+    keys and values in units of their standard deviation."""
     reason: str | None
     """Why packs, or the whole model, were refused."""
 
@@ -78,55 +84,6 @@ class Verdict:
     def kind(self) -> str:
         """`packs`, `chains` (one segment per pass, plain chains only) or `refused`."""
         return "refused" if self.form is None else "chains" if self.form.kind is MaskKind.CAUSAL else "packs"
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """Segments with random tokens, and the branches that a plain pass can compute; the first ends with a lone token."""
-
-    input_ids: dict[Segment, list[int]]
-    branches: list[list[Segment]]
-    vocab_size: int
-
-    @property
-    def segments(self) -> list[Segment]:
-        return list(self.input_ids)
-
-    @property
-    def num_tokens(self) -> dict[Segment, int]:
-        return {segment: len(ids) for segment, ids in self.input_ids.items()}
-
-
-def probe_shape(model: Any) -> KVShape:
-    """Return the shape of the model's keys and values, from one pass over two tokens.
-
-    Raises `UnsupportedModel` for a model whose state is something else.
-    """
-    try:
-        logits, cache = _plain_pass(model, [0, 0])
-        shape = shape_of(cache, num_tokens=2) if len(logits) == 2 else "its logits are not one row per token"
-    except Exception as error:
-        raise _unsupported(f"it does not run on a cache of keys and values ({_one_line(error)})") from error
-    if isinstance(shape, str):
-        raise _unsupported(shape)
-    return shape
-
-
-def proven_head(model: Any) -> nn.Module | None:
-    """Return the module that alone makes the model's logits of hidden states, None where there may be more to it."""
-    head = head_of(model)
-    if head is None:
-        return None
-    tokens = np.random.default_rng(_SEED).integers(model.get_input_embeddings().num_embeddings, size=2).tolist()
-    with evaluation(model):
-        with kept_from_running(head, skip=False) as kept:
-            logits, _ = _plain_pass(model, tokens)
-        # The embedding of a padding token is zero, and of logits that are zero anything may be all.
-        return head if is_all(head, kept, logits) and bool(logits.any()) else None
-
-
-def _unsupported(reason: str) -> UnsupportedModel:
-    return UnsupportedModel(reason, hint="Only decoder-only models that fill a transformers Cache can be used.")
 
 
 def examine(model: Any) -> Verdict:
@@ -148,17 +105,59 @@ def examine(model: Any) -> Verdict:
     return Verdict(None, None, "; ".join(failures))
 
 
-def recorded(
-    model: Any, kind: str, mask_form: str | None, *, max_error: float | None, reason: str | None
-) -> Verdict | None:
-    """Return a verdict that was recorded for a model, with the model's windows; None where it was never checked."""
-    if kind == "refused":
-        return Verdict(None, max_error, reason)
+def recorded(model: Any, record: ModelRecord) -> Verdict | None:
+    """Return the verdict that was recorded for a model, with the model's windows; None if it was never checked."""
+    if record.verdict == "refused":
+        return Verdict(None, record.max_error, record.reason)
     forms = [*_forms(model, masked_window(model)), *_forms(model, None), _CHAINS]
-    return next((Verdict(form, max_error, reason) for form in forms if form.name == mask_form), None)
+    return next(
+        (Verdict(form, record.max_error, record.reason) for form in forms if form.name == record.mask_form), None
+    )
 
 
-_CHAINS = MaskForm(MaskKind.CAUSAL)
+def probe_shape(model: Any) -> KVShape:
+    """Return the shape of the model's keys and values, from one pass over two tokens.
+
+    Raises `UnsupportedModel` for a model whose state is something else.
+    """
+    try:
+        logits, cache = _plain_pass(model, [0, 0])
+        shape = shape_of(cache, num_tokens=2) if len(logits) == 2 else "its logits are not one row per token"
+    except Exception as error:
+        raise _unsupported(f"it does not run on a cache of keys and values ({_one_line(error)})") from error
+    if isinstance(shape, str):
+        raise _unsupported(shape)
+    return shape
+
+
+def proven_head(model: Any) -> nn.Module | None:
+    """Return the module that alone makes the model's logits of hidden states, None where that is not proven."""
+    head = head_of(model)
+    if head is None:
+        return None
+    tokens = np.random.default_rng(_SEED).integers(model.get_input_embeddings().num_embeddings, size=2).tolist()
+    with evaluation(model):
+        with kept_from_running(head, skip=False) as kept:
+            logits, _ = _plain_pass(model, tokens)
+        # The embedding of a padding token is zero, and logits that are all zero prove nothing.
+        return head if is_whole_head(head, kept, logits) and bool(logits.any()) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """Segments with random tokens, and the branches that plain passes compute; the first ends with a single token."""
+
+    input_ids: dict[Segment, list[int]]
+    branches: list[list[Segment]]
+    vocab_size: int
+
+    @property
+    def segments(self) -> list[Segment]:
+        return list(self.input_ids)
+
+    @property
+    def num_tokens(self) -> dict[Segment, int]:
+        return {segment: len(ids) for segment, ids in self.input_ids.items()}
 
 
 def _forms(model: Any, window: int | None) -> list[MaskForm]:
@@ -168,7 +167,7 @@ def _forms(model: Any, window: int | None) -> list[MaskForm]:
 
 
 def _trials(model: Any, shape: KVShape) -> Iterator[tuple[_Proof, list[MaskForm]]]:
-    """Yield the forms to try, those that can do more first, with the proof that each needs."""
+    """Yield the forms to try with the proof that they need, the most capable forms first."""
     window = masked_window(model)
     takes_masks = not is_index_dependent(model)
     if takes_masks and window:
@@ -204,33 +203,29 @@ def _tree(model: Any, tips: list[Segment], lengths: dict[str, int], longest: int
     embedding = model.get_input_embeddings()
     vocab_size = embedding.num_embeddings
     segments = ancestry(tips)
-    if longest is not None:  # a model with less positions than the check has tokens
+    if longest is not None:  # the model may have fewer positions than the check has tokens
         lengths = {name: min(length, max(1, longest - 16)) for name, length in lengths.items()}
     input_ids = {s: [int(i) for i in random.integers(vocab_size, size=lengths[s.string])] for s in segments}
     padding = getattr(embedding, "padding_idx", None)
-    if padding is not None:  # some models count positions by tokens that are no padding
+    if padding is not None:  # some models count positions by tokens that are not padding
         input_ids[segments[0]][-1] = int(padding)
     return _Tree(input_ids, [ancestry([tip]) for tip in tips], vocab_size)
 
 
-_Computed = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
-"""Of each segment: log-probabilities after its last token [vocab_size], keys and values in standard deviations."""
-
-
 class _Proof:
-    """A tree, what plain passes over its branches give, and how much other tokens change the end of the first.
+    """A tree, the results of plain passes over its branches, and how much other tokens change the end of the first.
 
-    With a `masked` window, all of it is of a second model whose window is short.
+    With a `masked` window, all of this is done with a second model whose window is short.
     """
 
     def __init__(self, model: Any, shape: KVShape, tree: _Tree, *, masked: int | None = None) -> None:
         self._model, self._shape, self._tree, self._masked = model, shape, tree, masked
 
     def attempt(self, form: MaskForm) -> tuple[float, str | None]:
-        """Return the error of one mask form, and why it does not do."""
+        """Return the error of one mask form, and why it fails, None if it does not."""
         try:
             error, reaction, reaction_to_window = self._error(form), self._reaction, self._reaction_to_window
-        except Exception as refused:  # noqa: BLE001 - whatever a model says of what it does not take
+        except Exception as refused:  # noqa: BLE001 - any that a model raises for a mask that it does not take
             return math.inf, _one_line(refused)
         if not math.isfinite(error):
             return error, "some of its numbers are not finite"
@@ -249,11 +244,11 @@ class _Proof:
         return self._model if self._masked is None else self._with_window(_SHORT_WINDOW)
 
     def _with_window(self, num_tokens: int) -> Any:
-        with evaluation(self._model):  # no other thread's pass may change a module while it is copied
+        with evaluation(self._model):  # no other thread's pass may change a module during the copy
             return with_window(self._model, masked=self._masked or 0, num_tokens=num_tokens)
 
     @cached_property
-    def _expected(self) -> _Computed:
+    def _expected(self) -> _Measured:
         return _plain_branches(self._subject, self._tree)
 
     @cached_property
@@ -265,7 +260,7 @@ class _Proof:
 
     @cached_property
     def _reaction_to_window(self) -> float:
-        """How much one token more in the window changes; infinite where there is none to prove."""
+        """How much one more token in the window changes; infinite without a window to prove."""
         if self._masked is None:
             return math.inf
         return _difference(self._expected, _plain_branches(self._with_window(_SHORT_WINDOW + 1), self._tree))
@@ -275,11 +270,11 @@ class _Proof:
         model, form = self._subject, form if self._masked is None else replace(form, window=_SHORT_WINDOW)
         limits = (1,) if form == _CHAINS else (None, 2)
         in_passes = [_in_passes(model, self._shape, form, self._tree, max_segments=limit) for limit in limits]
-        again = _plain(model, self._tree.branches[0], self._tree.input_ids)  # must not remember other calls
+        again = _plain(model, self._tree.branches[0], self._tree.input_ids)  # the model must not remember other calls
         return max(_difference(expected, computed) for computed in (*in_passes, again))
 
 
-def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_segments: int | None) -> _Computed:
+def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_segments: int | None) -> _Measured:
     """Compute the tree as prompts are computed."""
     starts, head = positions(tree.segments, tree.num_tokens), proven_head(model)
     parts: dict[tuple[Segment, Part], Arrays] = {}
@@ -303,15 +298,15 @@ def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_s
     }
 
 
-def _plain_branches(model: Any, tree: _Tree) -> _Computed:
+def _plain_branches(model: Any, tree: _Tree) -> _Measured:
     """Compute each branch in one plain forward pass over its tokens: the oracle."""
-    computed: _Computed = {}
+    computed: _Measured = {}
     for branch in tree.branches:
         computed = {**_plain(model, branch, tree.input_ids), **computed}
     return computed
 
 
-def _plain(model: Any, chain: list[Segment], input_ids: dict[Segment, list[int]]) -> _Computed:
+def _plain(model: Any, chain: list[Segment], input_ids: dict[Segment, list[int]]) -> _Measured:
     logits, cache = _plain_pass(model, [token for segment in chain for token in input_ids[segment]])
     computed, begin = {}, 0
     for segment in chain:
@@ -324,7 +319,7 @@ def _plain(model: Any, chain: list[Segment], input_ids: dict[Segment, list[int]]
 
 
 def _plain_pass(model: Any, input_ids: list[int]) -> tuple[torch.Tensor, Any]:
-    """Call the model as any user would. The cache has no knowledge of windows: every token stays in it."""
+    """Call the model as any user would. The cache does not know of windows: every token stays in it."""
     ids = torch.tensor([input_ids], device=model.device)
     cache = DynamicCache()
     with evaluation(model):
@@ -339,7 +334,7 @@ def _measure(
     return torch.log_softmax(logits.double(), -1).cpu().numpy(), np.concatenate(scaled)
 
 
-def _difference(expected: _Computed, actual: _Computed) -> float:
+def _difference(expected: _Measured, actual: _Measured) -> float:
     """Return the largest error of any segment of `actual`; infinite for numbers that are not finite."""
     worst = 0.0
     for segment, (logprobs, kv) in actual.items():
@@ -347,6 +342,10 @@ def _difference(expected: _Computed, actual: _Computed) -> float:
         errors = np.abs(logprobs - expected_logprobs).max(), _KV_WEIGHT * np.abs(kv - expected_kv).max()
         worst = max(worst, *(float(error) if np.isfinite(error) else math.inf for error in errors))
     return worst
+
+
+def _unsupported(reason: str) -> UnsupportedModel:
+    return UnsupportedModel(reason, hint="Only decoder-only models that fill a transformers Cache can be used.")
 
 
 def _one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What follows from a model's shape alone, without its weights: the cost of passes, and the sizes of what they give."""
+"""What follows from a model's shape alone, without its weights: limits, the cost of passes, the sizes of parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from backprompt_db.compute.inference.kv_cache import KVShape, shape_of
+from backprompt_db.compute.inference.kv_cache import KVShape, shape_of, short_name
 from backprompt_db.compute.inference.limits import masked_window, max_columns, max_positions, refusal
 from backprompt_db.compute.inference.runner import ModelRunner, costs_of
 from backprompt_db.compute.plan import Bounds, Costs
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 _DTYPE_ARGUMENTS = ("dtype", "torch_dtype")
 _TELLING_ARGUMENTS = {"config", "quantization_config"}
-"""What these say of a model shows when it is loaded."""
+"""What these change in a model shows only when it is loaded."""
 
 _PACKS, _REFUSED = "packs", "refused"
 _MLP_WIDTH = 4
-"""What a model whose configuration does not say has, in widths of its hidden states."""
+"""Width of the MLP, in widths of the hidden states, of a model whose configuration does not say it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
-    """A model without its weights."""
+class ModelSpec:
+    """Sizes, limits and costs of a model, known without its weights."""
 
     dtype: str
     costs: Costs
@@ -46,19 +46,19 @@ class Outline:
     """Whether attention weights are written to memory."""
 
 
-def outline_of(runner: ModelRunner, record: ModelRecord | None) -> Outline:
-    """Return the outline of a loaded model; `record` is what a self-check has shown of it, if there was one.
+def spec_of(runner: ModelRunner, record: ModelRecord | None) -> ModelSpec:
+    """Return the spec of a loaded model; `record` is the result of a self-check, if there was one.
 
     Raises `UnsupportedModel` for a model that is refused.
     """
-    return _outline(runner.model, runner.shape, record)
+    return _spec(runner.model, runner.shape, record)
 
 
-def outline_of_files(name: str, arguments: dict[str, Any], record: ModelRecord | None) -> Outline:
-    """Return the outline of a model in files, of which nothing but the configuration is read.
+def spec_of_files(name: str, arguments: dict[str, Any], record: ModelRecord | None) -> ModelSpec:
+    """Return the spec of a model in files; only its configuration is read.
 
-    `arguments` are those that load the model; some change its configuration. Raises whatever transformers does where
-    that does not suffice, and `UnsupportedModel` where there are no plain keys and values.
+    `arguments` are those that load the model; some change its configuration. Raises any error of transformers where the
+    configuration is not enough, and `UnsupportedModel` where there are no plain keys and values.
     """
     if _TELLING_ARGUMENTS & set(arguments):
         raise ValueError("its configuration is not that of its files")
@@ -73,15 +73,17 @@ def outline_of_files(name: str, arguments: dict[str, Any], record: ModelRecord |
     shape = shape_of(cache, num_tokens=2)
     if isinstance(shape, str):
         raise UnsupportedModel(shape, hint="Only decoder-only models that fill a transformers Cache can be used.")
-    return _outline(model, shape, record)
+    return _spec(model, shape, record)
 
 
-def _dtype(told: str | dict[str, Any], config: Any) -> torch.dtype:
-    """Return a dtype by its name or by the arguments that load a model; what these do not say, its files do."""
-    given = told if isinstance(told, str) else next((told[each] for each in _DTYPE_ARGUMENTS if told.get(each)), "auto")
-    if given == "auto":
-        given = config.dtype or torch.float32
-    return given if isinstance(given, torch.dtype) else getattr(torch, given)
+def _dtype(given: str | dict[str, Any], config: Any) -> torch.dtype:
+    """Return the dtype that a name, or the arguments that load a model, give; else the one of its files."""
+    dtype = (
+        given if isinstance(given, str) else next((given[key] for key in _DTYPE_ARGUMENTS if given.get(key)), "auto")
+    )
+    if dtype == "auto":
+        dtype = config.dtype or torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
 
 
 def _require_supported(model: Any, record: ModelRecord | None) -> None:
@@ -94,13 +96,13 @@ def _require_supported(model: Any, record: ModelRecord | None) -> None:
         )
 
 
-def _outline(model: Any, shape: KVShape, record: ModelRecord | None) -> Outline:
+def _spec(model: Any, shape: KVShape, record: ModelRecord | None) -> ModelSpec:
     is_checked = record is not None and record.checked_with is not None
     _require_supported(model, record)
     config = model.config.get_text_config()
     head = model.get_output_embeddings()
-    return Outline(
-        dtype=str(model.dtype).removeprefix("torch."),
+    return ModelSpec(
+        dtype=short_name(model.dtype),
         costs=costs_of(model, num_layers=shape.num_layers),
         shape=shape,
         bounds=Bounds(
