@@ -100,8 +100,12 @@ MANIFEST = {
             (b'{"format": 1, "fidelity": %s}' % each, FormatTooNew)
             for each in (b'"int4"', b'"EXACT"', b"null", b"8", b"[]")
         ],
-        *[(json.dumps(MANIFEST | {"digest": each}).encode(), FormatTooNew) for each in ("blake3", 7, None, [])],
-        *[(json.dumps(MANIFEST | {"secret_id": each}).encode(), FormatError) for each in (7, [])],
+        *[
+            (b'{"format": 1, "digest": %s}' % each, FormatTooNew)
+            for each in (b'"blake3"', b'"blake3-keyed"', b"null", b"7", b"[]")
+        ],
+        *[(b'{"format": 1, "secret_id": %s}' % each, FormatError) for each in (b"7", b"[]")],
+        (json.dumps(MANIFEST | {"digest": "blake3"}).encode(), FormatTooNew),
         (json.dumps(MANIFEST | {"format": 2, "lmdb": 7}).encode(), FormatTooNew),
         (json.dumps(MANIFEST | {"lmdb": {"generation": True, "chunk_nbytes": 1.5}}).encode(), FormatError),
         (json.dumps(MANIFEST | {"lmdb": {"generation": 1, "chunk_nbytes": (1 << 20) - 16}}).encode(), FormatTooNew),
