@@ -299,6 +299,7 @@ def public_directory() -> Iterator[Path]:
 
 
 IN_OTHER_SHOES = """
+import numpy.random  # which loads modules that nobody may have no right to
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 logging.basicConfig(format="LOG %(message)s")
