@@ -11,17 +11,21 @@ the safetensors library, whose own writer would copy every array twice.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import re
 import struct
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from backprompt_db.errors import BlobFormat, FormatTooNew
+from backprompt_db.errors import BackpromptError, BlobFormat, FormatTooNew, StoreClosed
 from backprompt_db.prompt.ids import ID_NBYTES, SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import FORMAT, ITEMSIZE, Array, Arrays, Origin, Part
+
+if TYPE_CHECKING:
+    from backprompt_db.store.contract import Key, Store
 
 _HEADER_LENGTH = struct.Struct("<Q")
 _MAX_HEADER_NBYTES = 1 << 26
@@ -130,6 +134,42 @@ def decode_origin(blob: memoryview) -> tuple[Part, Origin]:
         return Part[fields["part"].upper()], _origin_from_json(fields)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _malformed(f"its metadata cannot be read ({error!r:.200})") from None
+
+
+def read_origin(store: Store, key: Key) -> Origin | None:
+    """Return what a stored part was computed from; None where there is none that can be used under this key.
+
+    Only the chunks that hold the header are read and verified: of large parts one of many. Raises `StoreClosed`.
+    """
+    header = _Header()
+    try:
+        with contextlib.suppress(_Complete):
+            if not store.scan(key, header.take):
+                return None
+        part, origin = decode_origin(memoryview(header.data))
+    except StoreClosed:
+        raise
+    except BackpromptError:
+        return None
+    return origin if (origin.address, part) == key else None
+
+
+class _Complete(Exception):
+    """There is no need to read on."""
+
+
+class _Header:
+    """The header of a blob, collected from as many pieces as it takes."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def take(self, piece: memoryview) -> None:
+        while (missing := header_nbytes(bytes(self.data)) - len(self.data)) and piece.nbytes:
+            self.data += piece[:missing]
+            piece = piece[missing:]
+        if not missing:
+            raise _Complete
 
 
 def _to_json(fields: Mapping[str, Any]) -> str:

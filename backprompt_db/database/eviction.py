@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backprompt_db.codec.origins import read_origin
+from backprompt_db.codec.blob import read_origin
 from backprompt_db.database.catalogs import Catalogs
 from backprompt_db.database.config import Limits
 from backprompt_db.database.counters import Tally

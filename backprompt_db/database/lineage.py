@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from graphlib import TopologicalSorter
 
-from backprompt_db.codec.origins import read_origin
+from backprompt_db.codec.blob import read_origin
 from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId, address, namespace_id
 from backprompt_db.prompt.representation import Origin, Part
 from backprompt_db.prompt.segments import Segment

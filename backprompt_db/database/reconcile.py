@@ -12,7 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from backprompt_db.codec.origins import read_origin
+from backprompt_db.codec.blob import read_origin
 from backprompt_db.store.contract import Key
 from backprompt_db.system.failpoints import reach
 

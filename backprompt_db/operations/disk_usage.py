@@ -43,7 +43,7 @@ def room_of(directory: Path) -> Room:
 
 
 def _live_nbytes(directory: Path) -> tuple[int | None, str | None]:
-    from backprompt_db.store.registry import release, shared_environment
+    from backprompt_db.store.environment import release, shared_environment
 
     try:
         environment = shared_environment(directory / STORE, readonly=True)

@@ -32,9 +32,8 @@ from backprompt_db.database.reconcile import differences
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreError, StoreLocked, StoreReadOnly, UnsafeLocation
 from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.operations.reindex import reindex
-from backprompt_db.store.environment import LMDB_GENERATION
+from backprompt_db.store.environment import LMDB_GENERATION, release, shared_environment
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
-from backprompt_db.store.registry import release, shared_environment
 from backprompt_db.system.platform import UNKNOWN, change_mode, filesystem_of, give
 
 _NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backprompt_db.codec.origins import read_origin
+from backprompt_db.codec.blob import read_origin
 from backprompt_db.database.database import writable_catalog
 from backprompt_db.database.location import CATALOG
 from backprompt_db.database.reconcile import differences

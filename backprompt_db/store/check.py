@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.store.contract import Key
+from backprompt_db.store.environment import release, shared_environment
 from backprompt_db.store.lmdb_pages import check_pages
 from backprompt_db.store.records import CHUNK_NBYTES, DIGEST_NBYTES, blob_key, blob_nbytes, record_key
-from backprompt_db.store.registry import release, shared_environment
 
 if TYPE_CHECKING:
     import lmdb

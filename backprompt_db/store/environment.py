@@ -1,4 +1,10 @@
-"""One LMDB environment: across forks and resized maps, and over to the new file when a compaction has replaced it."""
+"""The LMDB environments of a process: one for each file, whoever opens it.
+
+LMDB's locks belong to the process. So its files must never be opened twice in one process, nor an environment be used
+on the other side of a fork. `shared_environment` hands the same `Environment` to every opener of the same file and
+counts them. An `Environment` is reopened in a forked child, follows a map that others have resized, and goes over to
+the new file when a compaction has replaced the old one.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +21,11 @@ import lmdb
 
 from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
 from backprompt_db.store.contract import Usage
+from backprompt_db.store.files import Identity, identity_of, make_lock_file
 from backprompt_db.store.lmdb_errors import store_errors
-from backprompt_db.store.lmdb_pages import newest_meta
+from backprompt_db.store.lmdb_pages import check_length, check_pages, newest_meta
 from backprompt_db.system.locks import give_turn, is_locked, take_turn
-from backprompt_db.system.platform import O_NOFOLLOW, reserve, set_mode
+from backprompt_db.system.platform import register_at_fork
 
 LMDB_GENERATION = 0
 """The LMDB engine whose file format is used: 0.9, which every release of LMDB since 2011 reads."""
@@ -35,9 +42,6 @@ _LOCK_HEADER_NBYTES, _READER_NBYTES = 192, 64
 
 _LIFE_BYTE = 0
 """Of lock.mdb: locked by every process that has the environment open, unless it was opened without locks."""
-
-Identity = tuple[int, int]
-"""Device and inode of a file."""
 
 
 class Environment:
@@ -306,7 +310,7 @@ class Environment:
                 if identity is None:
                     raise missing(self.directory)
                 if not self.readonly:
-                    _make_lock_file(self.directory)
+                    make_lock_file(self.directory, nbytes=_LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
                 env = self._open_largest_map()
                 if identity_of(data) == identity:
                     break
@@ -351,42 +355,10 @@ class Environment:
             ) from error
 
 
-def _make_lock_file(directory: Path) -> None:
-    """Make a lock file that is missing with permissions like those of the data: LMDB would apply the umask."""
-    lock = directory / "lock.mdb"
-    is_for_group = (directory / "data.mdb").stat().st_mode & 0o040
-    mode = 0o660 if is_for_group else 0o600
-    with suppress(FileExistsError):
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | O_NOFOLLOW
-        descriptor = os.open(lock, flags, mode)
-        set_mode(descriptor, mode)
-        os.close(descriptor)
-    if not lock.stat().st_size:
-        _reserve(lock)
-
-
-def _reserve(lock: Path) -> None:
-    """Give a lock file its room: LMDB maps holes, and a process that writes into one on a full disk is killed."""
-    descriptor = os.open(lock, os.O_RDWR | O_NOFOLLOW)
-    try:
-        reserve(descriptor, _LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
-    finally:
-        os.close(descriptor)
-
-
 def live_nbytes(stat: Mapping[str, Any]) -> int:
     """Return the bytes of the pages in use, from what LMDB says of its tree."""
     num_pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + _NUM_META_PAGES
     return int(num_pages * stat["psize"])
-
-
-def identity_of(path: Path) -> Identity | None:
-    """Return device and inode of a file; None where it cannot be looked at."""
-    try:
-        status = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, before each transaction
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def missing(directory: Path) -> StoreCorrupt:
@@ -395,3 +367,81 @@ def missing(directory: Path) -> StoreCorrupt:
         f"{directory / 'data.mdb'} is missing or empty although the database was created",
         hint="Restore it from a backup, or delete the database directory: it will be computed again.",
     )
+
+
+_environments: list[Environment] = []
+_lock = threading.RLock()
+
+
+def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False) -> Environment:
+    """Return this process's one environment for the files in `directory`; `release` it when done.
+
+    Raises `StoreCorrupt` for files that are missing, empty, damaged or shorter than they claim (unless `is_new`): LMDB
+    would map them all the same, and the first read of a missing page would kill the process.
+    """
+    directory = directory.absolute()
+    with _lock, store_errors(directory):
+        environment = _open_already(directory)
+        if environment is None:
+            if not is_new:
+                _check_presence(directory)
+                check_length(directory / "data.mdb")
+                check_pages(directory / "data.mdb")
+            environment = Environment(directory, readonly=readonly)
+            _environments.append(environment)
+        elif not readonly:
+            environment.make_writable()
+        environment.num_users += 1
+        return environment
+
+
+def _open_already(directory: Path) -> Environment | None:
+    """Return the environment of the files in a directory, by whatever path it was opened.
+
+    Compared are the lock files too: they stay when a compaction replaces the other.
+    """
+    data, lock = (identity_of(directory / name) for name in ("data.mdb", "lock.mdb"))
+    for environment in _environments:
+        if data == environment.data_identity or (lock is not None and lock == environment.lock_identity):
+            environment.follow()
+            return environment
+    return None
+
+
+def release(environment: Environment) -> None:
+    """Give back an environment; the last user closes it."""
+    with _lock:
+        environment.num_users -= 1
+        if not environment.num_users:
+            environment.close()
+            _environments.remove(environment)
+
+
+def _check_presence(directory: Path) -> None:
+    try:
+        is_empty = not (directory / "data.mdb").stat().st_size
+    except FileNotFoundError:
+        raise missing(directory) from None
+    if is_empty:
+        raise missing(directory)
+
+
+def _before_fork() -> None:
+    _lock.acquire()
+    for environment in _environments:
+        environment.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for environment in _environments:
+        environment.after_fork_in_parent()
+    _lock.release()
+
+
+def _after_fork_in_child() -> None:
+    for environment in _environments:
+        environment.after_fork_in_child()
+    _lock.release()
+
+
+register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
-from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, set_mode, sync
+from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, reserve, set_mode, sync
 
 DATA, READER_TABLE = "data.mdb", "lock.mdb"
 """LMDB's two files: everything that is stored, and its table of readers."""
@@ -127,3 +127,36 @@ def locked(path: Path, *, is_alone: bool = True, mode: int, timeout_seconds: flo
             except TimeoutError as error:
                 raise StoreLocked(str(error), hint="Try again when it is done, or end it if it hangs.") from None
         yield
+
+
+def make_lock_file(directory: Path, *, nbytes: int) -> None:
+    """Make the lock file of a store if it has none, with room for `nbytes` and permissions like those of the data.
+
+    LMDB would apply the umask. And it maps holes: a process that writes into one on a full disk is killed.
+    """
+    lock = directory / READER_TABLE
+    is_for_group = (directory / DATA).stat().st_mode & 0o040
+    mode = 0o660 if is_for_group else 0o600
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_RDWR | O_NOFOLLOW, mode)
+        set_mode(descriptor, mode)
+        os.close(descriptor)
+    if not lock.stat().st_size:
+        descriptor = os.open(lock, os.O_RDWR | O_NOFOLLOW)
+        try:
+            reserve(descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+
+
+Identity = tuple[int, int]
+"""Device and inode of a file."""
+
+
+def identity_of(path: Path) -> Identity | None:
+    """Return device and inode of a file; None where it cannot be looked at."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, before each transaction
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

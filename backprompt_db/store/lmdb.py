@@ -14,7 +14,7 @@ import numpy as np
 from backprompt_db.errors import StoreClosed, StoreError, StoreReadOnly
 from backprompt_db.store.compaction import compact
 from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit
-from backprompt_db.store.environment import Environment, live_nbytes
+from backprompt_db.store.environment import Environment, live_nbytes, release, shared_environment
 from backprompt_db.store.files import PRIVATE, Modes, create_files
 from backprompt_db.store.records import (
     CHUNK_NBYTES,
@@ -26,7 +26,6 @@ from backprompt_db.store.records import (
     records,
     xxh3_128,
 )
-from backprompt_db.store.registry import release, shared_environment
 from backprompt_db.system.failpoints import reach
 
 logger = logging.getLogger(__name__)

@@ -101,7 +101,7 @@ def test_other_pids_in_two_containers_share_the_database(tmp_path: Path) -> None
 
 
 WRITE = """
-from backprompt_db.store.registry import shared_environment
+from backprompt_db.store.environment import shared_environment
 environment = shared_environment(Path(place) / 'store', readonly=False)
 def write():
     print('comes', threading.get_native_id(), flush=True)

@@ -15,9 +15,9 @@ import pytest
 from backprompt_db.errors import StoreLocked
 from backprompt_db.store import environment
 from backprompt_db.store.contract import Blob
+from backprompt_db.store.environment import release, shared_environment
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.records import CHUNK_NBYTES
-from backprompt_db.store.registry import release, shared_environment
 from tests.support.store_contract import data, key, read
 
 assert sys.platform != "win32"

@@ -21,7 +21,7 @@ from backprompt_db.errors import BackpromptError, StoreError
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import verify
 from backprompt_db.store import environment
-from backprompt_db.store.registry import release, shared_environment
+from backprompt_db.store.environment import release, shared_environment
 from backprompt_db.system.platform import reserve
 from tests.support.damage import NUM_PARTS, in_a_fork, look, use
 from tests.support.damage import fill as fill_whole

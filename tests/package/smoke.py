@@ -22,12 +22,13 @@ from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key
 
+VECTORS = Path(__file__).parents[1] / "data" / "golden_keys.json"
 WEIGHTS, TOKENIZER = WeightsId(b"w" * 32), TokenizerId(b"t" * 32)
 
 
-def check_ids(vectors: Path) -> None:
+def check_ids() -> None:
     """Ids are those of the golden vectors, and those of a graph follow from its parts."""
-    golden: dict[str, list[dict[str, Any]]] = json.loads(vectors.read_text(encoding="ascii"))
+    golden: dict[str, list[dict[str, Any]]] = json.loads(VECTORS.read_text(encoding="ascii"))
     for vector in golden["segments"]:
         parents = [SegmentId(bytes.fromhex(parent)) for parent in vector["parents"]]
         string = vector["string"] * int(vector.get("times", 1))
@@ -117,7 +118,7 @@ def check_memory() -> None:
 
 def main() -> None:
     """Check everything."""
-    check_ids(Path(__file__).parents[1] / "data" / "golden_keys.json")
+    check_ids()
     check_memory()
     with tempfile.TemporaryDirectory() as directory:
         check_directory(Path(directory) / "db")

@@ -26,11 +26,11 @@ from backprompt_db.errors import (
 )
 from backprompt_db.store import environment
 from backprompt_db.store.contract import Blob
+from backprompt_db.store.environment import release, shared_environment
 from backprompt_db.store.files import PRIVATE, create_files
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.lmdb_errors import as_store_error, store_errors
 from backprompt_db.store.records import CHUNK_NBYTES
-from backprompt_db.store.registry import release, shared_environment
 from tests.support.store_contract import data, key, read
 
 assert sys.platform != "win32"
@@ -170,7 +170,7 @@ def test_readers_that_died_make_room(directory: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(environment, "MAX_READERS", 2)
     store = LmdbStore(directory)
     store.put([Blob(key(1), b"x")])
-    script = "from backprompt_db.store.registry import shared_environment as shared\n"
+    script = "from backprompt_db.store.environment import shared_environment as shared\n"
     script += "e = shared(directory, readonly=False); a = e.transaction(); a.__enter__(); b = e.transaction()\n"
     script += "b.__enter__(); print('died', flush=True); os._exit(0)"
     assert child(script, directory) == ["died"]

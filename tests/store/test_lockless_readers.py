@@ -117,7 +117,7 @@ def test_a_strict_reader_is_told_what_to_ask_for(place: Path) -> None:
 
 
 OVERTAKEN = (
-    "from backprompt_db.errors import StoreLocked\nfrom backprompt_db.store.registry import shared_environment\n"
+    "from backprompt_db.errors import StoreLocked\nfrom backprompt_db.store.environment import shared_environment\n"
     + IN_OTHER_SHOES
     + """
 environment = shared_environment(Path(place) / 'store', readonly=True)
