@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -153,6 +154,28 @@ FAMILIES = [
 
 REFUSED = [family for family in FAMILIES if family.verdict == "refused"]
 SUPPORTED = [family for family in FAMILIES if family.verdict != "refused"]
+
+REPRESENTATIVES = {
+    "gpt2": "a boolean mask; learned positions", "gptj": "an additive mask",
+    "llama": "rotary positions; heads in groups", "gpt_bigcode": "one head of keys and values",
+    "deepseek_v3": "keys wider than values; experts", "mistral-window": "a window in all layers",
+    "gemma3_text": "a window in some layers", "gpt_oss": "a window in some layers, additive; sinks",
+    "bloom": "chains: it takes no mask of ours", "mpt": "chains: it is wrong with one",
+    "gpt_neo-local": "chains: a window of its own", "llama4_text": "chains: chunks",
+    "llama-dynamic": "refused: positions change with the length", "bert-encoder": "refused: what follows is seen",
+    "t5": "refused: an encoder-decoder", "mamba": "refused: another state",
+}  # fmt: skip
+"""What is tested by default: each mask form, verdict and shape of a cache at least once. Others are `exhaustive`."""
+
+
+def by_name(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def cases(families: Iterable[Family]) -> list[Any]:
+    """Parameters of a test, those of no representative marked `exhaustive`."""
+    marks = {True: (), False: pytest.mark.exhaustive}
+    return [pytest.param(each, id=each.name, marks=marks[each.name in REPRESENTATIVES]) for each in families]
 
 
 def logprobs_of_last(model: Any, pieces: Sequence[Sequence[int]], **how: torch.Tensor) -> npt.NDArray[np.float32]:
