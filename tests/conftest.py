@@ -107,11 +107,10 @@ def db(open_db: Callable[..., bp.Database]) -> bp.Database:
 
 
 @pytest.fixture(scope="session")
-def proven() -> ModelRecord:
+def proven(tmp_path_factory: pytest.TempPathFactory) -> ModelRecord:
     """What the self-check has found of the tiny GPT-2. It is found once: proving takes longer than most tests."""
-    with bp.open(":memory:") as db:
-        lm = bp.LanguageModel(tiny_gpt2(), train_tokenizer(), db=db)
-        lm("a")
+    with bp.open(tmp_path_factory.mktemp("proven")) as db:
+        bp.LanguageModel(tiny_gpt2(), train_tokenizer(), db=db)("a")
         assert db.catalog is not None
         (record,) = db.catalog.models()
         return record

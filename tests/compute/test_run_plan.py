@@ -15,7 +15,7 @@ from backprompt_db.database.config import Config, write_config
 from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.prompt.representation import Part
 from tests.conftest import tiny_gpt2
-from tests.support.families import Family
+from tests.support.families import Family, by_name
 
 Open = Callable[..., bp.Database]
 MakeLM = Callable[..., bp.LanguageModel]
