@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,11 @@ def make_lm(
         return bp.LanguageModel(model or gpt2, tokenizer, db=db, **options)
 
     return make
+
+
+def cases(values: Iterable[Any], *, by_default: Container[Any]) -> list[Any]:
+    """Parameters of a test, those that are not tested by default marked `exhaustive`."""
+    return [pytest.param(each, marks=() if each in by_default else pytest.mark.exhaustive) for each in values]
 
 
 def plain_logprobs(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,7 +30,7 @@ from tests.support.families import (
     TOLERANCE,
     VOCAB_SIZE,
     Family,
-    cases,
+    family_cases,
     logprobs_as_defined,
     logprobs_of_last,
 )
@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(scope="module", params=cases(SUPPORTED))
+@pytest.fixture(scope="module", params=family_cases(SUPPORTED))
 def subject(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Subject]:
@@ -172,7 +172,7 @@ def test_parallel_branches_do_not_see_each_other_or_are_refused(subject: Subject
     assert_same(subject.lm(text).token_logprobs.numpy(), expected)
 
 
-@pytest.mark.parametrize("family", cases(REFUSED))
+@pytest.mark.parametrize("family", family_cases(REFUSED))
 def test_what_cannot_be_right_is_refused_and_nothing_is_stored(
     family: Family, tokenizer: PreTrainedTokenizerFast, db: bp.Database
 ) -> None:

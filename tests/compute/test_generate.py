@@ -16,8 +16,8 @@ from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import backprompt_db as bp
-from tests.conftest import CORPUS
-from tests.support.families import SUPPORTED, cases
+from tests.conftest import CORPUS, cases
+from tests.support.families import SUPPORTED, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits, plain
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -26,7 +26,7 @@ CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /ord
 PROMPTS = [CONTEXT + "Request: show me everyone", "Request:", "a", "The quick brown fox jumps over the lazy dog"]
 
 
-@pytest.fixture(params=cases(SUPPORTED))
+@pytest.fixture(params=family_cases(SUPPORTED))
 def any_lm(request: pytest.FixtureRequest, make_lm: MakeLM) -> bp.LanguageModel:
     """A tiny seeded model of each of several families."""
     return make_lm(request.param.build())
@@ -133,7 +133,7 @@ def eos_is(digit: str, lm: bp.LanguageModel) -> dict[str, Any]:
     return {"eos_token_id": lm.tokenizer.convert_tokens_to_ids(digit), "pad_token_id": 0, **only_digits(lm.tokenizer)}
 
 
-@pytest.mark.parametrize("digit", "0123456789")
+@pytest.mark.parametrize("digit", cases("0123456789", by_default="05"))
 def test_prompts_that_end_at_different_lengths_end_as_they_do_alone(lm: bp.LanguageModel, digit: str) -> None:
     told = {"max_new_tokens": 30, **eos_is(digit, lm)}
     for result in lm.generate(PROMPTS, **told):

@@ -18,7 +18,7 @@ from backprompt_db.compute.inference.fingerprint import weights_id
 from backprompt_db.compute.inference.selfcheck import Verdict, examine
 from backprompt_db.errors import ContextLengthExceeded
 from tests.conftest import VOCAB_SIZE, plain_logprobs
-from tests.support.families import CONTEXT, REQUEST, TOLERANCE, Family, by_name, cases, logprobs_as_defined
+from tests.support.families import CONTEXT, REQUEST, TOLERANCE, Family, by_name, family_cases, logprobs_as_defined
 from tests.support.graphs import graphs
 
 WINDOW = 16
@@ -97,14 +97,14 @@ class ShowsItsWindow(MistralForCausalLM):  # type: ignore[misc]
         return super().forward(*positional, **others)
 
 
-@pytest.mark.parametrize("family", cases(map(by_name, WINDOWED)))
+@pytest.mark.parametrize("family", family_cases(map(by_name, WINDOWED)))
 def test_families_with_windows_take_masks_that_have_them(family: Family) -> None:
     verdict = examine(family.build())
     assert verdict.form is not None
     assert (verdict.kind, verdict.form.name, verdict.reason) == ("packs", WINDOWED[family.name], None)
 
 
-@pytest.mark.parametrize("family", cases(map(by_name, WINDOWED)))
+@pytest.mark.parametrize("family", family_cases(map(by_name, WINDOWED)))
 def test_branches_many_windows_long_are_plain_passes(family: Family, make_lm: MakeLm) -> None:
     lm = make_lm(family.build())
     beginning = Text(CONTEXT) + REQUEST + CONTEXT

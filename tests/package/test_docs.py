@@ -18,7 +18,7 @@ import pytest
 import backprompt_db as bp
 from backprompt_db import errors
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
-from tests.conftest import tiny_gpt2
+from tests.conftest import cases, tiny_gpt2
 from tests.support.documents import CODE, DATA, Reader, blocks, is_run
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,11 @@ def reader(
     reader.close()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(map(is_run, blocks(text_of(page))))])
+RUN = [page for page in PAGES if any(map(is_run, blocks(text_of(page))))]
+SLOW = {"index.md", "how-to/databases.md", "how-to/warming.md"}
+
+
+@pytest.mark.parametrize("page", cases(RUN, by_default=set(RUN) - SLOW))
 def test_the_blocks_of_a_page_run_in_order(page: str, reader: Reader) -> None:
     for block in filter(is_run, blocks(text_of(page))):
         reader.run(block)

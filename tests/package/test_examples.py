@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tiny_gpt2
+from tests.conftest import cases, tiny_gpt2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "reuse")
@@ -55,7 +55,7 @@ def run(name: str, db: Path, model: Path) -> Run:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(NAMES, by_default=["chat", "documents"]))
 def test_an_example_computes_nothing_the_second_time(name: str, tmp_path: Path, model: Path) -> None:
     first, second = (run(name, tmp_path / "db", model) for _ in range(2))
     assert first.numbers("tokens")[0] > 0

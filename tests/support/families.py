@@ -172,7 +172,7 @@ def by_name(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
 
-def cases(families: Iterable[Family]) -> list[Any]:
+def family_cases(families: Iterable[Family]) -> list[Any]:
     """Parameters of a test, those of no representative marked `exhaustive`."""
     marks = {True: (), False: pytest.mark.exhaustive}
     return [pytest.param(each, id=each.name, marks=marks[each.name in REPRESENTATIVES]) for each in families]
