@@ -17,7 +17,7 @@ import pytest
 from backprompt_db.cli.options import duration_seconds
 from tests.support.bundles import SUBJECTS, description, run_prompts, tar_of
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import verified
 
 original, directory = copies_after(run_prompts)

@@ -16,7 +16,7 @@ from backprompt_db.prompt.ids import SegmentId
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 from tests.conftest import plain_logprobs
-from tests.support.graphs import graphs
+from tests.support.families import graphs
 
 TOLERANCE = 1e-4
 

@@ -18,8 +18,16 @@ from backprompt_db.compute.inference.fingerprint import weights_id
 from backprompt_db.compute.inference.selfcheck import Verdict, examine
 from backprompt_db.errors import ContextLengthExceeded
 from tests.conftest import VOCAB_SIZE, plain_logprobs
-from tests.support.families import CONTEXT, REQUEST, TOLERANCE, Family, by_name, family_cases, logprobs_as_defined
-from tests.support.graphs import graphs
+from tests.support.families import (
+    CONTEXT,
+    REQUEST,
+    TOLERANCE,
+    Family,
+    by_name,
+    family_cases,
+    graphs,
+    logprobs_as_defined,
+)
 
 WINDOW = 16
 WINDOWED = {

@@ -22,6 +22,7 @@ from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.files import Sharing
 from tests.conftest import tiny_gpt2
+from tests.support.database_files import snapshot
 from tests.support.faults import (
     TOGETHER,
     child,
@@ -36,7 +37,6 @@ from tests.support.faults import (
 )
 from tests.support.limits import assert_whole, put, stored
 from tests.support.operations import flip_a_bit
-from tests.support.snapshots import snapshot
 
 OpenDB = Callable[..., Database]
 

@@ -46,7 +46,7 @@ from tests.support.bundles import (
     stored,
     tar_of,
 )
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import flip_a_bit, put_blob, verified
 
 original, directory = copies_after(run_prompts)

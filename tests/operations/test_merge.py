@@ -25,7 +25,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from tests.support.bundles import REQUESTS, SUBJECTS, chain, new_parts, path_of, run_prompts, stored
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import catalog_of, flip_a_bit, read_blob, remove_blob, stored_keys, verified
 
 ROOT = Path(__file__).parents[2]

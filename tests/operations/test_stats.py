@@ -30,7 +30,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.lmdb import LmdbStore
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.databases import new_part
 from tests.support.operations import catalog_of, run_prompts
 

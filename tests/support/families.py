@@ -1,4 +1,4 @@
-"""Tiny seeded models of every family of decoder-only models, and plain forward passes over them: the oracle."""
+"""Tiny seeded models of every family of decoder-only models, texts for them, and plain forward passes: the oracle."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import backprompt_db as bp
 from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.text import Text
 
 TOLERANCE = 1e-4
 VOCAB_SIZE = 600
@@ -176,6 +179,18 @@ def family_cases(families: Iterable[Family]) -> list[Any]:
     """Parameters of a test, those of no representative marked `exhaustive`."""
     marks = {True: (), False: pytest.mark.exhaustive}
     return [pytest.param(each, id=each.name, marks=marks[each.name in REPRESENTATIVES]) for each in families]
+
+
+def graphs(*, alphabet: str, max_leaves: int) -> st.SearchStrategy[Text]:
+    """Return a strategy for texts whose pieces are one to six characters of `alphabet`."""
+    return st.recursive(
+        st.text(alphabet=alphabet, min_size=1, max_size=6).map(Text),
+        lambda inner: st.one_of(
+            st.lists(inner, min_size=2, max_size=3).map(lambda texts: sum(texts[1:], start=texts[0])),
+            st.lists(inner, min_size=2, max_size=3).map(lambda texts: bp.parallel(*texts)),
+        ),
+        max_leaves=max_leaves,
+    )
 
 
 def logprobs_of_last(model: Any, pieces: Sequence[Sequence[int]], **how: torch.Tensor) -> npt.NDArray[np.float32]:

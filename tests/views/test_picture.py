@@ -17,7 +17,7 @@ from backprompt_db.views.picture import Picture
 from backprompt_db.views.scene import PicturedSegment, State, Unit
 from tests.conftest import tiny_gpt2
 from tests.support.explanations import CONTEXT, ENDING, HOSTILE, REQUEST, MakeLM, prompt, run
-from tests.support.graphs import graphs
+from tests.support.families import graphs
 from tests.support.pictures import Drawn, DrawnRow, read_svg
 
 DOCUMENTS = ("The quick brown fox jumps.\n", "A prompt is built.\n", "Every piece of text has one.\n")
