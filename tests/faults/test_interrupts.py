@@ -40,12 +40,9 @@ def use():
     db.close()
     print("closed")
 
-threading.Thread(target=use, daemon=True).start()  # which is what hangs when the main thread has kept a lock
-time.sleep(0.1)
-for _ in range(200):
-    if threading.active_count() == 1:
-        break
-    time.sleep(0.1)
+after = threading.Thread(target=use, daemon=True)  # which is what hangs when the main thread has kept a lock
+after.start()
+after.join(20)
 """
 
 
