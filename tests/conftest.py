@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of children: the models are tin
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, also by all children
 torch.set_num_threads(1)
 
-SLOW = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
-settings.register_profile("quick", max_examples=20, stateful_step_count=15, **SLOW)
-settings.register_profile("exhaustive", max_examples=100, stateful_step_count=30, **SLOW)
+ANY_PACE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile("quick", ANY_PACE, max_examples=20, stateful_step_count=15)
+settings.register_profile("exhaustive", ANY_PACE, max_examples=100, stateful_step_count=30)
 settings.load_profile("quick")  # `--hypothesis-profile exhaustive` comes later and wins
 
 VOCAB_SIZE = 600

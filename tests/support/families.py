@@ -177,8 +177,8 @@ def by_name(name: str) -> Family:
 
 def family_cases(families: Iterable[Family]) -> list[Any]:
     """Parameters of a test, those of no representative marked `exhaustive`."""
-    marks = {True: (), False: pytest.mark.exhaustive}
-    return [pytest.param(each, id=each.name, marks=marks[each.name in REPRESENTATIVES]) for each in families]
+    rest = pytest.mark.exhaustive
+    return [pytest.param(each, id=each.name, marks=() if each.name in REPRESENTATIVES else rest) for each in families]
 
 
 def graphs(*, alphabet: str, max_leaves: int) -> st.SearchStrategy[Text]:
