@@ -207,7 +207,7 @@ class TestBesideWriters:
                 "print('done')\n"
             )
             with child(script, place) as writer:
-                assert writer.communicate(timeout=60)[0] == "done\n"
+                assert writer.communicate(timeout=300)[0] == "done\n"
             assert db.fetch(wanted_of(prompt(0))) == {}
             assert_whole(db, prompt(1))
             assert db.counters.num_read_failures == 0
@@ -248,5 +248,5 @@ def test_members_of_a_group_of_readers_read_together_with_the_owner_writing(tmp_
                     process.stdin.flush()
                     assert next_line(process) == "read"
             for process in (one, other):
-                assert process.communicate(timeout=60)[0] == "True 0\n"
+                assert process.communicate(timeout=300)[0] == "True 0\n"
             assert db.counters.num_write_failures == 0

@@ -252,7 +252,7 @@ def test_who_has_files_open_that_are_replaced_reads_on_and_writes_nowhere(place:
         REPLACEMENTS[by](place, tmp_path)
         for number in (2, 3):
             assert _say(process, number) == [NUM_PARTS, 0, "StoreCorrupt", False, True, 0, 0]
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log
     after = use(place)
     assert (after.num_found > 0) == (by != "nothing")
@@ -274,7 +274,7 @@ def test_who_has_a_file_open_that_is_overwritten_by_an_older_one_never_reads_wha
         answers = [_say(process, number) for number in range(2, 12)]
         assert [num_wrong for _, num_wrong, *_ in answers] == [0] * 10
         assert answers[0][0] > 0
-        _, log = process.communicate(timeout=60)
+        _, log = process.communicate(timeout=300)
         assert process.returncode == 0, log
     after = use(place)
     assert (after.died_of, after.num_wrong) == ("", 0)

@@ -118,7 +118,7 @@ def test_without_a_locale_texts_and_paths_are_the_same(tmp_path: Path, environme
 
 def run_process(*arguments: str | Path, environment: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-W", "error", "-m", "backprompt_db", *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, check=False, timeout=60)
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, check=False, timeout=300)
 
 
 NAMES = [b"a b", b"quo'te\"", b";rm -rf *?#%00", b"\xff\xfe", b"-n", b"two\nlines"]

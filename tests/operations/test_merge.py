@@ -229,7 +229,7 @@ def test_a_merge_that_was_killed_goes_on_where_it_was(
 ) -> None:
     command = [sys.executable, "-m", "backprompt_db", "merge", str(directory), "--db", str(other)]
     environment = os.environ | {"BACKPROMPT_DB_FAILPOINT": failure, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    killed = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(stored_keys(other)) == num_stored
     with open_existing(other) as db:

@@ -282,7 +282,7 @@ class TestWatch:
             assert child.stdout is not None
             lines = [json.loads(child.stdout.readline()) for _ in range(3)]
             child.send_signal(signal.SIGINT)
-            rest, errors = child.communicate(timeout=30)
+            rest, errors = child.communicate(timeout=300)
         assert (child.returncode, errors) == (0, "")
         for line in (*lines, *map(json.loads, rest.splitlines())):
             assert list(mismatches(line, SCHEMA)) == []
@@ -314,7 +314,7 @@ class TestWatch:
                 except OSError:  # the other end was closed
                     break
                 shown += more
-            _, errors = child.communicate(timeout=30)
+            _, errors = child.communicate(timeout=300)
         os.close(ours)
         assert (child.returncode, errors) == (0, b"")
         assert shown.rstrip().endswith(b"\x1b[?25h"), "the cursor is back"

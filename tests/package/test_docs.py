@@ -90,7 +90,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(directory)]
     alone = ["unshare", "--map-root-user", "--net"]
-    can_be_alone = subprocess.run([*alone, "true"], capture_output=True, check=False, timeout=60).returncode == 0
+    can_be_alone = subprocess.run([*alone, "true"], capture_output=True, check=False, timeout=300).returncode == 0
     command = [*alone, *build] if can_be_alone else build
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600)

@@ -53,8 +53,8 @@ def test_the_wheel_holds_the_package_its_migrations_and_its_data(wheel: Path) ->
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"backprompt_db/py.typed", "backprompt_db/migrations/env.py"} <= names
     assert {"backprompt_db/cli/demo/endpoints.json", "backprompt_db/cli/demo/requests.jsonl"} <= names
-    for asset in (ROOT / "backprompt_db" / "pictures" / "page_assets").iterdir():
-        assert f"backprompt_db/pictures/page_assets/{asset.name}" in names
+    for asset in (ROOT / "backprompt_db" / "views" / "page_assets").iterdir():
+        assert f"backprompt_db/views/page_assets/{asset.name}" in names
     for migration in (ROOT / "migrations" / "versions").glob("*.py"):
         assert f"backprompt_db/migrations/versions/{migration.name}" in names
     assert not any(name.startswith(("tests", "benchmarks", "migrations")) for name in names)

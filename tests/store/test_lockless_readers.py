@@ -15,7 +15,7 @@ from tests.support.databases import new_part
 from tests.support.faults import IN_OTHER_SHOES, child, next_line, public_directory, run
 
 READER = (
-    "import backprompt_db.catalog, backprompt_db.database.opening\n"
+    "import backprompt_db.catalog.catalog, backprompt_db.database.opening\n"
     + IN_OTHER_SHOES
     + """
 db = bp.open(place, mode='r', memory_nbytes=0)
