@@ -4,13 +4,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types docs bench torture clean smoke
+# Tests run in two processes, each taking whole modules. `test` leaves out what is marked `exhaustive`, `test-all` nothing.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-all lint types docs bench torture smoke clean
 
 demo: $(READY)
 	$(BIN)/backprompt-db demo
 
-test: lint types docs
-	$(BIN)/python -m pytest
+test: $(READY)
+	$(PYTEST)
+
+test-all: $(READY)
+	$(PYTEST) -m "" --hypothesis-profile exhaustive
 
 lint: $(READY)
 	$(BIN)/ruff check .

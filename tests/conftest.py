@@ -5,20 +5,28 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import backprompt_db as bp
+from backprompt_db.catalog.records import ModelRecord
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of children: the models are tiny, and threads wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, also by all children
-torch.set_num_threads(1)  # the models are tiny; threads that wait for each other on a busy machine are not
+torch.set_num_threads(1)
+
+ANY_PACE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+settings.register_profile("quick", ANY_PACE, max_examples=20, stateful_step_count=15)
+settings.register_profile("exhaustive", ANY_PACE, max_examples=100, stateful_step_count=30)
+settings.load_profile("quick")  # `--hypothesis-profile exhaustive` comes later and wins
 
 VOCAB_SIZE = 600
 CORPUS = [
@@ -98,22 +106,40 @@ def db(open_db: Callable[..., bp.Database]) -> bp.Database:
     return open_db()
 
 
+@pytest.fixture(scope="session")
+def proven(tmp_path_factory: pytest.TempPathFactory) -> ModelRecord:
+    """What the self-check has found of the tiny GPT-2. It is found once: proving takes longer than most tests."""
+    with bp.open(tmp_path_factory.mktemp("proven")) as db:
+        bp.LanguageModel(tiny_gpt2(), train_tokenizer(), db=db)("a")
+        assert db.catalog is not None
+        (record,) = db.catalog.models()
+        return record
+
+
 @pytest.fixture
-def lm(gpt2: Any, tokenizer: PreTrainedTokenizerFast, db: bp.Database) -> bp.LanguageModel:
-    """The tiny GPT-2 on a new database."""
-    return bp.LanguageModel(gpt2, tokenizer, db=db)
+def lm(make_lm: Callable[..., bp.LanguageModel], db: bp.Database) -> bp.LanguageModel:
+    """The tiny GPT-2 on a new database, proven."""
+    return make_lm(db=db)
 
 
 @pytest.fixture
 def make_lm(
-    gpt2: Any, tokenizer: PreTrainedTokenizerFast, open_db: Callable[..., bp.Database]
+    gpt2: Any, tokenizer: PreTrainedTokenizerFast, open_db: Callable[..., bp.Database], proven: ModelRecord
 ) -> Callable[..., bp.LanguageModel]:
-    """Make further language models: on the same tiny GPT-2 and a new database unless given."""
+    """Make further language models: on the same tiny GPT-2, proven, and a new database unless given."""
 
     def make(model: Any = None, *, db: bp.Database | None = None, **options: Any) -> bp.LanguageModel:
-        return bp.LanguageModel(model or gpt2, tokenizer, db=db or open_db(), **options)
+        db = db or open_db()
+        if model is None:
+            db.model_metadata.save(proven)
+        return bp.LanguageModel(model or gpt2, tokenizer, db=db, **options)
 
     return make
+
+
+def cases(values: Iterable[Any], *, by_default: Container[Any]) -> list[Any]:
+    """Parameters of a test, those that are not tested by default marked `exhaustive`."""
+    return [pytest.param(each, marks=() if each in by_default else pytest.mark.exhaustive) for each in values]
 
 
 def plain_logprobs(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

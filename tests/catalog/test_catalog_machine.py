@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -159,4 +158,4 @@ def test_in_any_order_it_agrees_with_plain_dictionaries(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__(tmp_path / f"{next(numbers)}.sqlite")
 
-    run_state_machine_as_test(OnItsOwnFile, settings=settings(max_examples=15, stateful_step_count=12, deadline=None))
+    run_state_machine_as_test(OnItsOwnFile)

@@ -71,7 +71,7 @@ class TestCounts:
             child.stdin.write(b"\n")
             child.stdin.flush()
         for child in children:
-            child.communicate(timeout=60)
+            child.communicate(timeout=300)
         assert [child.returncode for child in children] == [0] * 5
         own = dict.fromkeys(names, 80.0)
         assert catalog.counts() == {"misses": 200.0, "computed_tokens": 5.0 * sum(range(40)), **own}

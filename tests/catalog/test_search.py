@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from alembic import command
 from alembic.config import Config
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt_db.catalog.catalog import Catalog
@@ -126,7 +126,6 @@ class TestWhatIsFound:
         with pytest.raises(InvalidText):
             catalog.select(Selection(text_matches="\udcff"))
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         strings=st.lists(st.text(LETTERS, min_size=1, max_size=9), max_size=9, unique=True),
         wanted=st.text(LETTERS, min_size=1, max_size=5),

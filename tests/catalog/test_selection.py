@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt_db.catalog.catalog import Catalog
@@ -92,7 +92,6 @@ class TestTextPrefixes:
         prefix = "".join(origin.text for origin in chain[:1200])
         assert len(selected(catalog, Selection(text_prefix=prefix))) == 301
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(
         nodes=st.lists(st.tuples(st.text("ab%", min_size=1, max_size=3), st.integers(0, 63)), max_size=7),
         prefix=st.text("ab%", min_size=1, max_size=7),

@@ -134,4 +134,4 @@ def at_once(command: list[str], *, number: int) -> list[bytes]:
         assert child.stdin is not None
         child.stdin.write(b"\n")
         child.stdin.flush()
-    return [first + child.communicate(timeout=60)[0] for first, child in zip(begun, children, strict=True)]
+    return [first + child.communicate(timeout=300)[0] for first, child in zip(begun, children, strict=True)]

@@ -17,7 +17,7 @@ import pytest
 from backprompt_db.cli.options import duration_seconds
 from tests.support.bundles import SUBJECTS, description, run_prompts, tar_of
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import verified
 
 assert sys.platform != "win32"
@@ -111,7 +111,7 @@ def test_a_file_that_cannot_grow_is_an_error_and_leaves_nothing(directory: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
     command = [sys.executable, "-m", "backprompt_db", "export", str(tmp_path / "x"), "--db", str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=limit)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=limit)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path / 'x'} cannot be used: File too large\nhint: ")
     assert [path for path in tmp_path.iterdir() if path.is_file()] == []
@@ -150,7 +150,7 @@ def test_dashes_are_standard_streams(directory: Path, other: Path) -> None:
     ):
         assert export.stderr is not None
         assert json.loads(export.stderr.read())["num_parts"] == 18
-        assert json.loads(import_.communicate(timeout=60)[0])["num_stored"] == 18
+        assert json.loads(import_.communicate(timeout=300)[0])["num_stored"] == 18
     assert (export.returncode, import_.returncode) == (0, 0)
     assert verified(other).is_clean
 

@@ -23,7 +23,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.lmdb import LmdbStore
 from tests.support.cli import CONTROL, LONG, SQL, run, run_json, run_prompts
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.databases import address, new_part
 
 COMMANDS = [

@@ -14,7 +14,7 @@ import backprompt_db as bp
 from backprompt_db.cli.ls import excerpt, places
 from backprompt_db.operations.reindex import keep_up_index
 from tests.support.cli import CONTROL, LONG, SQL, run, run_json, run_prompts
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.databases import new_part
 
 original, directory = copies_after(run_prompts)

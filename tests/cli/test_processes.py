@@ -15,7 +15,7 @@ import pytest
 from backprompt_db.cli import main
 from backprompt_db.operations import stats as stats_module
 from tests.support.cli import run, run_prompts
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 
 original, directory = copies_after(run_prompts)
 

@@ -147,7 +147,7 @@ def test_two_processes_that_have_it_open_meanwhile_go_on(place: Path) -> None:
         assert run("purge", "--db", place, "--contains", "Jane Doe", "--yes").exit_code == 0
         assert traces(place) == []
         for process in (reader, writer):
-            out, err = process.communicate(line + "\n", timeout=60)
+            out, err = process.communicate(line + "\n", timeout=300)
             assert (out, process.returncode) == ("3 0 0\n", 0), err
     assert traces(place) == []
     with bp.open(place) as db:
@@ -162,7 +162,7 @@ def test_it_waits_for_one_who_is_writing(place: Path) -> None:
         while not list((place / "pending").iterdir()):
             time.sleep(0.01)
         assert run("purge", "--db", place, "--contains", "Jane Doe", "--yes").exit_code == 0
-        assert writer.wait(60) == 0
+        assert writer.wait(300) == 0
     assert traces(place) == []
     with Catalog.open(place / "catalog.sqlite") as catalog, bp.open(place, memory_nbytes=0) as db:
         assert set(catalog.keys()) == stored(db) == set(keys_of([*STAYS, *LARGE, *segments("A letter.", " More.")]))

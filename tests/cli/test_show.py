@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import backprompt_db as bp
 from tests.cli.test_commands import ROW_FIELDS
 from tests.support.cli import CONTROL, LONG, run, run_json, run_prompts
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 
 original, directory = copies_after(run_prompts)
 

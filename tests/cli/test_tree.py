@@ -16,7 +16,7 @@ from backprompt_db.cli.tree import forest_table
 from backprompt_db.operations.forest import Forest, Measure, forest, prune
 from tests.support.catalogs import MODEL, OTHER_WEIGHTS, new_catalog, origin_of, stored
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.explanations import CONTEXT, HOSTILE, REQUEST, prompt
 from tests.support.pictures import read_svg
 
@@ -192,5 +192,5 @@ class TestDatabase:
         script += "; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
         for arguments in (["tree", "--db", str(directory)], ["tree", "--db", str(directory), CONTEXT]):
             command = [sys.executable, "-c", script.format(arguments)]
-            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+            result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             assert result.stdout.endswith("[]\n")

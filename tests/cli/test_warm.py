@@ -27,7 +27,7 @@ assert sys.platform != "win32"
 TEMPLATE = r"Pick the endpoint.\nRequest: {request}\nEndpoint:"
 REQUESTS = ["show me everyone", "create an order", 'say "hello"']
 WARMED_FIELDS = [*Warmed.__dataclass_fields__, "num_left_out", "left_out"]
-SECONDS = 60
+SECONDS = 300
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import StaticCache
 
@@ -17,7 +17,7 @@ from backprompt_db.errors import ModelMismatch, StoreReadOnly
 from backprompt_db.operations.verify import verify
 from tests.conftest import plain_logprobs, tiny_gpt2, train_tokenizer
 from tests.support.adopt import CHECKS, PIECES, TOLERANCE, MakeLM, chain, ids_of, plain, tensors
-from tests.support.families import SUPPORTED
+from tests.support.families import SUPPORTED, family_cases
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -179,7 +179,7 @@ def test_another_process_finds_what_was_adopted(
     assert other.counters.num_model_calls == 0
 
 
-@pytest.mark.parametrize("family", SUPPORTED[::4], ids=str)
+@pytest.mark.parametrize("family", family_cases(SUPPORTED))
 def test_families_adopt_what_plain_passes_compute_and_nothing_else(family: Any, make_lm: MakeLM) -> None:
     lm = make_lm(family.build())
     ids = ids_of(lm.tokenizer)
@@ -209,7 +209,6 @@ def shared() -> Iterator[bp.LanguageModel]:
         yield bp.LanguageModel(tiny_gpt2(), train_tokenizer(), db=db)
 
 
-@settings(max_examples=30, deadline=None)
 @given(pieces=st.lists(st.text(alphabet="ab c\n", min_size=1, max_size=20), min_size=1, max_size=6))
 def test_any_chain_is_adopted_and_runs_like_a_plain_pass(shared: bp.LanguageModel, pieces: list[str]) -> None:
     ids = ids_of(shared.tokenizer, pieces)

@@ -20,7 +20,7 @@ from backprompt_db.errors import (
 )
 from tests.conftest import plain_logprobs, tiny_gpt2
 from tests.support.adopt import PIECES, TOLERANCE, MakeLM, assert_refused, chain, ids_of, num_stored, plain
-from tests.support.families import FAMILIES, REFUSED
+from tests.support.families import REFUSED, by_name
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -197,8 +197,7 @@ def test_a_row_padded_on_the_right_or_with_positions_of_its_own_is_refused(lm: b
 
 
 def test_a_cache_that_forgets_is_refused_and_one_that_does_not_is_taken(make_lm: MakeLM) -> None:
-    (mistral,) = [family for family in FAMILIES if family.name == "mistral"]
-    lm = make_lm(mistral.build())
+    lm = make_lm(by_name("mistral").build())
     lm.model.config.sliding_window = 8
     lm = make_lm(lm.model)
     ids = ids_of(lm.tokenizer)

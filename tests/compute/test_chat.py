@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -317,7 +317,6 @@ def test_a_chat_is_a_text_like_any_other(lm: bp.LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=conversations(), prompt=st.booleans())
 def test_any_conversation_is_what_its_template_renders(
     name: str, tokenizers: list[Any], talk: Callable[..., bp.Text], messages: Chat, prompt: object
@@ -328,7 +327,6 @@ def test_any_conversation_is_what_its_template_renders(
 
 
 @pytest.mark.parametrize("name", APPENDING)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=conversations())
 def test_any_growing_conversation_shares_all_but_the_end_of_its_earlier_turns(
     name: str, tokenizers: list[Any], talk: Callable[..., bp.Text], messages: Chat

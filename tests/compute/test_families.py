@@ -15,18 +15,22 @@ from transformers import PreTrainedTokenizerFast
 
 import backprompt_db as bp
 from backprompt_db import Text, parallel
+from backprompt_db.compute.inference.selfcheck import examine, probe_shape
 from backprompt_db.errors import UnsupportedModel
 from tests.support.families import (
     CONTEXT,
+    FAMILIES,
     FULL,
     LABELS,
     MIXED,
     REFUSED,
+    REPRESENTATIVES,
     REQUEST,
     SUPPORTED,
     TOLERANCE,
     VOCAB_SIZE,
     Family,
+    family_cases,
     logprobs_as_defined,
     logprobs_of_last,
 )
@@ -61,7 +65,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.fixture(scope="module", params=SUPPORTED, ids=str)
+@pytest.fixture(scope="module", params=family_cases(SUPPORTED))
 def subject(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Subject]:
@@ -168,7 +172,7 @@ def test_parallel_branches_do_not_see_each_other_or_are_refused(subject: Subject
     assert_same(subject.lm(text).token_logprobs.numpy(), expected)
 
 
-@pytest.mark.parametrize("family", REFUSED, ids=str)
+@pytest.mark.parametrize("family", family_cases(REFUSED))
 def test_what_cannot_be_right_is_refused_and_nothing_is_stored(
     family: Family, tokenizer: PreTrainedTokenizerFast, db: bp.Database
 ) -> None:
@@ -180,3 +184,17 @@ def test_what_cannot_be_right_is_refused_and_nothing_is_stored(
     (record,) = db.catalog.models()
     assert record.verdict == "refused"
     assert db.counters.num_stored == 0
+
+
+@pytest.mark.exhaustive
+def test_the_representatives_have_each_form_of_mask_verdict_and_shape_of_a_cache() -> None:
+    found: dict[bool, set[Any]] = {True: set(), False: set()}
+    for family in FAMILIES:
+        model = family.build()
+        verdict = examine(model)
+        assert verdict.kind == family.verdict
+        found[family.name in REPRESENTATIVES].add(verdict.form and verdict.form.name)
+        if verdict.form is not None:
+            shape = probe_shape(model)
+            found[family.name in REPRESENTATIVES].add((shape.num_kv_heads, shape.key_dim, shape.value_dim))
+    assert found[False] <= found[True]

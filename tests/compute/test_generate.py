@@ -9,29 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import backprompt_db as bp
-from tests.conftest import CORPUS
-from tests.support.families import SUPPORTED
+from tests.conftest import CORPUS, cases
+from tests.support.families import SUPPORTED, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits, plain
 
 MakeLM = Callable[..., bp.LanguageModel]
 
 CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n"
 PROMPTS = [CONTEXT + "Request: show me everyone", "Request:", "a", "The quick brown fox jumps over the lazy dog"]
-FAMILIES = [
-    family
-    for family in SUPPORTED
-    if family.name in {"llama", "opt", "bloom", "mistral-window", "deepseek_v2", "gemma3_text", "gptj", "falcon-alibi"}
-]
 
 
-@pytest.fixture(params=FAMILIES, ids=str)
+@pytest.fixture(params=family_cases(SUPPORTED))
 def any_lm(request: pytest.FixtureRequest, make_lm: MakeLM) -> bp.LanguageModel:
     """A tiny seeded model of each of several families."""
     return make_lm(request.param.build())
@@ -59,7 +54,6 @@ def test_every_family_generates_what_a_plain_call_does_alone_and_together(any_lm
 CUTS = st.lists(st.integers(1, 12), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=st.sampled_from(CORPUS), begin=st.integers(0, 40), cuts=st.lists(CUTS, min_size=1, max_size=3))
 def test_prompts_cut_anywhere_are_continued_like_their_joined_tokens(
     lm: bp.LanguageModel, source: str, begin: int, cuts: list[list[int]]
@@ -139,7 +133,7 @@ def eos_is(digit: str, lm: bp.LanguageModel) -> dict[str, Any]:
     return {"eos_token_id": lm.tokenizer.convert_tokens_to_ids(digit), "pad_token_id": 0, **only_digits(lm.tokenizer)}
 
 
-@pytest.mark.parametrize("digit", "0123456789")
+@pytest.mark.parametrize("digit", cases("0123456789", by_default="05"))
 def test_prompts_that_end_at_different_lengths_end_as_they_do_alone(lm: bp.LanguageModel, digit: str) -> None:
     told = {"max_new_tokens": 30, **eos_is(digit, lm)}
     for result in lm.generate(PROMPTS, **told):

@@ -17,8 +17,8 @@ from backprompt_db.prompt.ids import address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Blob, Key
-from tests.conftest import VOCAB_SIZE, plain_logprobs, tiny_gpt2
-from tests.support.families import SUPPORTED
+from tests.conftest import VOCAB_SIZE, cases, plain_logprobs, tiny_gpt2
+from tests.support.families import SUPPORTED, by_name, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -66,7 +66,7 @@ def test_another_handle_finds_the_continuation(
     assert torch.equal(again.token_logprobs[-20:], result.token_logprobs)
 
 
-@pytest.mark.parametrize("digit", "0123456789")
+@pytest.mark.parametrize("digit", cases("0123456789", by_default="05"))
 def test_what_ended_early_is_stored_without_its_end(lm: bp.LanguageModel, digit: str) -> None:
     eos_token_id = lm.tokenizer.convert_tokens_to_ids(digit)
     results = lm.generate(PROMPTS, eos_token_id=eos_token_id, max_new_tokens=30, **digits(lm))
@@ -84,7 +84,7 @@ def test_every_sequence_of_a_prompt_is_stored(lm: bp.LanguageModel, num_beams: i
         assert_stored_like_a_plain_pass(lm, result)
 
 
-@pytest.mark.parametrize("family", SUPPORTED[1::9], ids=str)
+@pytest.mark.parametrize("family", family_cases(SUPPORTED))
 def test_families_store_what_they_generate(family: Any, make_lm: MakeLM) -> None:
     lm = make_lm(family.build())
     for result in lm.generate(PROMPTS, **digits(lm)):
@@ -260,14 +260,14 @@ def test_prompts_that_cannot_be_continued_are_refused(lm: bp.LanguageModel, make
         lm.generate(["a", ""])
     with pytest.raises(PromptError, match="one prompt"):
         lm.generate(["a", "b"], streamer=object())
-    (bloom,) = (family for family in SUPPORTED if family.name == "bloom")
+    bloom = by_name("bloom")
     with pytest.raises(UnsupportedModel, match="plain chains only"):
         make_lm(bloom.build()).generate(Text("a") + bp.parallel("b", "c") + "d")
     assert lm.counters.num_computed_tokens == 0
 
 
 def test_branches_are_continued_within_a_window_and_refused_beyond_it(make_lm: MakeLM) -> None:
-    (family,) = (family for family in SUPPORTED if family.name == "mistral-window")
+    family = by_name("mistral-window")
     lm = make_lm(family.build())
     strings = ["a", "b", "c", "d"]
     prompt = lm.text("a") + bp.parallel("b", "c") + "d"

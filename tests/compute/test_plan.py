@@ -16,7 +16,7 @@ from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text
-from tests.support.graphs import graphs
+from tests.support.families import graphs
 
 GRAPHS = graphs(alphabet="abc", max_leaves=10)
 FORESTS = st.lists(GRAPHS, min_size=1, max_size=3)

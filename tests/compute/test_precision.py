@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import backprompt_db as bp
 from backprompt_db import Text
 from backprompt_db.compute.inference.selfcheck import examine
-from tests.support.families import CONTEXT, FAMILIES, LABELS, REQUEST
+from tests.support.families import CONTEXT, LABELS, REQUEST, by_name, family_cases
 
 NAMES = ["gpt2", "llama", "qwen2", "mistral-window", "gemma2", "gemma3_text", "cohere2", "modernbert-decoder"]
 MAX_RATIO = 1.25
@@ -30,7 +30,7 @@ def logprobs(model: Any, input_ids: torch.Tensor) -> npt.NDArray[np.float64]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", [each for each in FAMILIES if each.name in NAMES], ids=str)
+@pytest.mark.parametrize("family", family_cases(map(by_name, NAMES)))
 def test_packs_err_no_more_than_plain_passes(
     family: Any, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, db: bp.Database
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
@@ -16,7 +16,7 @@ from backprompt_db.prompt.ids import SegmentId
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 from tests.conftest import plain_logprobs
-from tests.support.graphs import graphs
+from tests.support.families import graphs
 
 TOLERANCE = 1e-4
 
@@ -154,7 +154,6 @@ def test_an_explicit_start_moves_the_position_ids(lm: bp.LanguageModel) -> None:
 GRAPHS = graphs(alphabet="ab \n.?", max_leaves=8)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(graphs=st.lists(GRAPHS, min_size=1, max_size=3), stored=GRAPHS)
 def test_any_graph_equals_the_masked_oracle(
     make_lm: Callable[..., bp.LanguageModel], graphs: list[Text], stored: Text

@@ -15,7 +15,7 @@ from backprompt_db.database.config import Config, write_config
 from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.prompt.representation import Part
 from tests.conftest import tiny_gpt2
-from tests.support.families import FAMILIES, Family
+from tests.support.families import Family, by_name
 
 Open = Callable[..., bp.Database]
 MakeLM = Callable[..., bp.LanguageModel]
@@ -182,8 +182,7 @@ class TestNothingHappens:
 
     @pytest.mark.parametrize("name", ["llama-dynamic", "bert-encoder"])
     def test_a_model_that_would_be_refused_has_no_plan(self, make_lm: MakeLM, name: str) -> None:
-        (family,) = [each for each in FAMILIES if each.name == name]
-        lm = make_lm(family.build())
+        lm = make_lm(by_name(name).build())
         with pytest.raises(bp.errors.UnsupportedModel) as refused:
             lm.warm(prompts())
         with pytest.raises(bp.errors.UnsupportedModel) as unplanned:

@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, trainers
 from tokenizers.processors import TemplateProcessing
@@ -89,7 +89,6 @@ def test_only_the_cuts_that_change_tokens_are_left_out(tokenizer: Any, prefixing
     assert SegmentTokenizer(prefixing_tokenizer).exact_cuts("the dog<s>fox", [3, 4, 7]) == [7]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(string=STRINGS, data=st.data())
 def test_pieces_between_exact_cuts_have_the_tokens_of_the_whole_string(
     tokenizer: Any, prefixing_tokenizer: Any, string: str, data: st.DataObject
@@ -129,7 +128,6 @@ def test_a_piece_without_tokens_is_refused(tokenizer: Any) -> None:
         SegmentTokenizer(stripping).encode((Text("the") + " ").segments())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(string=STRINGS, size=st.integers(1, 20))
 def test_cut_pieces_have_exactly_the_tokens_of_the_whole_string(tokenizer: Any, string: str, size: int) -> None:
     pieces = pieces_of(string, SegmentTokenizer(tokenizer).cuts(string, size))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
-from tests.support.families import FAMILIES
+from tests.support.families import by_name
 
 CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n"
 QUESTION = "Request: show me everyone who signed up this week\nEndpoint:"
@@ -102,8 +102,7 @@ def test_a_pipeline_chats_over_the_stored_beginning_of_a_conversation(lm: bp.Lan
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
 def test_families_generate_the_same_over_a_stored_prefix(lm: bp.LanguageModel, name: str) -> None:
-    (family,) = [family for family in FAMILIES if family.name == name]
-    lm = bp.LanguageModel(family.build(), lm.tokenizer, db=lm.db)
+    lm = bp.LanguageModel(by_name(name).build(), lm.tokenizer, db=lm.db)
     ours = lm.model.generate(**inputs(lm), **GREEDY, past_key_values=lm(CONTEXT).past_key_values)
     assert torch.equal(ours, lm.model.generate(**inputs(lm), **GREEDY))
 

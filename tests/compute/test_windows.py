@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 import backprompt_db as bp
@@ -18,8 +18,16 @@ from backprompt_db.compute.inference.fingerprint import weights_id
 from backprompt_db.compute.inference.selfcheck import Verdict, examine
 from backprompt_db.errors import ContextLengthExceeded
 from tests.conftest import VOCAB_SIZE, plain_logprobs
-from tests.support.families import CONTEXT, FAMILIES, REQUEST, TOLERANCE, Family, logprobs_as_defined
-from tests.support.graphs import graphs
+from tests.support.families import (
+    CONTEXT,
+    REQUEST,
+    TOLERANCE,
+    Family,
+    by_name,
+    family_cases,
+    graphs,
+    logprobs_as_defined,
+)
 
 WINDOW = 16
 WINDOWED = {
@@ -44,10 +52,6 @@ MakeLm = Callable[..., bp.LanguageModel]
 def mistral(kind: Any = MistralForCausalLM, *, window: int = WINDOW, **options: Any) -> Any:
     torch.manual_seed(0)
     return kind(MistralConfig(**{**SIZES, **options}, sliding_window=window)).eval()
-
-
-def family(name: str) -> Family:
-    return next(each for each in FAMILIES if each.name == name)
 
 
 def assert_as_defined(lm: bp.LanguageModel, text: Text) -> None:
@@ -101,16 +105,16 @@ class ShowsItsWindow(MistralForCausalLM):  # type: ignore[misc]
         return super().forward(*positional, **others)
 
 
-@pytest.mark.parametrize(("name", "form"), WINDOWED.items())
-def test_families_with_windows_take_masks_that_have_them(name: str, form: str) -> None:
-    verdict = examine(family(name).build())
+@pytest.mark.parametrize("family", family_cases(map(by_name, WINDOWED)))
+def test_families_with_windows_take_masks_that_have_them(family: Family) -> None:
+    verdict = examine(family.build())
     assert verdict.form is not None
-    assert (verdict.kind, verdict.form.name, verdict.reason) == ("packs", form, None)
+    assert (verdict.kind, verdict.form.name, verdict.reason) == ("packs", WINDOWED[family.name], None)
 
 
-@pytest.mark.parametrize("name", WINDOWED)
-def test_branches_many_windows_long_are_plain_passes(name: str, make_lm: MakeLm) -> None:
-    lm = make_lm(family(name).build())
+@pytest.mark.parametrize("family", family_cases(map(by_name, WINDOWED)))
+def test_branches_many_windows_long_are_plain_passes(family: Family, make_lm: MakeLm) -> None:
+    lm = make_lm(family.build())
     beginning = Text(CONTEXT) + REQUEST + CONTEXT
     texts = [beginning + branch + REQUEST for branch in (CONTEXT, REQUEST, "\n" + CONTEXT + CONTEXT)]
     assert min(len(result.input_ids) for result in lm(texts)) > 4 * WINDOW
@@ -120,7 +124,7 @@ def test_branches_many_windows_long_are_plain_passes(name: str, make_lm: MakeLm)
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma3_text", "gpt_oss"])
 def test_windows_go_by_position_ids(name: str, make_lm: MakeLm) -> None:
-    lm = make_lm(family(name).build())
+    lm = make_lm(by_name(name).build())
     assert_as_defined(lm, Text(CONTEXT) + parallel(REQUEST, CONTEXT, "\n") + REQUEST + "\n")
     for start in (0, 20, 200):
         assert_as_defined(lm, Text(CONTEXT) + Text(REQUEST, start=start) + "\n" + REQUEST)
@@ -130,12 +134,11 @@ def test_windows_go_by_position_ids(name: str, make_lm: MakeLm) -> None:
 def windowed_lms(
     tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[bp.LanguageModel]]:
-    models = [mistral(window=3), family("gemma3_text").build()]
+    models = [mistral(window=3), by_name("gemma3_text").build()]
     with bp.open(tmp_path_factory.mktemp("windows")) as db:
         yield [bp.LanguageModel(model, tokenizer, db=db) for model in models]
 
 
-@settings(max_examples=25, deadline=None)
 @given(graphs(alphabet="ab ", max_leaves=8))
 def test_windows_are_right_in_texts_of_any_shape(windowed_lms: list[bp.LanguageModel], text: Text) -> None:
     for lm in windowed_lms:
@@ -151,7 +154,7 @@ def test_a_window_of_thousands_of_tokens_ends_no_prompt(make_lm: MakeLm) -> None
 
 
 def test_what_was_proven_is_remembered_without_its_window(make_lm: MakeLm) -> None:
-    lm = make_lm(family("gemma3_text").build())
+    lm = make_lm(by_name("gemma3_text").build())
     lm(CONTEXT)
     lm.db.flush()
     assert_plain(make_lm(lm.model, db=lm.db), Text(CONTEXT) + REQUEST + CONTEXT)

@@ -154,7 +154,7 @@ class TestSums:
         )
         children = [start(script, tmp_path / "db") for _ in range(4)]
         for child in children:
-            child.communicate("\n", timeout=60)
+            child.communicate("\n", timeout=300)
             assert child.returncode == 0
         found = counts(tmp_path / "db")
         assert found["disk_hits"] - before.get("disk_hits", 0) == 4 * 20 * 2
@@ -190,7 +190,7 @@ class TestSums:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGKILL)
-        child.communicate(timeout=60)
+        child.communicate(timeout=300)
         assert counts(tmp_path / "db") == {"misses": 2}
 
     def test_what_the_catalog_missed_is_told_the_next_time(

@@ -61,7 +61,7 @@ def test_what_is_put_while_the_interpreter_exits_is_stored(tmp_path: Path) -> No
 
 def test_a_process_that_fails_keeps_what_it_computed(tmp_path: Path) -> None:
     with start("db = bp.open(place)\ndb.put([new_part('a')])\nraise SystemExit(3)", tmp_path) as process:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
     assert process.returncode == 3
     assert check(tmp_path) == set(expected("a"))
 
@@ -117,7 +117,7 @@ def test_six_processes_that_create_at_once_share_one_database(tmp_path: Path) ->
     place = tmp_path / "new" / "db"
     processes = [start(script, place) for _ in range(6)]
     for process in processes:
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert (process.returncode, err) == (0, "")
     assert len(check(place)) == 7
     assert json.loads((place / "manifest.json").read_text())["format"] == 1
@@ -245,7 +245,9 @@ def test_a_user_who_may_only_read_finds_what_is_there_and_keeps_nothing(public_p
     let_all_read(place)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in place.rglob("*")}
     script = (
-        "import backprompt_db.catalog, backprompt_db.database.opening\n" + IN_OTHER_SHOES + "db = bp.open(place)\n"
+        "import backprompt_db.catalog.catalog, backprompt_db.database.opening\n"
+        + IN_OTHER_SHOES
+        + "db = bp.open(place)\n"
         "for _ in range(3):\n    found = values(db.fetch(wanted('a', 'b')))\n"
         "    db.put([new_part('b')])\n    db.flush()\n"
         "c = db.counters\nprint(found == expected('a'), db.readonly, c.num_hits, c.num_misses, c.num_write_failures)\n"

@@ -25,7 +25,7 @@ SCRIPT = (
 def run(setting: str, script: str = SCRIPT) -> tuple[int, str, str]:
     command = [sys.executable, "-c", script]
     done = subprocess.run(
-        command, env=os.environ | {VARIABLE: setting}, capture_output=True, text=True, check=False, timeout=60
+        command, env=os.environ | {VARIABLE: setting}, capture_output=True, text=True, check=False, timeout=300
     )
     return done.returncode, done.stdout, done.stderr
 

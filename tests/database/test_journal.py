@@ -183,7 +183,7 @@ class TestStopped:
             with bp.open(place) as db:
                 put_prompts(db, [1])
             process.send_signal(signal.SIGCONT)
-            assert process.wait(60) == 0
+            assert process.wait(300) == 0
         assert entries(place) == []
         with bp.open(place) as db:
             assert recorded(db) == stored(db)

@@ -19,10 +19,10 @@ from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
 from backprompt_db.store.records import CHUNK_NBYTES
 from tests.conftest import tiny_gpt2
+from tests.support.database_files import snapshot
 from tests.support.faults import keys_of, prompt, put_prompts, run, segments
 from tests.support.limits import assert_whole, put, stored
 from tests.support.operations import back_door, flip_a_bit
-from tests.support.snapshots import snapshot
 from tests.support.store_contract import StoreContract, StoreMachine, data, key, read
 
 MakeLM = Callable[..., bp.LanguageModel]

@@ -402,7 +402,7 @@ class TestTogether:
                 while not list((place / "pending").iterdir()):
                     time.sleep(0.01)
                 db.evictor.evict(to_nbytes=0, selection=_prefix("Before"))
-                assert writer.wait(60) == 0
+                assert writer.wait(300) == 0
             assert db.counters.num_evicted == 6, "the child, then what it follows"
             assert stored(db) == set()
 

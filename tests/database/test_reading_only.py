@@ -24,6 +24,7 @@ from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.files import Sharing
 from tests.conftest import tiny_gpt2
+from tests.support.database_files import snapshot
 from tests.support.faults import (
     TOGETHER,
     child,
@@ -38,7 +39,6 @@ from tests.support.faults import (
 )
 from tests.support.limits import assert_whole, put, stored
 from tests.support.operations import flip_a_bit
-from tests.support.snapshots import snapshot
 
 assert sys.platform != "win32"
 
@@ -211,7 +211,7 @@ class TestBesideWriters:
                 "print('done')\n"
             )
             with child(script, place) as writer:
-                assert writer.communicate(timeout=60)[0] == "done\n"
+                assert writer.communicate(timeout=300)[0] == "done\n"
             assert db.fetch(wanted_of(prompt(0))) == {}
             assert_whole(db, prompt(1))
             assert db.counters.num_read_failures == 0
@@ -252,5 +252,5 @@ def test_members_of_a_group_of_readers_read_together_with_the_owner_writing(tmp_
                     process.stdin.flush()
                     assert next_line(process) == "read"
             for process in (one, other):
-                assert process.communicate(timeout=60)[0] == "True 0\n"
+                assert process.communicate(timeout=300)[0] == "True 0\n"
             assert db.counters.num_write_failures == 0

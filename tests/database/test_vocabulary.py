@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -86,7 +86,6 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 class TestPieces:
     @given(text=TEXTS)
-    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
     def test_they_join_to_the_text_and_there_is_one_for_each_token(
         self, kind: tuple[Any, Vocabulary], text: str
     ) -> None:

@@ -129,7 +129,7 @@ def test_who_meets_a_migration_that_hangs_reads_and_goes_on_when_it_is_killed(tm
 
 READ_ONLY = (
     """
-import backprompt_db.catalog, backprompt_db.database.opening, sqlalchemy.dialects.sqlite
+import backprompt_db.catalog.catalog, backprompt_db.database.opening, sqlalchemy.dialects.sqlite
 """
     + IN_OTHER_SHOES
     + """

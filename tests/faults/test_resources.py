@@ -247,7 +247,9 @@ def test_a_full_map_fails_aloud_reads_on_and_lets_go(tmp_path: Path, monkeypatch
             return [errors, len(found), deleted, again, c.num_write_failures > 0, c.num_read_failures]
 
     errors, num_found, deleted, again, has_failed, num_read_failures = in_a_fork(fill_up)
-    assert (set(errors), num_found, has_failed, num_read_failures) == ({"", "StoreFull"}, 9, True, 0)
+    assert "StoreFull" in errors
+    assert set(errors) <= {"", "StoreFull"}, "how many fit depends on what is written in one transaction"
+    assert (num_found, has_failed, num_read_failures) == (9, True, 0)
     assert {deleted, again} <= {"", "StoreFull"}
     monkeypatch.undo()
     assert_survived(tmp_path / "db", [2, 8, *(number for number, error in enumerate(errors, 40) if not error)])
@@ -321,7 +323,10 @@ def test_a_limit_on_the_size_of_files_fails_aloud_and_reading_goes_on(tmp_path: 
             return [errors, len(found), db.counters.num_write_failures > 0, db.counters.num_read_failures]
 
     errors, num_found, has_failed, num_read_failures = in_a_fork(use_with_limit)
-    assert (set(errors), num_found, has_failed, num_read_failures) == ({"", "StoreFull"}, 9, True, 0)
+    assert "StoreFull" in errors
+    assert set(errors) <= {"", "StoreFull"}, "how many fit depends on what is written in one transaction"
+    assert num_pages < 64 or "" in errors
+    assert (num_found, has_failed, num_read_failures) == (9, True, 0)
     assert_survived(tmp_path / "db", NUMBERS + [number for number, error in enumerate(errors, 40) if not error])
 
 

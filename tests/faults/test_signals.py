@@ -152,7 +152,7 @@ def test_a_writer_of_another_user_that_is_killed_holds_nobody_up() -> None:
         for path in [place, *place.rglob("*")]:
             path.chmod(0o1777 if path.is_dir() else 0o666)
         script = (
-            "import backprompt_db.catalog, backprompt_db.database.opening\nimport sqlalchemy.dialects.sqlite\n"
+            "import backprompt_db.catalog.catalog, backprompt_db.database.opening\nimport sqlalchemy.dialects.sqlite\n"
             + IN_OTHER_SHOES
             + "db = bp.open(place)\n"
             "put_prompts(db, [1]); print('stored', os.getuid(), flush=True); put_prompts(db, [2])"

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -58,7 +58,6 @@ def run_tokens(tokenizer: Any, pieces: list[str]) -> list[int]:
     return list(chain.from_iterable(SegmentTokenizer(tokenizer).encode(text.segments()).values()))
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(context=STRINGS, continuation=STRINGS)
 def test_the_pieces_of_a_request_have_the_tokens_of_the_hf_model(
     any_tokenizer: Any, context: str, continuation: str
@@ -77,7 +76,6 @@ def test_the_pieces_of_a_request_have_the_tokens_of_the_hf_model(
         assert run_tokens(any_tokenizer, [*found[0], *found[1]]) == before + after
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text("ab \n.Q:", min_size=1, max_size=30), min_size=1, max_size=6), st.integers(1, 40))
 def test_plain_text_can_be_cut_anywhere_a_word_begins(
     tokenizer: Any, smollm2_tokenizer: Any, lines: list[str], place: int

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
@@ -46,7 +46,7 @@ from tests.support.bundles import (
     stored,
     tar_of,
 )
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import flip_a_bit, put_blob, verified
 
 original, directory = copies_after(run_prompts)
@@ -314,7 +314,6 @@ def graphs(draw: st.DrawFn) -> list[tuple[Origin, set[Part]]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
 @given(graphs())
 def test_any_database_comes_out_as_it_went_in_but_for_what_nobody_could_use(
     graph: list[tuple[Origin, set[Part]]],

@@ -28,7 +28,7 @@ from backprompt_db.operations.doctor import Check, diagnose
 from backprompt_db.operations.doctor_checks import Finding, Status, Subject, probe
 from backprompt_db.system import platform
 from tests.support.cli import run
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import catalog_of, remove_row, run_prompts, stored_keys, verified
 
 assert sys.platform != "win32"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt_db.catalog.catalog import Catalog
@@ -185,7 +185,6 @@ class TestSums:
         record(catalog, origin_of("from tomorrow"), at=1e6)
         assert forest(catalog, at=10.0).weights(Measure.RECENCY) == [1.0]
 
-    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(nodes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 255)), max_size=9))
     def test_the_roots_sum_up_everything_and_parents_come_first(
         self, tmp_path: Path, nodes: list[tuple[int, int]]

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
@@ -275,7 +275,6 @@ def test_at_the_end_is_refused_and_the_parts_are_kept(what: str, empty: bp.Datab
 
 
 class TestDamage:
-    @settings(max_examples=60, deadline=None)
     @given(st.data())
     def test_a_flipped_bit_is_found_wherever_it_means_something(self, data: st.DataObject) -> None:
         bundle, originals = _bundle(), dict(blobs(chain("a", "b")))
@@ -289,7 +288,6 @@ class TestDamage:
                 assert stored(db) == originals
             assert stored(db).items() <= originals.items()
 
-    @settings(max_examples=60, deadline=None)
     @given(st.data())
     def test_a_bundle_that_ends_early_is_an_error_and_what_came_is_kept(self, data: st.DataObject) -> None:
         bundle = _bundle()
@@ -311,7 +309,6 @@ class TestDamage:
         for bundle in (_bundle() + bytes(10240), _bundle()[:-1024], _bundle()[:-512]):
             assert imported(empty, bundle).num_orphaned == 0
 
-    @settings(max_examples=60, deadline=None)
     @given(st.binary(max_size=2000))
     def test_any_bytes_are_refused(self, content: bytes) -> None:
         with bp.open(MEMORY) as db, pytest.raises(FormatError):

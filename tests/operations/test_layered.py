@@ -23,6 +23,7 @@ from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from tests.support.cli import run_json
+from tests.support.database_files import snapshot
 from tests.support.faults import (
     IN_OTHER_SHOES,
     address_of,
@@ -36,7 +37,6 @@ from tests.support.faults import (
 )
 from tests.support.limits import HIGH_NBYTES, assert_whole, live, make_limited, of_size, put, stored
 from tests.support.operations import flip_a_bit
-from tests.support.snapshots import snapshot
 
 assert sys.platform != "win32"
 

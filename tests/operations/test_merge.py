@@ -25,7 +25,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from tests.support.bundles import REQUESTS, SUBJECTS, chain, new_parts, path_of, run_prompts, stored
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import catalog_of, flip_a_bit, read_blob, remove_blob, stored_keys, verified
 
 assert sys.platform != "win32"
@@ -231,7 +231,7 @@ def test_a_merge_that_was_killed_goes_on_where_it_was(
 ) -> None:
     command = [sys.executable, "-m", "backprompt_db", "merge", str(directory), "--db", str(other)]
     environment = os.environ | {"BACKPROMPT_DB_FAILPOINT": failure, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    killed = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(stored_keys(other)) == num_stored
     with open_existing(other) as db:

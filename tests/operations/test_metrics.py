@@ -17,7 +17,7 @@ from backprompt_db.operations.metrics import exposition
 from backprompt_db.operations.stats import gather
 from backprompt_db.prompt.representation import Part
 from tests.support.cli import run
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.databases import new_part
 from tests.support.operations import catalog_of, run_prompts
 

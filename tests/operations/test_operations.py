@@ -22,7 +22,7 @@ from backprompt_db.operations.verify import Verification, verify
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.lmdb import LmdbStore
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import (
     FOREIGN,
     catalog_of,

@@ -31,7 +31,7 @@ from backprompt_db.prompt.representation import Array, Origin, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.files import Sharing
 from backprompt_db.store.records import record_key
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.operations import (
     FOREIGN,
     back_door,

@@ -30,7 +30,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.lmdb import LmdbStore
 from tests.support.cli import run, run_json
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.databases import new_part
 from tests.support.operations import catalog_of, run_prompts
 
@@ -284,7 +284,7 @@ class TestWatch:
             assert child.stdout is not None
             lines = [json.loads(child.stdout.readline()) for _ in range(3)]
             child.send_signal(signal.SIGINT)
-            rest, errors = child.communicate(timeout=30)
+            rest, errors = child.communicate(timeout=300)
         assert (child.returncode, errors) == (0, "")
         for line in (*lines, *map(json.loads, rest.splitlines())):
             assert list(mismatches(line, SCHEMA)) == []
@@ -316,7 +316,7 @@ class TestWatch:
                 except OSError:  # the other end was closed
                     break
                 shown += more
-            _, errors = child.communicate(timeout=30)
+            _, errors = child.communicate(timeout=300)
         os.close(ours)
         assert (child.returncode, errors) == (0, b"")
         assert shown.rstrip().endswith(b"\x1b[?25h"), "the cursor is back"

@@ -25,7 +25,7 @@ from backprompt_db.store.check import flaws
 from backprompt_db.store.contract import Key
 from backprompt_db.store.records import CHUNK_NBYTES
 from tests.support.cli import run
-from tests.support.database_copies import copies_after
+from tests.support.database_files import copies_after
 from tests.support.databases import new_part
 from tests.support.operations import (
     back_door,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import tiny_gpt2
+from tests.conftest import cases, tiny_gpt2
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "reuse")
@@ -55,9 +57,21 @@ def run(name: str, db: Path, model: Path) -> Run:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_example_computes_nothing_the_second_time(name: str, tmp_path: Path, model: Path) -> None:
-    first, second = (run(name, tmp_path / "db", model) for _ in range(2))
+@pytest.fixture(scope="module")
+def run_twice(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callable[[str], list[Run]]:
+    """Run an example on a new database, and once more; each only once for all tests."""
+
+    @functools.cache
+    def of(name: str) -> list[Run]:
+        db = tmp_path_factory.mktemp(name) / "db"
+        return [run(name, db, model) for _ in range(2)]
+
+    return of
+
+
+@pytest.mark.parametrize("name", cases(NAMES, by_default=["chat", "documents"]))
+def test_an_example_computes_nothing_the_second_time(name: str, run_twice: Callable[[str], list[Run]]) -> None:
+    first, second = run_twice(name)
     assert first.numbers("tokens")[0] > 0
     assert set(second.numbers("tokens")) == set(second.numbers("passes")) == {0}
     assert not any(step["loading"] for step in second.steps)
@@ -65,8 +79,9 @@ def test_an_example_computes_nothing_the_second_time(name: str, tmp_path: Path, 
     assert [step["what"] for step in second.steps] == [step["what"] for step in first.steps]
 
 
-def test_parallel_documents_are_computed_once_for_all_orders(tmp_path: Path, model: Path) -> None:
-    steps = {step["what"]: step for step in run("documents", tmp_path / "db", model).steps}
+def test_parallel_documents_are_computed_once_for_all_orders(run_twice: Callable[[str], list[Run]]) -> None:
+    first, _ = run_twice("documents")
+    steps = {step["what"]: step for step in first.steps}
     tokens = {what: int(step["tokens"].replace(",", "")) for what, step in steps.items()}
     assert tokens["parallel, another order"] == 0
     assert 0 < tokens["parallel"] < tokens["chain, the right one first"] * 0.8

@@ -13,6 +13,8 @@ import pytest
 
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 
+exhaustive = pytest.mark.exhaustive  # two kernels and a trained model: pages of the documentation run by default
+
 PATH = Path(__file__).parents[2] / "docs" / "tutorial.ipynb"
 MAX_NBYTES = 300_000
 
@@ -62,6 +64,7 @@ def counted(text: str) -> list[int]:
     return [int(number) for number in found]
 
 
+@exhaustive
 def test_the_first_run_computes_and_the_next_kernel_computes_nothing_and_loads_no_model(runs: list[Any]) -> None:
     first, second = ("".join(printed(run)) for run in runs)
     assert max(counted(first)) > 0
@@ -70,12 +73,14 @@ def test_the_first_run_computes_and_the_next_kernel_computes_nothing_and_loads_n
     assert "not loaded" in second
 
 
+@exhaustive
 def test_both_runs_print_the_same_numbers_of_the_model(runs: list[Any]) -> None:
     first, second = (re.findall(r"-\d+\.\d+", "".join(printed(run))) for run in runs)
     assert len(first) > 20
     assert first == second
 
 
+@exhaustive
 def test_pictures_and_tables_are_shown_and_say_stored_the_second_time(runs: list[Any]) -> None:
     first, second = map(shown, runs)
     assert len(first) == len(second) >= 6
@@ -83,6 +88,7 @@ def test_pictures_and_tables_are_shown_and_say_stored_the_second_time(runs: list
     assert not any("never seen" in page for page in second)
 
 
+@exhaustive
 def test_the_committed_outputs_are_of_one_run_of_these_cells(committed: Any, runs: list[Any]) -> None:
     assert [cell.execution_count for cell in code(committed)] == list(range(1, len(code(committed)) + 1))
     assert len(shown(committed)) == len(shown(runs[0]))

@@ -8,8 +8,6 @@ import pkgutil
 import re
 from pathlib import Path
 
-import pytest
-
 import backprompt_db
 
 ROOT = Path(__file__).parents[2]
@@ -23,10 +21,10 @@ def modules() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["backprompt_db", *modules()])
-def test_the_examples_of_docstrings_run(name: str) -> None:
-    failures, _ = doctest.testmod(importlib.import_module(name))
-    assert failures == 0
+def test_the_examples_of_docstrings_run() -> None:
+    for name in ["backprompt_db", *modules()]:
+        failures, _ = doctest.testmod(importlib.import_module(name))
+        assert failures == 0, name
 
 
 def test_the_readme_names_every_command() -> None:

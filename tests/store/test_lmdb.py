@@ -59,7 +59,7 @@ def directory(tmp_path: Path) -> Path:
 def child(script: str, directory: Path, *, preexec: Callable[[], None] | None = None) -> list[str]:
     """Run a script in a process of its own and return the words that it prints."""
     command = [sys.executable, "-W", "error", "-c", PREAMBLE + script, str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=preexec)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, preexec_fn=preexec)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

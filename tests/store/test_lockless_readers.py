@@ -18,7 +18,7 @@ from tests.support.faults import IN_OTHER_SHOES, child, next_line, public_direct
 assert sys.platform != "win32"
 
 READER = (
-    "import backprompt_db.catalog, backprompt_db.database.opening\n"
+    "import backprompt_db.catalog.catalog, backprompt_db.database.opening\n"
     + IN_OTHER_SHOES
     + """
 db = bp.open(place, mode='r', memory_nbytes=0)

@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 import lmdb
 import pytest
-from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from backprompt_db.store.contract import Blob, Store
@@ -66,7 +65,7 @@ class LmdbMachine(StoreMachine):
 
 @pytest.mark.parametrize("machine", [MemoryMachine, LmdbMachine])
 def test_a_store_is_a_dict_whose_first_writers_win(machine: type[StoreMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(max_examples=20, stateful_step_count=20, deadline=None))
+    run_state_machine_as_test(machine)
 
 
 def damage(directory: Path, edit: Edit) -> None:

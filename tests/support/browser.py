@@ -21,6 +21,22 @@ _ARGUMENTS = [
     "--disable-component-update", "--disable-sync", "--window-size=1200,800", "--force-device-scale-factor=1",
 ]  # fmt: skip
 _SECONDS = 30
+_NOTE_WHAT_IS_WAITED_FOR = """
+{
+  const { setTimeout, clearTimeout, requestAnimationFrame } = window;
+  const waiting = window.waiting = { for: new Set(), frame: (act) => requestAnimationFrame(act) };
+  const noted = (ask, act, ...more) => {
+    const key = {};
+    waiting.for.add(key);
+    key.id = ask((...values) => { waiting.for.delete(key); act(...values); }, ...more);
+    return key;
+  };
+  window.setTimeout = (act, after) => noted(setTimeout, act, after);
+  window.clearTimeout = (key) => { waiting.for.delete(key); clearTimeout(key?.id); };
+  window.requestAnimationFrame = (act) => noted(requestAnimationFrame, act);
+}
+"""
+"""Runs before the page: it notes timers and frames that the page has asked for."""
 
 
 def missing_browser() -> str | None:
@@ -47,6 +63,7 @@ def browser(*arguments: str) -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(str(CHROMEDRIVER)))
+    driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _NOTE_WHAT_IS_WAITED_FOR})
     try:
         yield driver
     finally:
@@ -87,12 +104,12 @@ class PageInBrowser:
         return self.driver.execute_script(f"return ({expression})")
 
     def settle(self) -> None:
-        """Wait until what was last asked for is drawn, and mirrored: two mirrors of the same view."""
+        """Wait until what was asked for is drawn and mirrored: until the page has waited for nothing in some frames."""
         self.wait("document.querySelector('canvas').dataset.isReady")
         self.driver.execute_async_script(
-            "const done = arguments[0], canvas = document.querySelector('canvas');"
-            "let last; const look = () => { const now = canvas.innerHTML + JSON.stringify(canvas.dataset);"
-            " if (now === last) done(); else { last = now; setTimeout(look, 400); } }; look();"
+            "const done = arguments[0];"
+            "const look = (num) => num > 3 ? done() : waiting.frame(() => look(waiting.for.size ? 0 : num + 1));"
+            "look(0);"
         )
 
     def items(self) -> dict[int, Item]:

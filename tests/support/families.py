@@ -1,17 +1,21 @@
-"""Tiny seeded models of every family of decoder-only models, and plain forward passes over them: the oracle."""
+"""Tiny seeded models of every family of decoder-only models, texts for them, and plain forward passes: the oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
+from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import backprompt_db as bp
 from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.text import Text
 
 TOLERANCE = 1e-4
 VOCAB_SIZE = 600
@@ -153,6 +157,40 @@ FAMILIES = [
 
 REFUSED = [family for family in FAMILIES if family.verdict == "refused"]
 SUPPORTED = [family for family in FAMILIES if family.verdict != "refused"]
+
+REPRESENTATIVES = {
+    "gpt2": "a boolean mask; learned positions", "gptj": "an additive mask",
+    "llama": "rotary positions; heads in groups", "gpt_bigcode": "one head of keys and values",
+    "deepseek_v3": "keys wider than values; experts", "mistral-window": "a window in all layers",
+    "gemma3_text": "a window in some layers", "gpt_oss": "a window in some layers, additive; sinks",
+    "bloom": "chains: it takes no mask of ours", "mpt": "chains: it is wrong with one",
+    "gpt_neo-local": "chains: a window of its own", "llama4_text": "chains: chunks",
+    "llama-dynamic": "refused: positions change with the length", "bert-encoder": "refused: what follows is seen",
+    "t5": "refused: an encoder-decoder", "mamba": "refused: another state",
+}  # fmt: skip
+"""What is tested by default: each mask form, verdict and shape of a cache at least once. Others are `exhaustive`."""
+
+
+def by_name(name: str) -> Family:
+    return next(family for family in FAMILIES if family.name == name)
+
+
+def family_cases(families: Iterable[Family]) -> list[Any]:
+    """Parameters of a test, those of no representative marked `exhaustive`."""
+    rest = pytest.mark.exhaustive
+    return [pytest.param(each, id=each.name, marks=() if each.name in REPRESENTATIVES else rest) for each in families]
+
+
+def graphs(*, alphabet: str, max_leaves: int) -> st.SearchStrategy[Text]:
+    """Return a strategy for texts whose pieces are one to six characters of `alphabet`."""
+    return st.recursive(
+        st.text(alphabet=alphabet, min_size=1, max_size=6).map(Text),
+        lambda inner: st.one_of(
+            st.lists(inner, min_size=2, max_size=3).map(lambda texts: sum(texts[1:], start=texts[0])),
+            st.lists(inner, min_size=2, max_size=3).map(lambda texts: bp.parallel(*texts)),
+        ),
+        max_leaves=max_leaves,
+    )
 
 
 def logprobs_of_last(model: Any, pieces: Sequence[Sequence[int]], **how: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -28,7 +28,7 @@ from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.system.failpoints import VARIABLE
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 60
+TIMEOUT_SECONDS = 300
 WEIGHTS, TOKENIZER = WeightsId(b"w" * 32), TokenizerId(b"t" * 32)
 
 NUMS_TOKENS = (1, 3, 20, 100, 4500)

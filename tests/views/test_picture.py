@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
@@ -17,7 +17,7 @@ from backprompt_db.views.picture import Picture
 from backprompt_db.views.scene import PicturedSegment, State, Unit
 from tests.conftest import tiny_gpt2
 from tests.support.explanations import CONTEXT, ENDING, HOSTILE, REQUEST, MakeLM, prompt, run
-from tests.support.graphs import graphs
+from tests.support.families import graphs
 from tests.support.pictures import Drawn, DrawnRow, read_svg
 
 DOCUMENTS = ("The quick brown fox jumps.\n", "A prompt is built.\n", "Every piece of text has one.\n")
@@ -228,7 +228,6 @@ class TestTexts:
         assert len(svg) < 20_000
         assert "(998,000 characters more)" in read_svg(svg).rows[0].tooltip
 
-    @settings(deadline=None)
     @given(graphs(alphabet="ab<&\n\x00\u202e\U0001f642م", max_leaves=12), st.integers(min_value=3, max_value=8))
     def test_every_picture_parses_and_has_every_segment_once(self, text: bp.Text, max_rows: int) -> None:
         shown, segments = read_svg(text.picture().svg(max_rows=max_rows)), text.segments()

@@ -1,4 +1,4 @@
-"""Copies of a database that prompts were run on, for tests to damage."""
+"""Files of a database: copies for tests to damage, and what must stay as it is in one that is only read."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def copies_after(run_prompts: Callable[[bp.LanguageModel], None]) -> tuple[objec
         return Path(shutil.copytree(original, tmp_path / "copy"))
 
     return original, directory
+
+
+def snapshot(place: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file, but of the lock that readers take too."""
+    files = [path for path in place.rglob("*") if path.is_file() and path.name != "lock.mdb"]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
