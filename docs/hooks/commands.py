@@ -43,5 +43,5 @@ def _cell(text: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Return help as Markdown, in which its brackets and stars are nothing but that."""
+    """Return help as Markdown: its brackets and stars are escaped, so that they stand for themselves."""
     return re.sub(r"[<*\[](?![^`]*`)", lambda found: f"\\{found[0]}", cleandoc(text).replace("\b", ""))

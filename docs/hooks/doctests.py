@@ -14,6 +14,6 @@ class Doctests(Extension):
     """Put a fence around each example."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
-        """Do so in the docstring of a module, a class, a function or an attribute."""
+        """Put fences into the docstring of a module, a class, a function or an attribute."""
         if obj.docstring is not None:
             obj.docstring.value = _EXAMPLE.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)

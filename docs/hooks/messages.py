@@ -12,11 +12,11 @@ _PLACE = "<!-- messages -->"
 _PACKAGE = Path(__file__).parents[2] / "backprompt_db"
 
 GAP = "…"
-"""Stands for what a message says of the case at hand."""
+"""Stands for the words of a message that differ from case to case."""
 
 
 class Message(NamedTuple):
-    """What one place in the code raises."""
+    """An error that the code raises at one place: its class, its message and its hint."""
 
     kind: str
     message: str
@@ -60,7 +60,7 @@ def _messages(path: Path, kinds: set[str]) -> Iterator[Message]:
 
 
 def _constants(tree: ast.Module) -> dict[str, ast.expr]:
-    """Return what the module's names stand for."""
+    """Return the values that a module gives to its names."""
     return {
         target.id: node.value
         for node in tree.body

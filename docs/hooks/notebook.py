@@ -14,14 +14,14 @@ _PAGE = "tutorial.md"
 
 
 def on_config(config: Any) -> Any:
-    """List the page where there is a notebook."""
+    """List the tutorial's page in the navigation, if there is a notebook."""
     if (Path(config["docs_dir"]) / _NOTEBOOK).exists():
         config["nav"].insert(1, {"Tutorial": _PAGE})
     return config
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Add the page, where there is a notebook."""
+    """Add the tutorial's page, if there is a notebook."""
     notebook = Path(config["docs_dir"]) / _NOTEBOOK
     if notebook.exists():
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import markdown  # type: ignore[import-untyped]
 import pytest
@@ -156,6 +157,20 @@ def test_troubleshooting_has_every_class_of_errors_and_every_message(site: Path,
     found = messages.messages()
     assert len(found) > 150
     assert [each for each in found if fixed(each.message.replace("`", "")) not in shown] == []
+
+
+def test_the_drawing_of_the_house_shows_every_module() -> None:
+    package = Path(bp.__file__).parent
+    there: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        if path.parent != package and not path.stem.startswith("__"):
+            there.setdefault(str(path.parent.relative_to(package)), set()).add(path.stem)
+    drawn: dict[str, set[str]] = {}
+    for room in ET.parse(DOCS / "pictures" / "house.svg").iterfind(".//*[@data-room]"):  # noqa: S314 - our own
+        texts = room.iterfind("{*}text[@class='modules']")
+        words = {word for text in texts for word in (text.text or "").split() if not word.endswith("/")}
+        drawn |= {room.attrib["data-room"]: words} if words else {}
+    assert drawn == there
 
 
 def test_troubleshooting_quotes_only_messages_that_exist(messages: Any) -> None:
