@@ -1,4 +1,4 @@
-"""What pictures show of prompts: segments of which nothing else is known, an explanation, and the result of a run."""
+"""Pictures of prompts: of segments about which nothing is known, of an explanation, and of the result of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def picture_segments(segments: Sequence[Segment], *, remarks: tuple[str, ...] = ()) -> Picture:
-    """Return a picture of segments of which nothing else is known: widths are characters."""
+    """Return a picture of segments about which nothing else is known: widths are numbers of characters."""
     return Picture(
         segments=tuple(
             PicturedSegment(text=segment.string, parents=parents, state=State.UNKNOWN, size=len(segment.string))
@@ -31,7 +31,7 @@ def picture_segments(segments: Sequence[Segment], *, remarks: tuple[str, ...] = 
 
 
 def picture_result(segments: Sequence[Segment], scores: Sequence[Arrays], is_computed: Sequence[bool]) -> Picture:
-    """Return a picture of what a run has found and computed of each segment. Nothing is looked up."""
+    """Return a picture of what a run has found, and what it has computed. Nothing is looked up."""
     counts = [part["input_ids"].shape[0] for part in scores]
     states = [State.COMPUTED if each else State.STORED for each in is_computed]
     return Picture(
@@ -89,7 +89,7 @@ def _explained(segment: SegmentExplanation, *, unit: Unit, is_computed: bool) ->
 
 
 def _reason(miss: Miss) -> str:
-    """Return why something is missing, with the date and not the age: pictures stay what they are."""
+    """Return why something is missing, with the date instead of the age: a picture may be kept."""
     if miss.at is None:
         return why(miss)
     return f"{why(replace(miss, at=None))} ({datetime.fromtimestamp(miss.at, UTC):%Y-%m-%d %H:%M:%S} UTC)"
