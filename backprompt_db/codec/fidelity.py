@@ -67,7 +67,7 @@ def reduce(part: Part, arrays: Arrays, fidelity: Fidelity) -> Arrays:
 
 
 def restore(arrays: Arrays, dtype: str) -> Arrays:
-    """Return the keys and values of a stored part in `dtype`, one of F64, F32, F16 and BF16; not copied if they have it."""
+    """Return the keys and values of a stored part in `dtype`: F64, F32, F16 or BF16; copied only to convert."""
     return {name: _restored(arrays, name, dtype) for name in ("keys", "values")}
 
 
