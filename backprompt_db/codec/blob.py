@@ -1,12 +1,12 @@
-"""What is in the file: one part of a representation as one safetensors blob, format 1.
+"""One part of a representation as one safetensors blob, format 1: writing it, reading it, refusing what is malformed.
 
     u64le header length | header, JSON padded with spaces to 8 bytes | array bytes, one after the other
 
 The header names each array's dtype, shape and byte range. Its single `__metadata__` entry, `backprompt-db`, holds JSON:
 format, part, text, parents, start, namespace, weights id, tokenizer id, tokens, compute seconds, library versions.
-Any safetensors reader opens such a blob. `decode` is stricter: exactly the arrays of the part, with its dtypes
-and shapes, and not one byte more. Nothing is allocated before it is checked. Blobs are byte for byte those of
-the safetensors library, whose own writer would copy every array twice.
+Any safetensors reader opens such a blob. `decode` is stricter: it takes exactly the arrays of the part, with its dtypes
+and shapes, and not one byte more. It allocates nothing before it has checked the header. Blobs are byte for byte those
+of the safetensors library, whose own writer would copy every array twice.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 _HEADER_LENGTH = struct.Struct("<Q")
 _MAX_HEADER_NBYTES = 1 << 26
 _MAX_HEADER_STRINGS = 23
-"""Three of the metadata, and of each of four arrays its name, `dtype` and its value, `shape` and `data_offsets`."""
+"""Three strings of metadata, and five for each of four arrays: name, `dtype` and its value, `shape`, `data_offsets`."""
 _MAX_STRUCTURE_NBYTES = 1024
-"""What a header may have outside its strings."""
+"""How many bytes a header may have outside its strings."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _MAX_ARRAY_NBYTES = 1 << 62
 _METADATA_KEY = "backprompt-db"
@@ -40,7 +40,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INT8 = frozenset({"I8"})
 _FLOAT32 = frozenset({"F32"})
 _DTYPE_ORDER = ("F64", "F32", "I32", "BF16", "F16", "I8")
-"""How safetensors orders arrays: wide elements first, so that each array is aligned; then by name."""
+"""The order of arrays in safetensors: wide elements first, so that each array is aligned; then by name."""
 
 _Layout: TypeAlias = dict[str, tuple[frozenset[str], int]]
 """Name, dtypes and number of dimensions of each array."""
@@ -62,7 +62,7 @@ def encode(part: Part, arrays: Arrays, origin: Origin) -> bytes:
 
 
 def encode_pieces(part: Part, arrays: Arrays, origin: Origin) -> list[bytes | memoryview]:
-    """Return a blob in pieces, to be written one after the other: the header, then the arrays, which are not copied.
+    """Return a blob in pieces that follow one another: the header, then the arrays, which are not copied.
 
     Raises `BlobFormat` for arrays that are not those of the part.
     """
@@ -103,8 +103,8 @@ class ArrayPlace(NamedTuple):
 def header_nbytes(beginning: bytes | memoryview) -> int:
     """Return how many bytes of a blob come before its arrays, or 8 when `beginning` has not enough to say.
 
-    Raises `BlobFormat` for a length that no header has. That includes one that is not padded to 8 bytes, though readers
-    of safetensors take it: no writer makes it, and what follows would not be aligned.
+    Raises `BlobFormat` for a length that no header has. A length that is not a multiple of 8 is refused too, although
+    readers of safetensors accept it: no writer makes it, and the arrays would not be aligned.
     """
     if len(beginning) < _HEADER_LENGTH.size:
         return _HEADER_LENGTH.size
@@ -115,7 +115,7 @@ def header_nbytes(beginning: bytes | memoryview) -> int:
 
 
 def kv_places(header: memoryview) -> dict[str, ArrayPlace]:
-    """Return where the arrays of a kv part lie, from all that comes before them. Raises `BlobFormat`."""
+    """Return where the arrays of a kv part are, by its header. Raises `BlobFormat`."""
     return _places(Part.KV, _split(header)[0])
 
 
@@ -137,9 +137,9 @@ def decode_origin(blob: memoryview) -> tuple[Part, Origin]:
 
 
 def read_origin(store: Store, key: Key) -> Origin | None:
-    """Return what a stored part was computed from; None where there is none that can be used under this key.
+    """Return what a stored part was computed from; None where this key has no part that can be used.
 
-    Only the chunks that hold the header are read and verified: of large parts one of many. Raises `StoreClosed`.
+    Only the chunks that hold the header are read and verified: one of many for large parts. Raises `StoreClosed`.
     """
     header = _Header()
     try:
@@ -155,7 +155,7 @@ def read_origin(store: Store, key: Key) -> Origin | None:
 
 
 class _Complete(Exception):
-    """There is no need to read on."""
+    """The header is complete: there is no need to read on."""
 
 
 class _Header:
@@ -196,7 +196,7 @@ def _split(blob: memoryview) -> tuple[dict[str, Any], memoryview]:
 
 
 def _parse(raw: bytes | str) -> Any:
-    """Parse JSON as the standard has it: no NaN, no infinity, and no name twice in one object."""
+    """Parse JSON by the standard: no NaN, no infinity, and no name twice in one object."""
     try:
         text = raw.decode() if isinstance(raw, bytes) else raw  # json.loads would guess UTF-16 and UTF-32 too
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_not_a_number)

@@ -1,8 +1,8 @@
-"""How closely keys and values are kept: exactly, as bfloat16, or as int8 with a scale for each token and head.
+"""Fidelities of keys and values: exact, bfloat16, or int8 with a scale for each token and head.
 
 `reduce` makes the arrays that a database of some fidelity stores; `restore` and `restore_into` make keys and values of
-the model's dtype again. All of it goes through float32, block by block: a block stays in the processor's cache, and
-where float32 is wanted the destination is the only memory that is written.
+the model's dtype again. All values pass through float32, block by block: a block stays in the processor's cache, and
+where float32 is wanted, only the destination is written.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ _NUMPY_DTYPE = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """How the dtypes of keys and values look in NumPy, which knows bfloat16 only by its bits."""
 
 _BLOCK_NUM_ELEMENTS = 1 << 17
-"""Half a megabyte of float32. Measured: smaller blocks cost calls, larger ones leave the cache."""
+"""Half a megabyte of float32. As measured, smaller blocks cost calls, and larger ones do not stay in the cache."""
 
 _MAX_INT8 = np.float32(127)
 _MIN_SCALE = np.finfo(np.float32).smallest_normal
 _MAX_SCALE = np.nextafter(np.finfo(np.float32).max / _MAX_INT8, np.float32(0))
-"""The largest scale of which 127 times is finite."""
+"""The largest scale that is still finite when multiplied by 127."""
 
 
 class Fidelity(enum.StrEnum):
-    """How a database keeps keys and values. Scores and logits are exact in each."""
+    """How closely a database keeps keys and values. Scores and logits are always exact."""
 
     EXACT = "exact"
     """Bit for bit, in the model's dtype."""
     BFLOAT16 = "bfloat16"
     """Rounded to the nearest bfloat16: half the bytes of float32. Models of two bytes per element lose nothing."""
     INT8 = "int8"
-    """Whole multiples, up to 127, of a scale for each token and head: a quarter of the bytes of float32."""
+    """Multiples from -127 to 127 of one scale for each token and head: a quarter of the bytes of float32."""
 
 
 _quiet = np.errstate(over="ignore", invalid="ignore")
-"""Infinities and NaN are values like others: no warnings about them."""
+"""NumPy does not warn about infinities and NaN: they are values like others."""
 
 
 @_quiet
 def reduce(part: Part, arrays: Arrays, fidelity: Fidelity) -> Arrays:
-    """Return the arrays of a part as a database of this fidelity stores them; its arguments when it stores just those.
+    """Return the arrays of a part as a database of this fidelity stores them: the same ones where nothing changes.
 
     Raises `BlobFormat` for keys and values with an infinity or NaN (or, in F64, beyond the range of float32), which
     int8 has no numbers for.
@@ -67,15 +67,15 @@ def reduce(part: Part, arrays: Arrays, fidelity: Fidelity) -> Arrays:
 
 
 def restore(arrays: Arrays, dtype: str) -> Arrays:
-    """Return the keys and values of a stored part in `dtype`: F64, F32, F16 or BF16. What has it is not copied."""
+    """Return the keys and values of a stored part in `dtype`: F64, F32, F16 or BF16; copied only to convert."""
     return {name: _restored(arrays, name, dtype) for name in ("keys", "values")}
 
 
 def restore_into(arrays: Arrays, keys: _AnyArray, values: _AnyArray) -> None:
     """Write the keys and values of a stored part into given arrays, in their dtype.
 
-    Both are `[num_layers, num_kv_heads, T, head_dim]`, strided as you like, float64, float32 or float16; uint16 stands
-    for bfloat16. Raises `BlobFormat` when the part has another shape.
+    Both are `[num_layers, num_kv_heads, T, head_dim]` with any strides, float64, float32 or float16; uint16 stands for
+    bfloat16. Raises `BlobFormat` when the part has another shape.
     """
     _restore_one(arrays, "keys", keys)
     _restore_one(arrays, "values", values)
@@ -171,7 +171,7 @@ def _widen(source: _AnyArray, scale: _AnyArray | None, *, out: _AnyArray) -> Non
 
 
 def _round(values: _AnyArray, *, out: _AnyArray) -> None:
-    """Write the bits of the nearest bfloat16 of each float32, of two as near the even one. NaN stays NaN."""
+    """Write the bits of the bfloat16 nearest to each float32; of two that are as near, the even one. NaN stays NaN."""
     bits = values.view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
@@ -180,7 +180,7 @@ def _round(values: _AnyArray, *, out: _AnyArray) -> None:
     rounded >>= 16
     np.copyto(out, rounded, casting="unsafe")
     is_nan = np.isnan(values)
-    if is_nan.any():  # the carry may have run through its exponent
+    if is_nan.any():  # rounding may have carried into its exponent
         out[is_nan] = bits[is_nan] >> 16 | 0x0040
 
 

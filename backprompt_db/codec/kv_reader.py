@@ -1,4 +1,4 @@
-"""From the store into place: keys and values go from the map of the file to where a model reads them, in one pass."""
+"""Reads keys and values in one pass: from the memory map of the store's file to where a model reads them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _Rows: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KVSpan:
-    """Where the keys and values of one segment go: `[num_layers, num_kv_heads, T, head_dim]`, parts of a larger buffer.
+    """The place for the keys and values of one segment: `[num_layers, num_kv_heads, T, head_dim]` of a larger buffer.
 
-    In the model's dtype; uint16 stands for bfloat16, which NumPy does not know.
+    Both have the model's dtype; uint16 stands for bfloat16, which NumPy does not know.
     """
 
     keys: npt.NDArray[Any]
@@ -26,12 +26,12 @@ class KVSpan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the place is for."""
+        """How many tokens the place is for."""
         return int(self.keys.shape[2])
 
 
 class KVReader:
-    """Puts the pieces of one stored kv part into a span as they come; nothing is held but a piece of the header."""
+    """Copies the pieces of one stored kv part into a span as they come, and keeps nothing but the header until then."""
 
     def __init__(self, span: KVSpan, dtype: str) -> None:
         self._span = span
@@ -41,9 +41,9 @@ class KVReader:
         self._position = 0
 
     def take(self, piece: memoryview) -> None:
-        """Put the next piece of the blob into place. Raises `BlobFormat` for a part that does not fit there.
+        """Copy the next piece of the blob into the span. Raises `BlobFormat` for a part that does not fit there.
 
-        Every piece but the last has a multiple of 8 bytes.
+        The size of every piece but the last is a multiple of 8 bytes.
         """
         if self._places is None:
             piece = self._read_header(piece)
@@ -58,9 +58,9 @@ class KVReader:
         self._position += piece.nbytes
 
     def finish(self) -> None:
-        """Check that there is nothing to come. Raises `BlobFormat` when the pieces were not those of a whole part.
+        """Check that the part is complete. Raises `BlobFormat` when its bytes are too few or too many.
 
-        What is missing or too much was stored that way, since the pieces matched their digests: no retry mends it.
+        Such a part was stored that way, since its pieces matched their digests: reading it again would not help.
         """
         if self._places is None:
             raise _not_whole(f"it ends after {len(self._header)} bytes, inside its header")
@@ -69,7 +69,7 @@ class KVReader:
             raise _not_whole(f"it has {self._position} bytes of keys and values, not {end}")
 
     def _read_header(self, piece: memoryview) -> memoryview:
-        """Collect the header, which may be longer than a piece; return the bytes of arrays that follow it."""
+        """Collect the header, which may be longer than a piece; return the array bytes that follow it in this piece."""
         self._header += piece
         nbytes = header_nbytes(self._header)
         if len(self._header) < nbytes:
@@ -84,7 +84,7 @@ class KVReader:
         return rest
 
     def _rows(self, place: ArrayPlace, target: npt.NDArray[Any]) -> _Rows:
-        """View a target as one row per layer and head: the stored bytes fill row after row."""
+        """Return a view of a target with one row for each layer and head, which the stored bytes fill row after row."""
         if place.shape != target.shape or place.dtype != self._dtype:
             raise BlobFormat(
                 f"the stored part is {place.dtype} {list(place.shape)}, not {self._dtype} {list(target.shape)}",
@@ -100,7 +100,7 @@ def _not_whole(reason: str) -> BlobFormat:
 
 
 def _put(rows: _Rows, begin: int, values: npt.NDArray[Any]) -> None:
-    """Copy `values` into `rows`, taken as one sequence, from element `begin` on: part of a row, whole ones, a part."""
+    """Copy `values` into `rows`, seen as one sequence, from element `begin` on: a part, whole rows, a part."""
     row, column = divmod(begin, rows.shape[1])
     if column:
         head = values[: rows.shape[1] - column]

@@ -1,4 +1,4 @@
-"""What a model wrote after a prompt: its tokens, and the text that goes on from there."""
+"""What a model has generated after a prompt: its tokens, and a text to go on from."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class Generated:
         token_ids: int64 [T], the generated tokens, the end-of-sequence token included.
         token_logprobs: float32 [T], natural log-probability of each of them under the model itself, before temperature
             or any other change that sampling makes.
-        is_stored: whether the database holds the continuation, so that running `text` computes nothing. Only what is
-            tokenised as it was generated can be; some strings are not, for instance half of a character.
+        is_stored: whether the database holds the continuation, so that running `text` computes nothing. A continuation
+            is stored only if its string has the same tokens as were generated; half of a character, for instance, has
+            others.
         fidelity: `exact`, or that of the lossy database whose keys and values the model may have gone on from.
         text: the prompt and, as one more piece of it, the continuation: a text to run, to score or to continue.
     """
@@ -37,7 +38,7 @@ class Generated:
     is_stored: bool
     fidelity: str = "exact"
 
-    # Not built before it is asked for: a text of an eager prompt runs the model at once.
+    # Built only when somebody asks for it: a text after an eager prompt runs the model at once.
     @cached_property
     def text(self) -> Text:
         """The prompt and the continuation."""

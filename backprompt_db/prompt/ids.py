@@ -1,8 +1,8 @@
-"""The name of every value: segment ids and addresses, format 1.
+"""Segment ids and addresses, format 1: the names of all values.
 
 Both are SHA-256 digests of what a representation is computed *from*, so the same piece of text after the same pieces of
 text, under the same model and tokenizer, has the same address in every process on every machine. The byte layouts below
-are final for format 1; golden vectors in `tests/data/golden_keys.json` hold them still.
+are final for format 1; tests compare them with the golden vectors in `tests/data/golden_keys.json`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What is kept of a segment: its three parts, where they came from, and the arrays they are made of.
+"""A segment's representation: its three parts, what they were computed from, and the arrays that they consist of.
 
-Nothing here needs torch: a full hit is answered without importing it. Arrays are raw buffers with a safetensors dtype
+Nothing here needs torch: a run of full hits does not import it. Arrays are raw buffers with a safetensors dtype
 name; `Array.numpy()` and `Array.torch()` are views of them.
 """
 
@@ -115,7 +115,7 @@ Arrays = Mapping[str, Array]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a representation was computed from, and how: all that is needed to rebuild the catalog from the store."""
+    """What a representation was computed from, and how: enough to rebuild the catalog from the store."""
 
     text: str
     parents: tuple[SegmentId, ...]

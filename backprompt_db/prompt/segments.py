@@ -43,7 +43,7 @@ class Segment:
 def ancestry(tips: Iterable[Segment], *, without: Iterable[Segment] = ()) -> list[Segment]:
     """Return `tips` and all their ancestors, each once, parents before children, otherwise in the order written.
 
-    The segments `without` are left out, and so is what only they follow.
+    The segments `without` are left out, and so are ancestors that are reached only through them.
     """
     done: dict[Segment, None] = dict.fromkeys(without)
     num_left_out = len(done)
@@ -62,13 +62,13 @@ def ancestry(tips: Iterable[Segment], *, without: Iterable[Segment] = ()) -> lis
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """A seam at which the pieces' tokens differ from those of the joined string."""
+    """A place between two pieces where their tokens differ from those of the joined string."""
 
     left: str
     """The end of the text before the seam."""
     right: str
     """The beginning of the text after it."""
     tokens_apart: tuple[str, ...]
-    """Tokens of the two sides when each is tokenised alone: what the model sees."""
+    """The tokens of the two sides when each is tokenised alone: what the model sees."""
     tokens_joined: tuple[str, ...]
-    """Tokens of the two sides joined: what it would see if they were one string."""
+    """The tokens of the two sides as one string: what the model would see if they were one piece."""

@@ -1,4 +1,4 @@
-r"""Prompts out of columns: a template, and how it is cut into segments so that rows share what they have in common."""
+r"""Prompts from rows of a table: a template, cut into segments so that rows share what they have in common."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Column:
 
 
 _Piece = tuple[str | _Column, ...]
-"""One segment: strings, and columns that stand for strings."""
+"""One segment: strings, and columns whose values are strings."""
 
 
 class Template:
@@ -29,7 +29,7 @@ class Template:
     >>> [segment.string for segment in template.text({"context": "Facts.", "question": "Who?"}).segments()]
     ['Facts.\nQ:', ' Who?\nA:']
 
-    Raises `PromptError` for braces that are no column's.
+    Raises `PromptError` for braces that do not name a column.
     """
 
     def __init__(self, *pieces: str) -> None:
@@ -40,7 +40,7 @@ class Template:
         """Names of the columns, in the order written."""
 
     def text(self, values: Mapping[str, str]) -> Text:
-        """Return the text of one row, without a model. Raises `PromptError` for a column that it has not."""
+        """Return the text of one row, without a model. Raises `PromptError` for a column that the row does not have."""
         text = Text("")
         for piece in self._pieces:
             text += "".join(part if isinstance(part, str) else _value(values, part.name) for part in piece)
@@ -72,7 +72,7 @@ def _no_template(piece: str, problem: str) -> PromptError:
 def _cut(parts: Iterable[str | _Column]) -> Iterator[_Piece]:
     """Divide a template before each column, and before the white space that precedes it.
 
-    There, tokenizers that put a space at the beginning of a word give the tokens of the whole.
+    Tokenizers that begin a word with its space give the same tokens there as for the whole string.
     """
     piece: list[str | _Column] = []
     for part in parts:

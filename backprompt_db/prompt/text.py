@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """What a text needs of the language model that it belongs to."""
+    """What a text needs from the language model that it belongs to."""
 
     @property
     def namespace(self) -> str:
@@ -49,13 +49,13 @@ class Runner(Protocol):
 
 
 class _Runners:
-    """How `Text(string, (model, tokenizer))` finds its runner; the package registers the way when it is imported."""
+    """How `Text(string, (model, tokenizer))` finds its runner; the package registers it when it is imported."""
 
     from_pair: Callable[[Any, Any], Runner]
 
 
 def register_pair_runner(from_pair: Callable[[Any, Any], Runner]) -> None:
-    """Say how a `(model, tokenizer)` pair becomes a `Runner`; a layer above this one knows."""
+    """Register the function that makes a `Runner` of a `(model, tokenizer)` pair: only a room above knows how."""
     _Runners.from_pair = staticmethod(from_pair)
 
 
@@ -91,8 +91,8 @@ class Text:
     r"""A piece of prompt, or a whole prompt: a string, a concatenation, or parallel branches of texts.
 
     `model` is the `LanguageModel` that runs it, or a `(model, tokenizer)` pair, which uses the default database; a text
-    without one takes it from what it is concatenated with. `start` is the position id of the first token, where it
-    shall not follow from what precedes. An `eager` text, and every text concatenated from it, is computed as soon as
+    without one takes it from what it is concatenated with. `start` is the position id of the first token, if it does
+    not follow from what precedes. An `eager` text, and every text concatenated from it, is computed as soon as
     it is built.
 
     `text()` returns its `ModelRepr`; `text.model_repr` holds the last one, None before the first.
@@ -118,7 +118,7 @@ class Text:
     ) -> None:
         if not isinstance(string, str):
             raise InvalidText(f"a text is made of str, not {type(string).__name__}", hint="Convert it with str().")
-        segment_id(string, start=start)  # raises here rather than at the first run
+        segment_id(string, start=start)  # an invalid one raises here, and not only at the first run
         runner = _Runners.from_pair(*model) if isinstance(model, tuple) else model
         if runner is not None and not hasattr(runner, "run"):
             raise PromptError(
@@ -210,20 +210,20 @@ class Text:
     def explain(self) -> Explanation:
         """Return where each segment would be found, or why it must be computed, as a table when it is printed.
 
-        With tokens, bytes and seconds. Nothing is computed, written or counted. Loads the tokenizer, not the model.
+        It has tokens, bytes and seconds. Nothing is computed, written or counted. Loads the tokenizer, not the model.
         """
         return self.model.explain(self)
 
     def picture(self, *, after: ModelRepr | None = None) -> Picture:
         """Return a picture of the prompt graph: what is stored, what was computed just now, and what is missing.
 
-        Just now is what the run that returned `after` computed, the last `text()` unless given. A notebook shows the
-        picture for the text itself. Nothing is computed, written or counted. Without a model, states are unknown.
+        "Just now" is the run that returned `after`, which is the last `text()` unless given. A notebook shows this
+        picture in place of the text. Nothing is computed, written or counted. Without a model, states are unknown.
         """
         return self._picture(self.model_repr if after is None else after)
 
     def _picture(self, after: ModelRepr | None) -> Picture:
-        """A text must be shown whatever happens: where nobody can tell states, they are unknown."""
+        """Return the picture; a text must be shown whatever happens, so states that cannot be found out are unknown."""
         from backprompt_db.prompt.pictures import picture_explanation, picture_segments
 
         try:
@@ -292,8 +292,8 @@ class Text:
         return f"Text({string!r})" if len(string) <= _REPR_CHARS else f"Text({string[:_REPR_CHARS]!r}...)"
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        """What a notebook asks for first: the other two, of one picture."""
-        del include, exclude  # whoever asks may ignore what it has no use for
+        """What a notebook asks for first: both other forms, from one picture."""
+        del include, exclude  # a notebook ignores the forms that it has no use for
         picture = self.picture()
         return {
             "text/plain": repr(self),
@@ -312,7 +312,7 @@ class Text:
 
 _REPR_CHARS = 200
 _NUM_LIKELIEST = 8
-"""Next tokens that a notebook shows."""
+"""How many next tokens a notebook shows."""
 
 
 def as_text(text: Text | str) -> Text:

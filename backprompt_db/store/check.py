@@ -1,6 +1,6 @@
 """Whether the records of an LMDB store fit together, without reading the blobs.
 
-Of a head its numbers are read, and of everything else what it is called and how long it is. Digests are verified when
+The check reads the numbers in each head, and the name and the length of every other record. Digests are verified when
 the blobs are read.
 """
 
@@ -25,12 +25,12 @@ _FIELDS_NBYTES = 12
 
 
 class Flaw(NamedTuple):
-    """Something that does not fit."""
+    """A record, or a blob, that does not fit with the others."""
 
     key: Key | None
-    """Of the blob; None for a record that belongs to none."""
+    """The blob's key; None for a record that belongs to no blob."""
     has_head: bool
-    """Whether the blob can be found. Chunks without a head only take up room."""
+    """Whether the blob can be found. Without a head, nobody finds its chunks, which only take up room."""
     detail: str
 
 

@@ -1,10 +1,10 @@
 """Compaction: a copy of the file without free pages takes its place, beside readers and writers.
 
-The copy gets the transaction id that the file has, so that `lock.mdb`, with the readers' slots, the last transaction id
-and the writers' mutex, goes on for the new file as it is. One rename changes files, and there is no state in between: a
-new lock file would need a second rename, and a process killed between the two would leave a file beside a lock that
-belongs to another. The mutex is held from before the copy until after the rename; whoever waited for it looks again
-which file is there (`Environment`).
+The copy gets the transaction id of the old file. So `lock.mdb`, which holds the readers' slots, the last transaction id
+and the writers' mutex, stays and serves the new file too. One rename replaces the file, and there is no state in
+between. A new lock file would need a second rename: a process that is killed between the two would leave a file beside
+the lock of another one. The mutex is held from before the copy until after the rename. Whoever waited for the mutex
+looks again which file is there (`Environment`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def compact(environment: Environment) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed compaction has left. For those who hold the writers' mutex: no other compaction runs."""
+    """Remove what a killed compaction has left. The caller holds the writers' mutex, so no other compaction runs."""
     for path in directory.glob(f"{_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What every store promises. `tests/support/store_contract.py` holds each of them to it."""
+"""What every store promises. `tests/support/store_contract.py` tests each store against these promises."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Blob(NamedTuple):
 
     key: Key
     data: bytes | Sequence[bytes | memoryview]
-    """The bytes, or pieces of them one after the other: arrays are not copied to stand beside their header."""
+    """The bytes, or pieces that follow one another: so arrays need not be copied behind their header."""
     needs: tuple[Key, ...] = ()
-    """Without these in the store, or earlier in the same put, the blob is of no use to anyone and is left out."""
+    """The blob is of use only beside these: it is left out unless they are in the store, or earlier in the same put."""
 
     @property
     def pieces(self) -> Sequence[bytes | memoryview]:
@@ -33,12 +33,12 @@ class Blob(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the part."""
+        """How many bytes the part has."""
         return sum(memoryview(piece).nbytes for piece in self.pieces)
 
 
 def needs_of(key: Key, origin: Origin) -> tuple[Key, ...]:
-    """Return without what nobody can use a part: for keys and values, those of what it directly follows."""
+    """Return the parts without which nobody can use this one: for keys and values, those of its direct parents."""
     return tuple(Key(each, Part.KV) for each in origin.parent_addresses) if key.part is Part.KV else ()
 
 
@@ -46,13 +46,13 @@ class Usage(NamedTuple):
     """How much room a store takes."""
 
     live_nbytes: int
-    """Bytes of what is stored, with everything that storing it takes."""
+    """How many bytes the stored blobs take, with everything around them."""
     file_nbytes: int
-    """Bytes of its file, of which those that are not live will be used again."""
+    """How large the file is. What is not live in it will be used again."""
 
 
 def beyond_limit(max_nbytes: int) -> StoreFull:
-    """Return the error for parts after which too much would be live."""
+    """Return the error for parts with which more than the limit would be live."""
     return StoreFull(
         f"more than {max_nbytes:,} bytes would be in use",
         hint="Evict or unpin something, or raise the limit: `backprompt-db config --max-size SIZE`.",

@@ -38,10 +38,10 @@ _LOOK_SECONDS = 0.1
 
 _NUM_META_PAGES = 2
 _LOCK_HEADER_NBYTES, _READER_NBYTES = 192, 64
-"""Of LMDB's lock file, whose header has room for one reader."""
+"""Sizes in LMDB's lock file: the header, which has room for one reader, and each further reader."""
 
 _LIFE_BYTE = 0
-"""Of lock.mdb: locked by every process that has the environment open, unless it was opened without locks."""
+"""The byte of lock.mdb that every process locks while it has the environment open, unless without locks."""
 
 
 class Environment:
@@ -53,13 +53,13 @@ class Environment:
         self.num_users = 0
         self.data_identity: Identity | None = None
         self.lock_identity: Identity | None = None
-        self._mutex = threading.RLock()  # taken by itself: a condition's own methods may be interrupted in between
+        self._mutex = threading.RLock()  # held outside the condition: its own methods may be interrupted halfway
         self._idle = threading.Condition(self._mutex)
-        self._active = set[object]()  # not their number: an interrupt could come before it is taken back
+        self._active = set[object]()  # not a number: an interrupt could come before it is counted down
         self._num_gates = 0
         self._was_forked_in_use = False
         self._is_lockless = False
-        self._lock_name = str(directory / "lock.mdb")  # no Path: to make one takes longer than to ask for a lock
+        self._lock_name = str(directory / "lock.mdb")  # a str: making a Path takes longer than asking for a lock
         self._env: lmdb.Environment | None = self._open()
         self._pid = os.getpid()
 
@@ -79,7 +79,7 @@ class Environment:
                 if write:
                     self._lengthen()
             finally:
-                self._active.discard(use)  # before any call of ours, which an interrupt could prevent
+                self._active.discard(use)  # first: an interrupt could prevent any call of ours
                 self._leave(use, turn)
 
     def usage(self) -> Usage:
@@ -148,7 +148,7 @@ class Environment:
         self._idle.release()
 
     def after_fork_in_child(self) -> None:
-        """Let go of the parent's environment; the next transaction opens the child's own."""
+        """Drop the parent's environment; the next transaction opens one of the child's own."""
         self._mutex = threading.RLock()
         self._idle = threading.Condition(self._mutex)
         self._was_forked_in_use = self._was_forked_in_use or bool(self._active)
@@ -159,9 +159,9 @@ class Environment:
     def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
         """Return a transaction, and its turn among the writers.
 
-        The kernel gives turns, and only who has one asks for LMDB's mutex. When a process is killed while it waits for
-        that, the kernel compares thread numbers without regard to the container that they are from, may take the killed
-        one for the holder, and would let in the next while the holder is still writing.
+        The kernel gives turns, and only a writer that has its turn asks for LMDB's mutex. The reason: when a process is
+        killed while it waits for that mutex, the kernel compares thread numbers and ignores which container they are
+        from. It may take the killed thread for the holder, and let the next one in while the holder still writes.
         """
         while True:
             env = self._enter(use, write=write)
@@ -187,21 +187,21 @@ class Environment:
                 raise
 
     def _lengthen(self) -> None:
-        """Let the file hold free pages at its end that were counted and never written: one who opens it need not ask.
+        """Make the file as long as LMDB counts: it may count free pages at the end that it never wrote.
 
-        For who has the turn among the writers.
+        So whoever opens the file finds it whole at once. The caller has its turn among the writers.
         """
         assert self._env is not None  # noqa: S101 - a transaction has just ended
         data = self.directory / "data.mdb"
         nbytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        with suppress(OSError):  # it need not be
+        with suppress(OSError):  # it is not needed for correctness
             if data.stat().st_size < nbytes and self._is_current():
                 os.truncate(data, nbytes)
 
     def _check_alone(self) -> None:
-        """Raise `StoreLocked` while anybody has the store open who may write.
+        """Raise `StoreLocked` while anybody who may write has the store open.
 
-        A reader that cannot write down in the lock file what it reads must be alone: pages are used again under it.
+        A reader that cannot note in the lock file what it reads must be alone: writers would reuse the pages it reads.
         """
         try:
             is_alone = not is_locked(self._lock_name, _LIFE_BYTE)
@@ -211,9 +211,9 @@ class Environment:
             raise self._not_alone()
 
     def _check_overtaken(self, transaction: lmdb.Transaction[memoryview]) -> None:
-        """Raise `StoreLocked` if somebody has come and has written so much meanwhile that what was read may be wrong.
+        """Raise `StoreLocked` if somebody has written so much meanwhile that what was read may be wrong.
 
-        A commit leaves all pages of the two states before it as they are.
+        A commit leaves the pages of the last two states as they are.
         """
         assert self._env is not None  # noqa: S101 - a transaction is running
         if self._env.info()["last_txnid"] > transaction.id() + 1:
@@ -243,7 +243,7 @@ class Environment:
             return self._env
 
     def _follow(self, *, write: bool) -> None:
-        """Use the newest file. What was read from an older one, or from one that was deleted, is as right as ever."""
+        """Use the newest file. What is read from an older or a deleted one is still right, so readers need not care."""
         try:
             self.follow()
         except StoreCorrupt:
@@ -257,18 +257,18 @@ class Environment:
             self._idle.notify_all()
 
     def _adopt_map_size(self, env: lmdb.Environment) -> None:
-        """Another process enlarged the map: take its size over as soon as no transaction of ours is running."""
+        """Take over the size of the map, which another process has enlarged, once no transaction of ours is running."""
         with self._mutex:
             self._wait_until_idle()
             env.set_mapsize(0)
 
     def _wait_until_idle(self, *, timeout: float | None = None) -> None:
-        """Wait until no transaction is running; none begins until the caller lets go of the condition."""
+        """Wait until no transaction is running; none begins until the caller releases the condition."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        self._num_gates += 1  # without it, busy threads would take turns and never all be idle
+        self._num_gates += 1  # without a gate, busy threads would alternate and never all be idle
         try:
             while self._active and (seconds := deadline - time.monotonic()) > 0:
-                self._idle.wait(min(seconds, _LOOK_SECONDS))  # whoever was interrupted tells nobody that it is done
+                self._idle.wait(min(seconds, _LOOK_SECONDS))  # a thread that was interrupted notifies nobody
         finally:
             self._num_gates -= 1
             self._idle.notify_all()
@@ -278,9 +278,9 @@ class Environment:
         return identity_of(self.directory / "data.mdb") == self.data_identity
 
     def _was_compacted(self) -> bool:
-        """Whether the file in the directory goes on where the open one has ended: with the same lock file, in step.
+        """Whether the file in the directory continues the open one: it has the same lock file and the same count.
 
-        The lock file counts the transactions. A backup that somebody restored is behind, another database has another
+        The lock file counts the transactions. A restored backup is behind that count, and another database has another
         lock file.
         """
         if identity_of(self.directory / "lock.mdb") != self.lock_identity:
@@ -314,7 +314,7 @@ class Environment:
                 env = self._open_largest_map()
                 if identity_of(data) == identity:
                     break
-                env.close()  # a compaction came in between: which of the two files this is, nobody knows
+                env.close()  # a compaction came in between: nobody knows which of the two files this is
             self.data_identity, self.lock_identity = identity, identity_of(self.directory / "lock.mdb")
             if not self.readonly:
                 env.reader_check()
@@ -348,7 +348,7 @@ class Environment:
                 max_spare_txns=0,
                 lib_version=LMDB_GENERATION,
             )
-        except lmdb.LockError as error:  # of the byte of lock.mdb that stands for a PID
+        except lmdb.LockError as error:  # another process has locked the byte that stands for our PID
             raise StoreLocked(
                 f"{self.directory} is open in another container by a process with the same PID, {os.getpid()}",
                 hint="Start both with `--pid=host`, or another program first in one of them, so that the PIDs differ.",
@@ -398,7 +398,7 @@ def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False)
 def _open_already(directory: Path) -> Environment | None:
     """Return the environment of the files in a directory, by whatever path it was opened.
 
-    Compared are the lock files too: they stay when a compaction replaces the other.
+    The lock files are compared too: a compaction replaces the data file, and the lock file stays.
     """
     data, lock = (identity_of(directory / name) for name in ("data.mdb", "lock.mdb"))
     for environment in _environments:

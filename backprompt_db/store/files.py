@@ -1,4 +1,4 @@
-"""The files of a database: made with explicit permissions whatever the umask, replaced whole, never through a link."""
+"""The files of a database: how they are made, with exact permissions, and replaced as a whole, never through a link."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Modes(NamedTuple):
     directory: int
     file: int
     lock: int
-    """Of files that even readers must write to: they take locks there."""
+    """For files to which even readers must be able to write: they take locks there."""
 
 
 class Sharing(enum.StrEnum):
@@ -57,20 +57,20 @@ PRIVATE = Sharing.PRIVATE.modes
 
 
 _WHOLE_NBYTES = 2 * mmap.PAGESIZE
-"""The two meta pages that LMDB writes first."""
+"""The size of the two meta pages that LMDB writes first."""
 
 
 def create_files(directory: Path, modes: Modes) -> None:
     """Make the directory and two empty files in it, with the permissions `modes` whatever the umask.
 
-    What an interrupted creation left is taken over. Raises `UnsafeLocation` for symbolic links.
+    Files that an interrupted creation has left are used. Raises `UnsafeLocation` for symbolic links.
     """
     with store_errors(directory):
         make_directory(directory, modes.directory)
         for name, mode in ((DATA, modes.file), (READER_TABLE, modes.lock)):
             descriptor = os.open(directory / name, os.O_CREAT | os.O_RDWR | O_NOFOLLOW, mode)
             set_mode(descriptor, mode)
-            if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # of the data: the disk was full, and LMDB takes no half
+            if os.fstat(descriptor).st_size < _WHOLE_NBYTES:  # the disk was full, and LMDB refuses half of its pages
                 os.ftruncate(descriptor, 0)
             os.close(descriptor)
 
@@ -86,7 +86,7 @@ def make_directory(directory: Path, mode: int) -> None:
         raise UnsafeLocation(f"{directory} is a symbolic link", hint="Delete it, or give another directory.")
     descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY | O_NOFOLLOW)
     try:
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:  # which only its owner may change
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:  # only its owner may change it
             set_mode(descriptor, mode)
     finally:
         os.close(descriptor)
@@ -109,7 +109,7 @@ def replace_file(path: Path, content: str, *, mode: int) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the names in a directory last: which files there are, and which of them was renamed."""
+    """Wait until the names in a directory are on the disk: which files there are, and what was renamed."""
     descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY)
     try:
         sync(descriptor)

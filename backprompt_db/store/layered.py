@@ -1,4 +1,4 @@
-"""A store in front of another one that is only read: what one person adds, over what a team has."""
+"""A store in front of another one, which is only read: what one person adds to what a team has."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _Found = TypeVar("_Found")
 class LayeredStore:
     """A `Store` that finds in `base` what is not in `own`, and writes to `own` alone.
 
-    `keys`, `usage` and `delete` are about `own`, to which maintenance keeps. What cannot be read from the base, or is
-    damaged there, is missing from then on: it is computed again and stored here, in front of it.
+    `keys`, `usage` and `delete` are about `own` alone, and so is all maintenance. A blob that cannot be read from the
+    base, or is damaged there, counts as missing from then on: it is computed again and stored here, in front.
     """
 
     def __init__(self, own: Store, base: Store) -> None:
@@ -26,7 +26,7 @@ class LayeredStore:
 
     @property
     def num_quarantined(self) -> int:
-        """How many damaged blobs both have met."""
+        """How many damaged blobs both stores have met."""
         return self.own.num_quarantined + self._base.num_quarantined
 
     def get(self, key: Key) -> memoryview | None:
@@ -39,7 +39,7 @@ class LayeredStore:
         num_quarantined = self.own.num_quarantined
         if self.own.scan(key, take):
             return True
-        if self.own.num_quarantined > num_quarantined:  # `take` has got pieces: those of the base must not follow them
+        if self.own.num_quarantined > num_quarantined:  # `take` already has pieces: those of the base must not follow
             return False
         return bool(self._from_base(key, lambda key: self._base.scan(key, take) or None))
 
@@ -53,11 +53,11 @@ class LayeredStore:
         return self._base.size(key) if nbytes is None and self._base_has(key) else nbytes
 
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
-        """Store blobs here; what they need may lie in the base."""
+        """Store blobs here; what they need may be in the base."""
         return self.own.put([self._freed(blob) for blob in blobs], max_nbytes=max_nbytes)
 
     def delete(self, keys: Iterable[Key]) -> int:
-        """Remove blobs here. One that only the base has stays there, and is not found any more."""
+        """Remove blobs here. A blob that only the base has stays there, and is not found any more."""
         gone = list(keys)
         self._unusable.update(key for key in gone if not self.own.has(key))
         return self.own.delete(gone)
@@ -71,7 +71,7 @@ class LayeredStore:
         return self.own.usage()
 
     def compact(self) -> None:
-        """Give back the room of what was deleted here."""
+        """Give back the room of deleted blobs here."""
         self.own.compact()
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class LayeredStore:
         return found
 
     def _freed(self, blob: Blob) -> Blob:
-        """Return a blob that does not need what the base has."""
+        """Return the blob without those of its needs that the base has."""
         return blob._replace(needs=tuple(need for need in blob.needs if not self._base_has(need)))
 
 

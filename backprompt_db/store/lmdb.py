@@ -35,13 +35,13 @@ _KEYS_PER_TRANSACTION = 1000
 
 
 def _ignore(_: object) -> None:
-    """What a scan calls that only verifies."""
+    """Do nothing: for a scan that only verifies."""
 
 
 class LmdbStore:
     """A `Store` in a directory, shared by any number of threads and processes.
 
-    `digest` is what its chunks were digested with; a blob with another digest counts as damaged.
+    `digest` is the function that its chunks were digested with; a blob with another digest counts as damaged.
 
     Raises the `StoreError` that fits at construction: `StoreCorrupt` for files that are missing or truncated.
     """
@@ -121,9 +121,9 @@ class LmdbStore:
     def compact(self) -> None:
         """Rewrite the file without its free pages, while others read; those who write wait until it is done.
 
-        Gives back the space of deleted blobs, and leaves nothing of them in the file. Other processes go over to the
-        new file when they use it next; until then the old one takes up its space. Raises `StoreFull` without room for
-        a second copy of what is stored.
+        The space of deleted blobs is given back, and nothing of them is left in the file. Other processes go over to
+        the new file when they use the store next; until then the old file takes up its space. Raises `StoreFull`
+        without room for a second copy of what is stored.
         """
         compact(self._writable())
 
@@ -140,7 +140,7 @@ class LmdbStore:
 
     def close(self) -> None:
         """Release the store's files; the last handle of the process closes them."""
-        if not self._closing.acquire(blocking=False):  # never released: of several callers one closes
+        if not self._closing.acquire(blocking=False):  # never released: only the first caller closes
             return
         environment, self._environment = self._environment, None
         if environment is not None:
@@ -198,7 +198,7 @@ def _scan(
     begin: Callable[[int], None],
     take: Callable[[memoryview], None],
 ) -> bool:
-    """Verify a blob chunk by chunk and give away each while it is in the processor's cache; False when damaged."""
+    """Verify a blob chunk by chunk, and pass each on while it is in the processor's cache; False when damaged."""
     head = read_head(record_key(key), value, digest)
     if head is None:
         return False

@@ -1,4 +1,4 @@
-"""What LMDB and the operating system say when something fails, in the words of this library."""
+"""Errors of LMDB and of the operating system, as errors of this library that say what to do."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ _NEARLY_FULL_NBYTES = 1 << 20
 
 @contextmanager
 def store_errors(path: Path) -> Iterator[None]:
-    """Turn every exception of LMDB and of file operations inside into the `StoreError` that says what to do."""
+    """Turn every exception of LMDB and of file operations in the block into the `StoreError` that says what to do."""
     try:
         yield
     except (lmdb.Error, OSError) as error:
         raise as_store_error(error, path) from error
-    except SystemError as error:  # what becomes of an error of LMDB when a cursor deletes in a damaged file
+    except SystemError as error:  # the binding wraps an error of LMDB when a cursor deletes in a damaged file
         if not isinstance(error.__cause__, lmdb.Error):
             raise
         raise as_store_error(error.__cause__, path) from error

@@ -1,10 +1,12 @@
-"""LMDB's two meta pages, as they lie in the file: what must be known before LMDB maps it, and when a copy replaces it.
+"""Pages of an LMDB file, read without LMDB: checks before it maps a file, and what a copy needs that replaces one.
+
+The layout of a meta page, of which there are two:
 
     page header (16 bytes) | u32 magic, version | u64 address, map size | two trees of 48 bytes, of free pages and of
     records, of which the first begins with the u32 page size and each ends with the u64 number of entries and the u64
     root | u64 last page | u64 transaction id
 
-In the machine's byte order. The page whose transaction id is larger counts; transaction T writes page T & 1.
+The machine's byte order holds. The page with the larger transaction id counts; transaction T writes page T & 1.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ _TRANSACTION_BEGIN = _META.size - 8
 _MAGIC = 0xBEEFC0DE
 _VERSION = 1
 _SMALLEST_PAGE_NBYTES = 4096
-"""A meta page is looked for in this many bytes."""
+"""A meta page lies within this many bytes."""
 
 _RESTORE = "Restore it from a backup, or delete the database directory: it will be computed again."
 
 _MAX_RECORDS, _MAX_PAGES = 5_000, 1 << 16
-"""The pages of files up to this size are checked whenever they are opened, which takes up to some 30 ms."""
+"""Files up to this size have their pages checked whenever they are opened, which takes 30 ms at most."""
 
 
 class Meta(NamedTuple):
@@ -43,7 +45,7 @@ class Meta(NamedTuple):
 
 
 def newest_meta(data: Path) -> Meta | None:
-    """Return the meta page that counts; None when the file has none of LMDB's."""
+    """Return the meta page that counts; None for a file that has none."""
     with store_errors(data), data.open("rb") as file:
         first = _parse(file.read(_SMALLEST_PAGE_NBYTES))
         if first is None:
@@ -56,7 +58,8 @@ def newest_meta(data: Path) -> Meta | None:
 def check_length(data: Path) -> None:
     """Raise `StoreCorrupt` unless the file holds all pages that its newest meta page counts and that are in use.
 
-    A transaction that takes pages at the end and gives them back, as deleting does, counts them and never writes them.
+    A file may be shorter than it counts and still be whole: a transaction that takes pages at the end and gives them
+    back, as deleting does, counts these pages and never writes them.
     """
     meta = newest_meta(data)
     with store_errors(data):
@@ -75,7 +78,7 @@ def _are_free(data: Path, meta: Meta, first: int) -> bool:
         check_pages(data, however_many=True)
     except StoreCorrupt:
         return False
-    if newest_meta(data) != meta:  # somebody else has the file open, and so it was whole
+    if newest_meta(data) != meta:  # somebody else has the file open, so it was whole
         return True
     with store_errors(data):
         free = free_pages(data, root=meta.free_root, page_nbytes=meta.page_nbytes)
@@ -85,15 +88,15 @@ def _are_free(data: Path, meta: Meta, first: int) -> bool:
 def check_pages(data: Path, *, however_many: bool = False) -> None:
     """Raise `StoreCorrupt` for a damaged page of the trees, which LMDB trusts: it may kill the process.
 
-    Reads no values. Larger files are left alone, unless `however_many`: it takes 5 s for a million records. There is no
-    later defence: LMDB's binding touches all that a value claims to be before its length can be looked at.
+    It reads no values. It skips larger files unless `however_many`: a million records take 5 s. There is no later
+    defence: LMDB's binding touches all bytes that a value claims to have before anybody can look at its length.
     """
     meta = newest_meta(data)
     is_small = meta is not None and meta.num_records <= _MAX_RECORDS and meta.last_page <= _MAX_PAGES
     while meta is not None and (is_small or however_many):
         wrong = _wrong_pages(data)
         before, meta = meta, newest_meta(data)
-        if wrong and meta == before:  # else somebody wrote meanwhile, over pages that were looked at
+        if wrong and meta == before:  # else somebody has written over the pages meanwhile
             raise StoreCorrupt(f"{data} is damaged: {wrong[0]}", hint=_RESTORE)
         if not wrong:
             return
@@ -110,7 +113,7 @@ def _wrong_pages(data: Path) -> list[str]:
 
 
 def number_transactions(data: Path, transaction_id: int) -> None:
-    """Make the newest state of a file that nobody has open yet that of a given transaction, and the only one."""
+    """Give the newest state of a file the id of a given transaction, and make it the only state. Nobody has it open."""
     meta = newest_meta(data)
     if meta is None:
         raise StoreCorrupt(f"{data} is not an LMDB file", hint="Try again.")
@@ -139,7 +142,7 @@ NO_PAGE = 2**64 - 1
 _HEADER = struct.Struct("=QHHHH")
 _NODE = struct.Struct("=HHHH")
 _BRANCH, _ELSEWHERE = 0x01, 0x01
-"""Flags: of a page, that it is a branch; of a node, that its value has pages of its own."""
+"""Flags: the page is a branch; the node's value has pages of its own."""
 
 
 def free_pages(data: Path, *, root: int, page_nbytes: int) -> Iterator[int]:
@@ -172,7 +175,7 @@ def _value(file: BinaryIO, page: bytes, node: int, page_nbytes: int) -> bytes:
 
 
 def _numbers(value: bytes) -> tuple[int, ...]:
-    """Return the list in a value, which begins with its length."""
+    """Return the list in a value; the value begins with the list's length."""
     return struct.unpack(f"={len(value) // 8}Q", value)[1:]
 
 

@@ -1,4 +1,4 @@
-"""A store in a dict: for tests, and for runs that shall leave nothing behind."""
+"""A store in a dict, for tests and for runs that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class MemoryStore:
 
     def delete(self, keys: Iterable[Key]) -> int:
         """Remove blobs; return how many there were."""
-        gone = set(keys)  # before the lock: they may come from `keys()`
+        gone = set(keys)  # before the lock: the keys may come from `keys()`
         with self._lock:
             stored = self._open_blobs()
             sizes = [len(stored.pop(key)) for key in gone if key in stored]
@@ -76,7 +76,7 @@ class MemoryStore:
         return Usage(nbytes, nbytes)
 
     def compact(self) -> None:
-        """Nothing is left of what was deleted."""
+        """Do nothing: nothing is left of what was deleted."""
 
     def close(self) -> None:
         """Forget everything."""

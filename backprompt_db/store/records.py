@@ -5,9 +5,9 @@
                    | the blob itself, when the number of chunks is 0 | digest of (record key | all before)
     chunk record = up to CHUNK_NBYTES bytes of the blob
 
-Digests are those of `digests`. The head's own covers its key, so a record moved to another address is damage. Chunks
-are digested one by one: a reader verifies each while it is in the processor's cache. Large values in one piece would
-fragment the file under eviction, which reuses only runs of free pages long enough for a whole value.
+The head's digest covers its key too, so a record that was moved to another address counts as damaged. Each chunk has a
+digest of its own, which a reader verifies while the chunk is in the processor's cache. Blobs are divided because large
+values would fragment the file: eviction frees pages, and LMDB reuses only runs that are long enough for a whole value.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def blob_key(record: bytes) -> Key | None:
 
 
 def records(key: Key, pieces: Sequence[bytes | memoryview], digest: Digest) -> list[tuple[bytes, bytes | memoryview]]:
-    """Return the records of a blob that is given in pieces, its head first. Only what crosses a seam is copied."""
+    """Return the records of a blob that comes in pieces, its head first. Only chunks across two pieces are copied."""
     views = [memoryview(piece).cast("B") for piece in pieces]
     nbytes = sum(view.nbytes for view in views)
     if nbytes <= CHUNK_NBYTES:
@@ -68,7 +68,7 @@ def records(key: Key, pieces: Sequence[bytes | memoryview], digest: Digest) -> l
 
 
 def _chunks(views: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
-    """Divide what the views hold together into chunks; those that lie within one view are views of it."""
+    """Divide the bytes of all views into chunks; a chunk that lies within one view is a view of it."""
     begun = bytearray()
     for view in views:
         first = min(CHUNK_NBYTES - len(begun), view.nbytes) if begun else 0
@@ -87,7 +87,7 @@ def _chunks(views: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
 
 
 def read_head(record: bytes, value: memoryview, digest: Digest) -> Head | None:
-    """Return a head record's content, or None when it is damaged or lies under another key than it was written for."""
+    """Return a head record's content; None when it is damaged, or was written for another key."""
     body, own_digest = value[:-DIGEST_NBYTES], value[-DIGEST_NBYTES:]
     if len(body) < _FIELDS.size or digest(record, body) != own_digest:
         return None
@@ -114,10 +114,10 @@ def _head(record: bytes, nbytes: int, chunk_digests: list[bytes], inline: bytes,
 DIGEST_NBYTES = 16
 
 Digest: TypeAlias = Callable[..., bytes]
-"""Gives the 16 bytes that stand for the concatenation of its arguments, `bytes` or views of them."""
+"""A function that returns a digest of 16 bytes for the concatenation of its arguments, `bytes` or views."""
 
 _CONTEXT = "backprompt-db 2026 secret of a database, format 1"
-"""BLAKE3 derives the key from the secret for this use alone."""
+"""BLAKE3 derives a key for this use alone from the secret and this string."""
 
 
 def xxh3_128(*pieces: bytes | memoryview) -> bytes:
@@ -131,7 +131,7 @@ def xxh3_128(*pieces: bytes | memoryview) -> bytes:
 
 
 def keyed_blake3(secret: bytes) -> Digest:
-    """Return the digest that only those who know the secret can make: BLAKE3 with a derived key, its first 16 bytes."""
+    """Return a digest that only those who know the secret can make: the first 16 bytes of BLAKE3 with a derived key."""
     import blake3
 
     key = blake3.blake3(secret, derive_key_context=_CONTEXT).digest()

@@ -1,8 +1,8 @@
 """Named points in the program where a test can make it die, stop, fail, or wait.
 
 `BACKPROMPT_DB_FAILPOINT="store.put.inside=kill,catalog.record.inside=sleep:0.5@3"` kills the process when it passes the
-first point, and makes it sleep half a second when it passes the second for the third time. Without the variable a point
-costs one look into an empty dict.
+first point, and makes it sleep for half a second when it passes the second point for the third time. Without the
+variable, a point costs one look into an empty dict.
 
 | action | what happens |
 |---|---|
@@ -49,7 +49,7 @@ NAMES = frozenset(
 class _Failure:
     action: str
     number: int | None
-    """At which pass, counted from 1; at each without one."""
+    """At which pass the point fails, counted from 1; None for every pass."""
     num_passes: int = 0
 
 
@@ -68,7 +68,7 @@ _failures = _parse(os.environ.get(VARIABLE, ""))
 
 
 def reach(name: str) -> None:
-    """Do what the environment says for this point: nothing, outside tests."""
+    """Do what the environment variable says for this point. Outside tests, it says nothing."""
     failure = _failures.get(name)
     if failure is None:
         return

@@ -1,4 +1,4 @@
-"""Locks of the kernel between processes: gone with the process that held them, however it died."""
+"""Locks between processes. The kernel holds them, so they are gone with their process, however it died."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from backprompt_db.system.platform import (
 
 _FIRST_WAIT_SECONDS = 0.001
 _LONGEST_WAIT_SECONDS = 0.005
-"""Short, as the kernel keeps no place for one who asks again and again: others would slip in between."""
+"""It is short because the kernel keeps no place for a process that asks again and again: others would come first."""
 
 _BUSY = frozenset({errno.EACCES, errno.EAGAIN})
 
@@ -72,7 +72,7 @@ def _open_lock_file(path: Path, *, mode: int) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | O_NOFOLLOW, mode)
     except FileExistsError:
         return _open_existing(path)
-    except OSError:  # a directory that may not be written to, but perhaps the file is there
+    except OSError:  # the directory may not be written to, but perhaps the file is there
         with contextlib.suppress(FileNotFoundError):
             return _open_existing(path)
         raise
@@ -88,7 +88,7 @@ def _open_existing(path: Path) -> int:
 
 
 def take_turn(directory: str | Path) -> int | None:
-    """Lock a directory alone, as soon as nobody else has; None, and no lock, for one that cannot be opened."""
+    """Wait for the exclusive lock of a directory and return it; None, without a lock, for one that cannot be opened."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY)
     except OSError:
@@ -102,7 +102,7 @@ def take_turn(directory: str | Path) -> int | None:
 
 
 def give_turn(descriptor: int | None) -> None:
-    """Give back what `take_turn` returned."""
+    """Release what `take_turn` returned."""
     if descriptor is not None:
         unlock_file(descriptor)
         os.close(descriptor)
@@ -111,7 +111,7 @@ def give_turn(descriptor: int | None) -> None:
 def is_locked(path: str | Path, offset: int) -> bool:
     """Whether another process holds a lock on a byte of a file; False where there is no file.
 
-    Not for a file that this process has locks on: they would be gone, because it is opened and closed here.
+    Do not ask about a file on which this process has locks: it is opened and closed here, which would give them up.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | O_NOFOLLOW)
@@ -124,7 +124,7 @@ def is_locked(path: str | Path, offset: int) -> bool:
 
 
 class ByteLocks:
-    """Locks on single bytes of a file that need not have any: one for each of 2^63 offsets.
+    """Locks on single bytes of a file, at any of 2^63 offsets; the file may be empty.
 
     They belong to this object and not to the process (`F_OFD_SETLK`), so threads exclude each other with one object
     each. Raises `NotImplementedError` where the system has no such locks, and the `OSError` of a file that cannot be
@@ -137,7 +137,7 @@ class ByteLocks:
         self._descriptor: int | None = _open_lock_file(path, mode=mode)
 
     def try_lock(self, offset: int) -> bool:
-        """Lock a byte if nobody else holds it; whether it is locked now."""
+        """Lock a byte unless somebody else holds it; return whether it is locked now."""
         try:
             if self._descriptor is not None:
                 try_lock_byte(self._descriptor, offset)
@@ -148,12 +148,12 @@ class ByteLocks:
         return True
 
     def unlock(self, offset: int) -> None:
-        """Give back a byte."""
+        """Unlock a byte."""
         if self._descriptor is not None:
             unlock_bytes(self._descriptor, offset, 1)
 
     def close(self) -> None:
-        """Give back everything, also in children that were forked meanwhile. Closing twice is allowed."""
+        """Unlock all bytes, also for children that were forked meanwhile. Closing twice is allowed."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             unlock_bytes(descriptor, 0, 0)

@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
 LEFT_OUT = ("torch", "transformers")
-RECIPES = ("pyproject.toml", "constraints.txt")
 
 
 def interpreters(version: str) -> Iterator[Path]:
@@ -45,9 +44,9 @@ def environment(version: str, interpreter: Path) -> tuple[Path, str]:
     """The Python of an environment that is ready, and what there is to say about it."""
     place = ROOT / "build" / f"smoke-{version}"
     python, ready = place / "bin" / "python", place / ".ready"
-    recipe = max((ROOT / name).stat().st_mtime for name in RECIPES)
-    if ready.exists() and ready.stat().st_mtime > recipe:
-        return python, ready.read_text(encoding="utf-8")
+    recipe = "\n".join([*dependencies(), (ROOT / "constraints.txt").read_text(encoding="utf-8")])
+    if ready.exists() and ready.read_text(encoding="utf-8").endswith(recipe):
+        return python, ready.read_text(encoding="utf-8").partition("\n")[0]
     shutil.rmtree(place, ignore_errors=True)
     subprocess.run([interpreter, "-m", "venv", "--without-pip", place], check=True)
     install: list[str | Path] = [
@@ -69,7 +68,7 @@ def environment(version: str, interpreter: Path) -> tuple[Path, str]:
         subprocess.run([*install, *dependencies()], check=True)
         said = ", unpinned: " + pinned.stderr.decode().strip().splitlines()[-1]
     subprocess.run([*install, "--no-deps", "--editable", ROOT], check=True)
-    ready.write_text(said, encoding="utf-8")
+    ready.write_text(f"{said}\n{recipe}", encoding="utf-8")
     return python, said
 
 
