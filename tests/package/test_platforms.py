@@ -18,8 +18,7 @@ from backprompt_db.database.location import require_local
 from backprompt_db.database.single_flight import SingleFlight
 from backprompt_db.errors import UnsafeLocation
 from backprompt_db.prompt.ids import Address
-from backprompt_db.store import locks
-from backprompt_db.system import platform
+from backprompt_db.system import locks, platform
 from backprompt_db.system.platform import UNKNOWN, filesystem_of
 
 ROOT = Path(__file__).parents[2]
