@@ -58,7 +58,7 @@ class Catalogs:
     @cached_property
     def base(self) -> Catalog | None:
         """The one of the database below, for reading; None where there is none that can be read."""
-        return None if self._base is None else _opened(self._base, of=" of the base", level=logging.INFO)
+        return None if self._base is None else _opened(self._base, is_base=True)
 
     def __iter__(self) -> Iterator[Catalog]:
         return (catalog for catalog in (self.own, self.base) if catalog is not None)
@@ -71,15 +71,16 @@ class Catalogs:
                 catalog.close()
 
 
-def _opened(
-    directory: Path, *, readonly: bool = True, mode: int = 0o600, of: str = "", level: int = logging.WARNING
-) -> Catalog | None:
+def _opened(directory: Path, *, readonly: bool = True, mode: int = 0o600, is_base: bool = False) -> Catalog | None:
     from backprompt_db.catalog.catalog import Catalog
 
     try:
         return Catalog.open(directory / CATALOG, readonly=readonly, mode=mode)
     except CatalogError as error:
-        logger.log(level, "working without the catalog%s: %s", of, error)
+        if is_base:
+            logger.info("working without the catalog of the base: %s", error)
+        else:
+            logger.warning("working without the catalog: %s", error)
         return None
 
 

@@ -112,7 +112,7 @@ def _read(directory: Path) -> bytes | None:
         return _bytes_of(directory / MANIFEST)
     if not all(name.startswith(_UNFINISHED) for name in names):
         raise UnsafeLocation(
-            f"{directory} holds files but no {MANIFEST}: it is not a backprompt-db database",
+            f"{directory} holds files but no manifest.json: it is not a backprompt-db database",
             hint="Give an empty or a new directory.",
         )
     return None
