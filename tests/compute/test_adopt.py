@@ -15,7 +15,7 @@ import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from backprompt_db.errors import ModelMismatch, StoreReadOnly
 from backprompt_db.operations.verify import verify
-from tests.conftest import plain_logprobs, tiny_gpt2, train_tokenizer
+from tests.conftest import cases, plain_logprobs, tiny_gpt2, train_tokenizer
 from tests.support.adopt import CHECKS, PIECES, TOLERANCE, MakeLM, chain, ids_of, plain, tensors
 from tests.support.families import SUPPORTED, family_cases
 
@@ -222,7 +222,7 @@ def test_any_chain_is_adopted_and_runs_like_a_plain_pass(shared: bp.LanguageMode
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", cases([torch.float32, torch.bfloat16], by_default=[torch.float32]), ids=str)
 def test_a_trained_models_cache_is_adopted_and_one_that_begins_a_position_later_is_not(dtype: torch.dtype) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -312,6 +312,7 @@ def smollm2() -> Iterator[bp.LanguageModel]:
 QUESTIONS = ["What is the capital of France?", "Name three colours of the rainbow.", "When does the sun rise?"]
 
 
+@pytest.mark.exhaustive
 def test_a_trained_model_writes_what_a_plain_call_writes_alone_and_together(smollm2: bp.LanguageModel) -> None:
     prompts = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in QUESTIONS]
     together = smollm2.generate(prompts, max_new_tokens=24)

@@ -107,6 +107,7 @@ def test_families_generate_the_same_over_a_stored_prefix(lm: bp.LanguageModel, n
     assert torch.equal(ours, lm.model.generate(**inputs(lm), **GREEDY))
 
 
+@pytest.mark.exhaustive
 def test_a_trained_model_writes_the_same_in_a_pipeline_and_its_cache_is_adopted_again() -> None:
     directory = smollm2_directory()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)

@@ -21,6 +21,7 @@ import torch
 
 import backprompt_db as bp
 from backprompt_db.database.database import Database
+from tests.conftest import cases
 from tests.support.databases import expected, new_part, values, wanted
 from tests.support.faults import (
     IN_OTHER_SHOES,
@@ -143,7 +144,8 @@ def test_a_forked_child_reads_what_is_stored_and_writes_its_own(db: Database) ->
     assert (db.counters.num_stored, db.counters.num_write_failures) == (2, 0)
 
 
-def test_forks_while_the_writer_is_busy_do_not_hang(db: Database) -> None:
+@pytest.mark.parametrize("num_forks", cases([3, 8], by_default=[3]))
+def test_forks_while_the_writer_is_busy_do_not_hang(db: Database, num_forks: int) -> None:
     stop = threading.Event()
 
     def keep_putting() -> None:
@@ -155,7 +157,7 @@ def test_forks_while_the_writer_is_busy_do_not_hang(db: Database) -> None:
     busy = threading.Thread(target=keep_putting)
     busy.start()
     try:
-        for turn in range(8):
+        for turn in range(num_forks):
             pid = os.fork()
             if pid == 0:
                 signal.alarm(15)
@@ -170,7 +172,7 @@ def test_forks_while_the_writer_is_busy_do_not_hang(db: Database) -> None:
         stop.set()
         busy.join(30)
     db.flush()
-    texts = [f"child {turn}" for turn in range(8)]
+    texts = [f"child {turn}" for turn in range(num_forks)]
     assert values(db.fetch(wanted(*texts))) == expected(*texts)
     assert db.counters.num_quarantined == db.counters.num_write_failures == 0
 

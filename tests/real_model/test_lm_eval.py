@@ -74,6 +74,7 @@ def test_the_second_run_does_not_load_the_model(lm: BackpromptLM, first: list[tu
     assert lm.counters.num_model_calls == lm.counters.num_computed_tokens == 0
 
 
+@pytest.mark.exhaustive
 def test_with_another_last_example_only_what_follows_is_computed(
     lm: BackpromptLM, first: list[tuple[float, bool]]
 ) -> None:
@@ -87,6 +88,7 @@ def test_with_another_last_example_only_what_follows_is_computed(
     assert lm.counters.num_computed_tokens < sum(len(lm.tok_encode(context)) for context, _ in pairs) / 4
 
 
+@pytest.mark.exhaustive
 def test_texts_and_continuations_are_those_of_the_hf_model(hf: Any, lm: BackpromptLM) -> None:
     texts = requests("loglikelihood_rolling", [(row["text"],) for row in rows("stories.jsonl")])
     for mine, expected, request in zip(
