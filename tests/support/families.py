@@ -143,7 +143,7 @@ FAMILIES = [
     Family("bert-decoder", "packs", "bert", {"is_decoder": True}),
     Family("bert-encoder", "refused", "bert"),
     Family("roberta-decoder", "refused", "roberta", {"is_decoder": True}),
-    Family("bart-decoder", "chains", "bart"),
+    Family("bart-decoder", "chains", "bart", {"forced_eos_token_id": None}),  # tests of generating forbid this token
     Family("bart", "refused", auto=AutoModelForSeq2SeqLM),
     Family("t5", "refused", auto=AutoModelForSeq2SeqLM),
     Family("mamba", "refused"),
