@@ -174,3 +174,10 @@ def test_a_prompt_that_is_too_long_says_how_long() -> None:
     plan.check_context_length(starts, num_tokens, None)
     with pytest.raises(ContextLengthExceeded, match="needs 7 positions, this model takes 6"):
         plan.check_context_length(starts, num_tokens, 6)
+
+
+def test_logits_that_predict_a_first_token_are_computed_again_where_they_alone_are_gone() -> None:
+    first, second = (Text("before") + " after").segments()
+    have = {(first, Part.SCORES), (first, Part.KV)}
+    missing = plan.missing_parts({second: frozenset({Part.SCORES})}, is_stored=lambda *need: need in have)
+    assert missing == {first: {Part.LOGITS}, second: {Part.SCORES}}
