@@ -263,6 +263,16 @@ def test_a_patched_class_is_another_model(gpt2: Any, monkeypatch: pytest.MonkeyP
     assert weights_id(gpt2) != before
 
 
+def test_patches_of_a_class_that_differ_in_a_constant_alone_are_two_models(
+    gpt2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = type(gpt2.transformer.h[0].mlp)
+    monkeypatch.setattr(mlp, "forward", lambda self, hidden: hidden * 2.0)
+    twice = weights_id(gpt2)
+    monkeypatch.setattr(mlp, "forward", lambda self, hidden: hidden * 3.0)
+    assert weights_id(gpt2) != twice
+
+
 def test_a_model_made_in_inference_mode_is_refused_because_its_changes_have_no_counter() -> None:
     with torch.inference_mode():
         model = tiny_gpt2()
