@@ -1,4 +1,4 @@
-"""How `golden_databases_2.tar.gz` and `golden_databases_2.json` were made, by the code of the commit `before-house`.
+"""How `golden_databases_2.tar.gz` and `golden_databases_2.json` were made, by the code of commit 4e044e1.
 
 In a checkout of that commit, with the environment that its `make test` sets up:
 
