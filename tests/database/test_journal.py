@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,11 +28,11 @@ from tests.support.faults import (
     dangling,
     keys_of,
     new_parts,
-    next_line,
     prompt,
     put_prompts,
     run_to_its_end,
     segments,
+    wait_until_stopped,
 )
 from tests.support.limits import assert_sound, assert_whole, put, stored
 
@@ -147,7 +146,7 @@ class TestStopped:
         monkeypatch.setattr("backprompt_db.database.eviction._WAIT_SECONDS", 0.3)
 
     def test_writers_go_on_beside_an_evictor_that_is_stopped(self, place: Path) -> None:
-        script = "print('begin', flush=True)\ndb = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\n"
+        script = "db = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\n"
         with stopped(script, place, "collect.deleted"), bp.open(place) as db:
             put_prompts(db, [1])
             assert db.counters.num_write_failures == 0
@@ -157,7 +156,7 @@ class TestStopped:
         assert entries(place) == []
 
     def test_an_evictor_gives_up_on_a_writer_that_is_stopped_and_others_write(self, place: Path) -> None:
-        with stopped("print('begin', flush=True)\n" + WRITE, place, "store.put.after"), bp.open(place) as db:
+        with stopped(WRITE, place, "store.put.after"), bp.open(place) as db:
             before = stored(db)
             with pytest.raises(StoreLocked, match=r"another process holds .*writing\.lock"):
                 db.evictor.evict(to_nbytes=0)
@@ -170,7 +169,7 @@ class TestStopped:
         assert entries(place) == []
 
     def test_a_full_database_says_that_it_waited_in_vain(self, place: Path) -> None:
-        with stopped("print('begin', flush=True)\n" + WRITE, place, "store.put.after"), bp.open(place) as db:
+        with stopped(WRITE, place, "store.put.after"), bp.open(place) as db:
             limit(place, db.store.usage().live_nbytes)
             db.put(new_parts(prompt(1)))
             with pytest.raises(StoreLocked, match="another process holds"):
@@ -179,7 +178,7 @@ class TestStopped:
             assert_whole(db, prompt(0))
 
     def test_a_writer_that_is_stopped_and_goes_on_records_what_it_stored(self, place: Path) -> None:
-        with stopped("print('begin', flush=True)\n" + WRITE, place, "store.put.after") as process:
+        with stopped(WRITE, place, "store.put.after") as process:
             with bp.open(place) as db:
                 put_prompts(db, [1])
             process.send_signal(signal.SIGCONT)
@@ -197,16 +196,8 @@ def limit(place: Path, nbytes: int) -> None:
 def stopped(script: str, place: Path, point: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has stopped itself at a point."""
     with child(script, place, failpoint=f"{point}=stop@1") as process:
-        assert next_line(process) == "begin"
-        deadline = time.monotonic() + 60
-        while _state(process.pid) != "T":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_stopped(process)
         yield process
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def garbage(place: Path) -> None:

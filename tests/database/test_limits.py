@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.files import Sharing
 from tests.support.faults import (
+    TIMEOUT_SECONDS,
     TOGETHER,
     address_of,
     child,
@@ -34,6 +36,7 @@ from tests.support.faults import (
     prompt,
     run_together,
     segments,
+    wait_until_stopped,
     wanted_of,
     wrong,
 )
@@ -405,6 +408,24 @@ class TestTogether:
                 assert writer.wait(300) == 0
             assert db.counters.num_evicted == 6, "the child, then what it follows"
             assert stored(db) == set()
+
+    def test_what_was_chosen_and_then_pinned_stays(self, tmp_path: Path) -> None:
+        place = make_limited(tmp_path / "db", max_nbytes=None)
+        script = "db = bp.open(place)\nprint(db.evictor.evict(to_nbytes=0).num_parts)\n"
+        with bp.open(place) as db:
+            for number in range(60):  # more than one transaction removes
+                put(db, prompt(number))
+            before, catalog = stored(db), db.catalog
+            assert catalog is not None
+            with child(script, place, failpoint="collect.deleted=stop@1") as evictor:
+                wait_until_stopped(evictor)
+                kept = stored(db)
+                catalog.pin({key.address for key in kept})
+                evictor.send_signal(signal.SIGCONT)
+                out, err = evictor.communicate(timeout=TIMEOUT_SECONDS)
+            assert (int(out), err) == (len(before) - len(kept), "")
+            assert 0 < len(kept) < len(before)
+            assert stored(db) == kept
 
     def test_a_child_of_what_was_evicted_meanwhile_is_left_out_and_counted(
         self, db: Database, caplog: pytest.LogCaptureFixture

@@ -37,6 +37,7 @@ from tests.support.faults import (
     put_prompts,
     run,
     run_together,
+    wait_until_stopped,
 )
 
 assert sys.platform != "win32"
@@ -113,7 +114,7 @@ def test_who_meets_a_migration_that_hangs_reads_and_goes_on_when_it_is_killed(tm
     migrate = "bp.open(place).catalog"
     meet = MEET.replace("    assert db.catalog", "    print('read', flush=True)\n    assert db.catalog")
     with child(migrate, tmp_path / "db", failpoint="migration.first=stop") as stopped:
-        assert os.WIFSTOPPED(os.waitpid(stopped.pid, os.WUNTRACED)[1])
+        wait_until_stopped(stopped)
         with child(meet, tmp_path / "db") as other:
             assert next_line(other) == "ready"
             assert other.stdin is not None

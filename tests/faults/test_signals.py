@@ -33,6 +33,7 @@ from tests.support.faults import (
     public_directory,
     put_prompts,
     segments,
+    wait_until_stopped,
     wanted_of,
     wrong,
 )
@@ -54,11 +55,6 @@ def large_segments() -> Iterator[Segment]:
         (segment,) = segments(f"Large {number}")
         if num_tokens_at(address_of(segment)) == max(NUMS_TOKENS):
             yield segment
-
-
-def wait_until_stopped(process: subprocess.Popen[str]) -> None:
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    assert os.WIFSTOPPED(status), (status, process.stderr and process.stderr.read())
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, list[str], str]:

@@ -115,6 +115,12 @@ def next_line(process: subprocess.Popen[str]) -> str:
     return line
 
 
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    """Wait until a process has stopped itself at a failpoint."""
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status), (status, process.stderr and process.stderr.read())
+
+
 TOGETHER = "print('ready', flush=True); sys.stdin.readline()\n"
 """Wait until all are ready."""
 
