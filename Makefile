@@ -8,7 +8,7 @@ READY := .venv/.ready
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-all lint types docs bench torture smoke clean
+.PHONY: demo test test-all newest lint types docs bench torture smoke clean
 
 demo: $(READY)
 	$(BIN)/backprompt-db demo
@@ -18,6 +18,21 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m "" --hypothesis-profile exhaustive
+
+# A part of the tests on the newest releases that pyproject allows, but for torch.
+NEWEST := .venv-newest
+
+newest: $(NEWEST)/.ready
+	$(NEWEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
+		tests/catalog tests/codec tests/compute tests/database tests/integrations tests/store
+
+$(NEWEST)/.ready: $(READY)
+	$(PYTHON) -m venv $(NEWEST)
+	echo "$(CURDIR)"/.venv/lib/python3.*/site-packages > "$$(echo $(NEWEST)/lib/python3.*/site-packages)/pinned.pth"
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint $(NEWEST)/constraints.txt --editable '.[dev]'
+	touch $(NEWEST)/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -50,7 +65,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-newest build dist
 
 # A short run on every version of Python that can be found, without torch.
 smoke:

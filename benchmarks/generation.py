@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from benchmarks import plain
 from benchmarks.plain import Ids
 from benchmarks.report import Measurement
@@ -77,7 +78,7 @@ def _generate(model: Any, tokenizer: Any, ids: Ids, cache: Any, *, num_tokens: i
     output = model.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-        past_key_values=cache,
+        **{CACHE_KEYWORD: cache},
         max_new_tokens=num_tokens,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id,

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
+
 Ids = Sequence[int]
 Tensors = Mapping[str, torch.Tensor]
 Reader = Callable[[Path], Tensors]
@@ -109,7 +111,7 @@ def run(model: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
 
 def prefill(model: Any, ids: Ids) -> Prefix:
     """Run a prompt; return its cache and its last logits."""
-    output = run(model, torch.tensor([ids]), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+    output = run(model, torch.tensor([ids]), **{CACHE_KEYWORD: DynamicCache()}, use_cache=True, logits_to_keep=1)
     return Prefix(output.past_key_values, output.logits[0, -1].clone())
 
 
@@ -121,7 +123,7 @@ def chosen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def continue_prefix(model: Any, prefix: Prefix, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
     """Run a suffix on a cache, which is extended; return its tokens' log-probabilities [T] and its last logits."""
     targets = torch.tensor(ids)
-    logits = run(model, targets[None], past_key_values=prefix.cache, use_cache=True).logits[0]
+    logits = run(model, targets[None], **{CACHE_KEYWORD: prefix.cache}, use_cache=True).logits[0]
     return chosen(torch.cat([prefix.logits[None], logits[:-1]]), targets), logits[-1]
 
 
@@ -171,7 +173,7 @@ def score_batch(model: Any, prefix: Prefix, completions: Sequence[Ids]) -> list[
     logprobs = prefix.logits.log_softmax(-1)[targets[:, :1]]
     if targets.shape[1] > 1:
         cache = repeated(prefix.cache, len(completions))
-        logits = run(model, targets[:, :-1], past_key_values=cache, use_cache=True).logits
+        logits = run(model, targets[:, :-1], **{CACHE_KEYWORD: cache}, use_cache=True).logits
         logprobs = torch.cat([logprobs, chosen(logits, targets[:, 1:])], 1)
     lengths = torch.tensor([len(each) for each in completions])
     is_token = torch.arange(targets.shape[1]) < lengths[:, None]
@@ -186,7 +188,7 @@ def score_in_place(model: Any, prefix: Prefix, completions: Sequence[Ids]) -> li
         targets = torch.tensor(ids)
         logits = prefix.logits[None]
         if len(ids) > 1:
-            fed = run(model, targets[None, :-1], past_key_values=prefix.cache, use_cache=True).logits[0]
+            fed = run(model, targets[None, :-1], **{CACHE_KEYWORD: prefix.cache}, use_cache=True).logits[0]
             logits = torch.cat([logits, fed])
             keep(prefix.cache, num_tokens)
         scores.append(float(chosen(logits, targets).double().sum()))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from benchmarks import plain
 from benchmarks.plots.curves import Curve, Figure
 from benchmarks.timing import Times, timed
@@ -62,7 +63,7 @@ def _row(model: Any, path: Path, prefix: str, ids: torch.Tensor, cache: Any, see
         from_file, first = timed(lambda: _hit(lm, prefix, suffixes[0]))
         db.flush()
         from_memory, second = timed(lambda: _hit(lm, prefix, suffixes[1]))
-    limit, logits = timed(lambda: plain.run(model, new[:1], past_key_values=cache, use_cache=True).logits[0, -1])
+    limit, logits = timed(lambda: plain.run(model, new[:1], **{CACHE_KEYWORD: cache}, use_cache=True).logits[0, -1])
     plain.keep(cache, ids.shape[1])
     whole = torch.cat([ids, new[1:]], 1)
     cold, expected = timed(lambda: plain.run(model, whole, use_cache=False, logits_to_keep=1).logits[0, -1])

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import AttentionInterface, GPT2LMHeadModel
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.errors import ModelMismatch, PromptError, UnsupportedModel
 from tests.conftest import plain_logprobs, tiny_gpt2
 
@@ -29,7 +30,7 @@ def test_past_key_values_can_be_used_twice(lm: bp.LanguageModel) -> None:
     result = lm("The quick brown fox")
     more = torch.tensor([lm.tokenizer(" jumps")["input_ids"]])
     with torch.no_grad():
-        first, second = (lm.model(more, past_key_values=result.past_key_values).logits for _ in range(2))
+        first, second = (lm.model(more, **{CACHE_KEYWORD: result.past_key_values}).logits for _ in range(2))
     assert torch.equal(first, second)
 
 

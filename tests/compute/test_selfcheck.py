@@ -12,6 +12,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.compute.inference.selfcheck import Verdict, examine
 from backprompt_db.errors import UnsupportedModel
 from tests.conftest import VOCAB_SIZE, plain_logprobs, tiny_gpt2
@@ -108,9 +109,9 @@ class SeesTheFuture(GPT2LMHeadModel):  # type: ignore[misc]
 class CountsTokens(GPT2LMHeadModel):  # type: ignore[misc]
     """Every number depends on how many tokens there are in all."""
 
-    def forward(self, input_ids: Any = None, past_key_values: Any = None, **others: Any) -> Any:
-        num_tokens = input_ids.shape[1] + past_key_values.get_seq_length()
-        output = super().forward(input_ids, past_key_values=past_key_values, **others)
+    def forward(self, input_ids: Any = None, **others: Any) -> Any:
+        num_tokens = input_ids.shape[1] + others[CACHE_KEYWORD].get_seq_length()
+        output = super().forward(input_ids, **others)
         output.logits = output.logits * (1 + 0.01 * num_tokens)
         return output
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from tests.support.families import by_name
 
 CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n"
@@ -41,7 +42,7 @@ def test_generate_over_a_stored_prefix_gives_what_a_plain_call_gives(
     plain = lm.model.generate(**inputs(lm), **{**GREEDY, **settings})
     torch.manual_seed(0)
     assert torch.equal(
-        lm.model.generate(**inputs(lm), **{**GREEDY, **settings}, past_key_values=result.past_key_values), plain
+        lm.model.generate(**inputs(lm), **{**GREEDY, **settings}, **{CACHE_KEYWORD: result.past_key_values}), plain
     )
 
 
@@ -49,21 +50,21 @@ def test_the_cache_of_a_whole_prompt_is_continued_without_its_last_token(lm: bp.
     cache = (lm.text(CONTEXT) + QUESTION)().past_key_values
     cache.crop(-1)
     assert torch.equal(
-        lm.model.generate(**inputs(lm), **GREEDY, past_key_values=cache), lm.model.generate(**inputs(lm), **GREEDY)
+        lm.model.generate(**inputs(lm), **GREEDY, **{CACHE_KEYWORD: cache}), lm.model.generate(**inputs(lm), **GREEDY)
     )
 
 
 def test_beams_take_a_cache_with_a_row_for_each(lm: bp.LanguageModel) -> None:
     cache = lm(CONTEXT).past_key_values
     cache.batch_repeat_interleave(3)
-    ours = lm.model.generate(**inputs(lm), **GREEDY, num_beams=3, past_key_values=cache)
+    ours = lm.model.generate(**inputs(lm), **GREEDY, num_beams=3, **{CACHE_KEYWORD: cache})
     assert torch.equal(ours, lm.model.generate(**inputs(lm), **GREEDY, num_beams=3))
 
 
 def test_generating_extends_the_cache_that_it_is_given_and_no_other(lm: bp.LanguageModel) -> None:
     result = lm(CONTEXT)
     given, before = result.past_key_values, tensors(result.past_key_values).clone()
-    lm.model.generate(**inputs(lm), **GREEDY, past_key_values=given)
+    lm.model.generate(**inputs(lm), **GREEDY, **{CACHE_KEYWORD: given})
     assert given.get_seq_length() > before.shape[-2]
     assert torch.equal(tensors(result.past_key_values), before)
     lm.db.flush()
@@ -82,7 +83,7 @@ def test_a_pipeline_over_a_stored_prefix_writes_what_it_writes_without(lm: bp.La
     result = lm(CONTEXT)
     generator = pipeline("text-generation", model=lm.model, tokenizer=lm.tokenizer)
     plain = generator(CONTEXT + QUESTION, **GREEDY)
-    assert generator(CONTEXT + QUESTION, **GREEDY, past_key_values=result.past_key_values) == plain
+    assert generator(CONTEXT + QUESTION, **GREEDY, **{CACHE_KEYWORD: result.past_key_values}) == plain
 
 
 def test_a_pipeline_chats_over_the_stored_beginning_of_a_conversation(lm: bp.LanguageModel) -> None:
@@ -97,13 +98,13 @@ def test_a_pipeline_chats_over_the_stored_beginning_of_a_conversation(lm: bp.Lan
     beginning = lm.chat(messages[:2], add_generation_prompt=False)()
     generator = pipeline("text-generation", model=lm.model, tokenizer=tokenizer)
     plain = generator(messages, **GREEDY)
-    assert generator(messages, **GREEDY, past_key_values=beginning.past_key_values) == plain
+    assert generator(messages, **GREEDY, **{CACHE_KEYWORD: beginning.past_key_values}) == plain
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2"])
 def test_families_generate_the_same_over_a_stored_prefix(lm: bp.LanguageModel, name: str) -> None:
     lm = bp.LanguageModel(by_name(name).build(), lm.tokenizer, db=lm.db)
-    ours = lm.model.generate(**inputs(lm), **GREEDY, past_key_values=lm(CONTEXT).past_key_values)
+    ours = lm.model.generate(**inputs(lm), **GREEDY, **{CACHE_KEYWORD: lm(CONTEXT).past_key_values})
     assert torch.equal(ours, lm.model.generate(**inputs(lm), **GREEDY))
 
 
@@ -116,9 +117,9 @@ def test_a_trained_model_writes_the_same_in_a_pipeline_and_its_cache_is_adopted_
         result = lm(CONTEXT)
         generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
         plain = generator(CONTEXT + QUESTION, **GREEDY)
-        assert generator(CONTEXT + QUESTION, **GREEDY, past_key_values=result.past_key_values) == plain
+        assert generator(CONTEXT + QUESTION, **GREEDY, **{CACHE_KEYWORD: result.past_key_values}) == plain
         cache = result.past_key_values
-        lm.model.generate(**inputs(lm), **GREEDY, past_key_values=cache)
+        lm.model.generate(**inputs(lm), **GREEDY, **{CACHE_KEYWORD: cache})
         cache.crop(len(inputs(lm)["input_ids"][0]) - cache.get_seq_length())
         adopted = lm.adopt(lm.text(CONTEXT) + QUESTION, cache)
         assert adopted.num_stored_tokens == adopted.num_tokens - len(result.input_ids)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.database.database import Database
 from backprompt_db.database.memory_cache import MemoryCache
 from backprompt_db.errors import FormatError
@@ -83,8 +84,11 @@ def test_what_exact_requests_keep_in_memory_goes_with_the_language_model(
         gc.collect()
         return [each for each in gc.get_objects() if type(each) in kinds and each not in before]
 
+    others = threading.enumerate()  # of databases of earlier tests
+
     def num_writers() -> int:
-        return sum(thread.name.startswith("backprompt-db") for thread in threading.enumerate())
+        new = (thread for thread in threading.enumerate() if thread not in others)
+        return sum(thread.name.startswith("backprompt-db") for thread in new)
 
     db.put([new_part("a")])  # its writer stays
     for _ in range(3):
@@ -107,7 +111,7 @@ def test_a_cache_from_a_lossy_database_has_the_dtype_of_the_model(
     context = stored(lm)
     more = torch.tensor([lm.tokenizer("Request: list users")["input_ids"]])
     with torch.no_grad():
-        cached = lm.model(more, past_key_values=context().past_key_values).logits
+        cached = lm.model(more, **{CACHE_KEYWORD: context().past_key_values}).logits
         whole = lm.model(torch.cat([context().input_ids[None], more], 1)).logits[:, -more.shape[1] :]
     assert cached.dtype == torch.float32
     assert (cached.log_softmax(-1) - whole.log_softmax(-1)).abs().max() < tolerance

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.errors import BackpromptError
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -34,7 +35,7 @@ def ids_of(tokenizer: Any, pieces: Sequence[str] = PIECES) -> torch.Tensor:
 def plain(model: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
     """What a user does: one pass over a prompt's tokens that fills a cache."""
     with torch.no_grad():
-        return model(input_ids, use_cache=True, **{"past_key_values": DynamicCache(), **inputs})
+        return model(input_ids, use_cache=True, **{CACHE_KEYWORD: DynamicCache(), **inputs})
 
 
 def tensors(cache: Any) -> torch.Tensor:

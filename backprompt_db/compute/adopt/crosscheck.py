@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from backprompt_db.compute.adopt.given_cache import KVTensors
 from backprompt_db.compute.inference.forward import evaluation, extend
 from backprompt_db.compute.inference.head import LogitsQuery
-from backprompt_db.compute.inference.kv_cache import KVBuffer, short_name
+from backprompt_db.compute.inference.kv_cache import KVBuffer, cache_argument, short_name
 from backprompt_db.compute.inference.masks import mask_of_tokens
 from backprompt_db.compute.plan import MAX_PACK_PAIRS
 from backprompt_db.errors import ModelMismatch
@@ -146,7 +146,7 @@ def _first_layer(runner: ModelRunner, inputs: dict[str, npt.NDArray[np.int64]]) 
     cache.layers = [_LayerThatEndsThePass() for _ in range(runner.shape.num_layers)]
     tensors = {name: torch.from_numpy(numbers)[None].to(runner.device) for name, numbers in inputs.items()}
     with evaluation(runner.model), suppress(_FarEnough):
-        runner.model(**tensors, past_key_values=cache, use_cache=True)
+        runner.model(**tensors, **cache_argument(runner.model, cache), use_cache=True)
     layer, filled = next((number, each) for number, each in enumerate(cache.layers) if each.keys is not None)
     return layer, KVTensors(filled.keys.cpu(), filled.values.cpu())
 

@@ -24,7 +24,7 @@ from backprompt_db.compute.inference.head import (
     kept_from_running,
     undone_afterwards,
 )
-from backprompt_db.compute.inference.kv_cache import KVBuffer
+from backprompt_db.compute.inference.kv_cache import KVBuffer, cache_argument
 from backprompt_db.compute.inference.masks import Mask, MaskForm, MaskKind, attention_mask, mask_argument
 from backprompt_db.compute.plan import Pack, token_offsets
 from backprompt_db.errors import UnsupportedModel
@@ -216,9 +216,9 @@ def forward(
         tensors["attention_mask"] = mask_argument(mask, position_ids, form, dtype=model.dtype, device=model.device)
     with evaluation(model):
         if head is None:
-            return WholeLogits(logits_of(model(**tensors, past_key_values=cache, use_cache=True)))
+            return WholeLogits(logits_of(model(**tensors, **cache_argument(model, cache), use_cache=True)))
         with kept_from_running(head) as hidden:
-            model(**tensors, past_key_values=cache, use_cache=True)
+            model(**tensors, **cache_argument(model, cache), use_cache=True)
         return HiddenStates(hidden[0][0], head)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from backprompt_db.codec.kv_reader import KVSpan
@@ -22,6 +24,16 @@ _MIN_NBYTES = 96 << 20
 _MIN_TOKENS = 2048
 """The least memory of a buffer, in bytes or tokens, if the budget has it: the next prompt then finds pages that the
 process has touched before, while new pages cost as much as reading a prefix of that length."""
+
+CACHE_KEYWORD = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
+"""The argument by which models of this version of transformers, and their `generate`, take a cache."""
+
+
+def cache_argument(model: Any, cache: Cache) -> dict[str, Cache]:
+    """Return a cache as the keyword argument by which a model takes one: models with code of their own may be older."""
+    parameters = inspect.signature(type(model).forward).parameters
+    names = [name for name in ("cache", "past_key_values") if name in parameters]
+    return {names[0] if names else CACHE_KEYWORD: cache}
 
 
 @dataclass(frozen=True, slots=True)

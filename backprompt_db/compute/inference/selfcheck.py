@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.forward import compute_pack, evaluation, logits_of
 from backprompt_db.compute.inference.head import head_of, is_whole_head, kept_from_running
-from backprompt_db.compute.inference.kv_cache import KVShape, assemble, shape_of
+from backprompt_db.compute.inference.kv_cache import KVShape, assemble, cache_argument, shape_of
 from backprompt_db.compute.inference.limits import (
     filled_window,
     is_index_dependent,
@@ -323,7 +323,9 @@ def _plain_pass(model: Any, input_ids: list[int]) -> tuple[torch.Tensor, Any]:
     ids = torch.tensor([input_ids], device=model.device)
     cache = DynamicCache()
     with evaluation(model):
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        output = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **cache_argument(model, cache), use_cache=True
+        )
     return logits_of(output), cache
 
 

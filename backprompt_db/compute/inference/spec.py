@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.cache_utils import DynamicCache
 
-from backprompt_db.compute.inference.kv_cache import KVShape, shape_of, short_name
+from backprompt_db.compute.inference.kv_cache import KVShape, cache_argument, shape_of, short_name
 from backprompt_db.compute.inference.limits import masked_window, max_columns, max_positions, refusal
 from backprompt_db.compute.inference.runner import ModelRunner, costs_of
 from backprompt_db.compute.plan import Bounds, Costs
@@ -69,7 +69,8 @@ def spec_of_files(name: str, arguments: dict[str, Any], record: ModelRecord | No
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         cache = DynamicCache(config=config.get_text_config())
         with torch.no_grad():
-            model(input_ids=torch.zeros((1, 2), dtype=torch.int64), past_key_values=cache, use_cache=True)
+            ids = torch.zeros((1, 2), dtype=torch.int64)
+            model(input_ids=ids, **cache_argument(model, cache), use_cache=True)
     shape = shape_of(cache, num_tokens=2)
     if isinstance(shape, str):
         raise UnsupportedModel(shape, hint="Only decoder-only models that fill a transformers Cache can be used.")
