@@ -105,7 +105,8 @@ def ls(
     if as_json:
         emit_json([json_value(row) | {"matches": places(row.text, grep)} for row in rows] if grep else rows)
     else:
-        emit(_table(rows, grep) if rows else "The catalog lists no representations.")
+        nothing = "The catalog lists no representations." if selection.is_everything else "Nothing matches all options."
+        emit(_table(rows, grep) if rows else nothing)
 
 
 def _make_index(directory: Path) -> None:

@@ -58,7 +58,7 @@ class TestGrep:
 
     def test_what_is_nowhere_is_no_error(self, directory: Path) -> None:
         assert found(directory, "--grep", "nowhere") == []
-        assert run("ls", "--db", directory, "--grep", "nowhere").stdout == "The catalog lists no representations.\n"
+        assert run("ls", "--db", directory, "--grep", "nowhere").stdout == "Nothing matches all options.\n"
 
     def test_it_goes_together_with_models_and_limits(self, directory: Path) -> None:
         everything = found(directory, "--grep", "e")
