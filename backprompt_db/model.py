@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -17,6 +18,7 @@ from backprompt_db.compute.batch.requests import PARTS, Requests
 from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explain import explain_run
+from backprompt_db.compute.healing import Healed, Healer
 from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
 from backprompt_db.compute.splitting import split_pieces
 from backprompt_db.compute.tokens import vocabulary
@@ -50,7 +52,8 @@ class LanguageModel:
     database of another fidelity is not read, and what is computed stays in memory as long as this object. `progress`
     shows a bar in a terminal for what takes longer than a second.
 
-    The model is used in evaluation mode; its training mode is restored after each call.
+    The model is used in evaluation mode; its training mode is restored after each call. Raises `PromptError` for names
+    in place of objects, see `from_pretrained`.
     """
 
     def __init__(
@@ -63,6 +66,11 @@ class LanguageModel:
         exact: bool = False,
         progress: bool = True,
     ) -> None:
+        if isinstance(model, str | PathLike) or isinstance(tokenizer, str | PathLike):
+            raise PromptError(
+                "a LanguageModel is made of a model and a tokenizer, not of their names",
+                hint="Use LanguageModel.from_pretrained(name), or load both with transformers.",
+            )
         self._build(GivenModel(model, tokenizer), db, deterministic=deterministic, exact=exact, progress=progress)
 
     @classmethod
@@ -101,13 +109,17 @@ class LanguageModel:
 
     @cached_property
     def _engine(self) -> Engine:
-        return Engine(self._source, self._answering_db, **self._options)
+        return Engine(self._source, self._answering_db, unhealed=self._healer.unhealed, **self._options)
 
     @cached_property
     def _answering_db(self) -> Database:
         """The database that values come from: one in memory if this object demands exact values and `db` is lossy."""
         is_lossy = self.db.fidelity is not Fidelity.EXACT
         return open_database(MEMORY, namespace=self.namespace) if self._exact and is_lossy else self.db
+
+    @cached_property
+    def _healer(self) -> Healer:
+        return Healer(self._source, self.db.model_metadata)
 
     @property
     def namespace(self) -> str:
@@ -137,7 +149,7 @@ class LanguageModel:
     @property
     def tokenizer_id(self) -> TokenizerId:
         """The id of the tokenizer as it is now."""
-        return self._source.ids.tokenizer_id
+        return self._source.tokenizer_id
 
     @property
     def counters(self) -> ModelCounters:
@@ -145,19 +157,31 @@ class LanguageModel:
         num_calls = self._source.runner.num_calls if self.is_loaded else 0
         return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
 
-    def text(self, string: str, *, start: int | None = None, eager: bool = False, split: int | None = None) -> Text:
+    def text(
+        self,
+        string: str,
+        *,
+        start: int | None = None,
+        eager: bool = False,
+        split: int | None = None,
+        seams: str | None = None,
+    ) -> Text:
         """Return a text that runs on this model. Building it computes nothing, unless `eager`.
 
         `start` is an explicit position id for the first token. `split` cuts a long string into segments of about that
         many tokens, with exactly the tokens of the whole string, so that long strings with a common beginning share
         its representation; finding the cuts loads the tokenizer, unless the database remembers them.
 
+        What is concatenated without branches has the tokens of the joined string, wherever it is cut (`seams="heal"`).
+        With `seams="keep"` each piece has the tokens that it has alone, and with `"error"` a text is refused in which
+        the two differ. Branches, and pieces with an explicit start, always keep their own tokens.
+
         Raises `InvalidText` for anything but a string without lone surrogates.
         """
         if split is None:
-            return Text(string, self, start=start, eager=eager)
+            return Text(string, self, start=start, eager=eager, seams=seams)
         first, *others = split_pieces(string, split, source=self._source, model_metadata=self.db.model_metadata)
-        text = Text(first, self, start=start)
+        text = Text(first, self, start=start, seams=seams)
         for piece in others:
             text += piece
         return Text("", self, eager=eager) + text
@@ -265,8 +289,10 @@ class LanguageModel:
             store=store,
             others=arguments,
         )
-        texts = [self._own(text) for text in prompts]
-        results = generate(self._engine, self._source, texts, generate_arguments, namespace=self.namespace)
+        texts = self._healed(prompts)
+        results = generate(
+            self._engine, self._source, texts, generate_arguments, heal=lambda text: self._healed([text])[0]
+        )
         if num_return_sequences is not None:
             return results[0] if is_one else results
         firsts = [several[0] for several in results]
@@ -304,7 +330,7 @@ class LanguageModel:
                 hint="Adopt into an exact database, or with a LanguageModel without exact=True.",
             )
         arguments = AdoptArguments(cache=past_key_values, logits=logits, row=row, check=check)
-        return adopt(self._engine, self._source, self._own(text), arguments, namespace=self.namespace)
+        return adopt(self._engine, self._source, self._healed([text])[0], arguments)
 
     def pin(self, texts: Text | str | Iterable[Text | str], *, label: str | None = None) -> None:
         """Protect texts, with all parts of all their segments, from eviction; what is missing is computed now.
@@ -327,7 +353,7 @@ class LanguageModel:
         """
         from backprompt_db.compute.batch.forecast import forecast
 
-        requests = Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        requests = self._requests(texts, completions, keep)
         return forecast(self._engine, self._source, self._answering_db, requests, batch_size=batch_size)
 
     def warm(
@@ -343,7 +369,7 @@ class LanguageModel:
         """
         from backprompt_db.compute.batch.warm import Warmer
 
-        requests = Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own)
+        requests = self._requests(texts, completions, keep)
         warmer = Warmer(self._engine, self._source, self._answering_db)
         return warmer.run(requests, batch_size=batch_size, progress=self._options["progress"])
 
@@ -353,7 +379,7 @@ class LanguageModel:
 
     def explain(self, text: Text | str) -> Explanation:
         """Return what running a text would find, and what it would compute and why; see `Text.explain`."""
-        return explain_run(self._answering_db, self._source, self._own(text).tips(self.namespace))
+        return explain_run(self._answering_db, self._source, self._healed([text])[0])
 
     def vocabulary(self, tokenizer_id: TokenizerId) -> Vocabulary:
         """Return the tokens, as strings, of the tokenizer that has this id.
@@ -373,24 +399,34 @@ class LanguageModel:
 
         if ids is not None and ids != self._source.ids:
             raise ModelMismatch("the model has changed since this was computed", hint="Run the text again.")
-        segments = self._own(text).segments(self.namespace)
-        found, _ = self._engine.represent(dict.fromkeys(segments, frozenset({Part.KV})), keep={})
+        (healed,) = self._healed([text])
+        segments = healed.segments
+        wanted = dict.fromkeys(segments, frozenset({Part.KV}))
+        found, _ = self._engine.represent(wanted, keep={}, donors=healed.donors)
         parts = [found[segment, Part.KV] for segment in segments]
         device = self._source.runner.device if self.is_loaded else None
         num_tokens = sum(arrays["keys"].shape[2] for arrays in parts)
         return assemble(KVShape.of(parts[0]), parts, capacity=num_tokens, device=device).cache()
 
     def _run(self, texts: Sequence[Text | str]) -> list[ModelRepr]:
-        return answers.run(self._engine, [self._own(text) for text in texts], namespace=self.namespace)
+        return answers.run(self._engine, self._healed(texts))
 
     def _score(self, prompts: Sequence[Text | str], completions: Sequence[Text | str]) -> npt.NDArray[np.float64]:
-        own, endings = [self._own(prompt) for prompt in prompts], [as_text(each).on(self) for each in completions]
-        return answers.score(self._engine, own, endings, namespace=self.namespace)
+        own, others = [self._own(prompt) for prompt in prompts], [as_text(each).on(self) for each in completions]
+        endings = self._healer.endings(own, others, namespace=self.namespace)
+        return answers.score(self._engine, endings).reshape(len(own), len(others))
+
+    def _requests(self, texts: _Texts, completions: _Texts | None, keep: Iterable[str]) -> Requests:
+        return Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own, healer=self._healer)
+
+    def _healed(self, texts: Iterable[Text | str]) -> list[Healed]:
+        """Return texts with the segments in which they are run."""
+        return self._healer.heal([self._own(text) for text in texts], namespace=self.namespace)
 
     def _segments(self, texts: Text | str | Iterable[Text | str]) -> list[Segment]:
         """Return the segments of texts, each once, parents before children."""
-        own = [self._own(text) for text in ([texts] if isinstance(texts, Text | str) else texts)]
-        return ancestry(tip for text in own for tip in text.tips(self.namespace))
+        healed = self._healed([texts] if isinstance(texts, Text | str) else texts)
+        return ancestry(tip for each in healed for tip in each.tips)
 
     def _own(self, text: Text | str) -> Text:
         """Return the text on this model. Raises `PromptError` for an empty text, or one on another model."""

@@ -95,6 +95,12 @@ class Models(CatalogFile):
             found = connection.execute(_CUTS.where(Cuts.key == key)).one_or_none()
             return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
 
+    def cuts_of(self, keys: Iterable[bytes]) -> dict[bytes, CutsRecord]:
+        """Return where strings are cut, of those for which that is known."""
+        with self.reading() as connection:
+            found = (connection.execute(_CUTS.where(Cuts.key.in_(some))) for some in chunks(keys))
+            return {row.key: CutsRecord(row.key, tuple(row.offsets), row.signature) for rows in found for row in rows}
+
     def greedy_paths(self, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
         """Return how models go on after prompts that end with these representations, as far as that is known."""
         with self.reading() as connection:

@@ -73,9 +73,9 @@ def explain(
 ) -> None:
     """Show where each segment of a prompt would be found, or why it would have to be computed.
 
-    Each piece is a segment of its own, as in a concatenation. Nothing is computed, and no model is loaded. Where the
-    catalog does not have the tokenizer, what was never computed has a number of tokens only if MODEL is a directory, or
-    a name whose files are on this machine, with a tokenizer.json.
+    The pieces are run as their joined string, as in a concatenation. Nothing is computed, and no model is loaded. Where
+    the catalog does not have the tokenizer, what was never computed has a number of tokens only if MODEL is a
+    directory, or a name whose files are on this machine, with a tokenizer.json.
     """
     del file  # it is among the pieces
     text = text_of(pieces or [])
@@ -124,12 +124,11 @@ def _decoded(content: bytes, name: str) -> str:
 
 def explanation_of(directory: Path, text: Text, *, model: str | None, namespace: str) -> Explanation:
     """Explain a text by the database in `directory`, for a model that it knows."""
-    from backprompt_db.compute.explain import explain as explain_text
-    from backprompt_db.compute.explain import recorded_ids, recorded_tokenizer
+    from backprompt_db.compute.explain import explain_recorded, recorded_ids, recorded_tokenizer
     from backprompt_db.database.opening import READ, manifest_of, open_catalog, open_database
 
     manifest_of(directory)
     with open_catalog(directory) as catalog, open_database(directory, mode=READ, memory_nbytes=0) as database:
         ids = recorded_ids(database, catalog, model)
         tokenizer = recorded_tokenizer(catalog, ids, model)
-        return explain_text(database, ids, text.tips(namespace), tokenizer=tokenizer)
+        return explain_recorded(database, ids, text, namespace=namespace, tokenizer=tokenizer)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backprompt_db.compute.engine import Engine
+from backprompt_db.compute.healing import Ending, Healed, merged_donors
 from backprompt_db.compute.inference.loading import ModelSource, PretrainedModel
 from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.database.database import MEMORY
@@ -19,21 +20,21 @@ from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.prompt.ids import ModelIds
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
-from backprompt_db.prompt.text import ModelRepr, Text
+from backprompt_db.prompt.text import ModelRepr
 
 _SCORES = frozenset({Part.SCORES})
 _NEEDED_BY_OTHERS = frozenset({Part.LOGITS, Part.KV})
 
 
-def run(engine: Engine, texts: Sequence[Text], *, namespace: str) -> list[ModelRepr]:
+def run(engine: Engine, texts: Sequence[Healed]) -> list[ModelRepr]:
     """Return the representation of each text; everything that is missing is computed together."""
-    segments = [text.segments(namespace) for text in texts]
-    tips = [text.tips(namespace) for text in texts]
+    segments = [each.segments for each in texts]
     addresses = engine.addresses()
-    found, computed = engine.represent(run_needs(segments, tips), keep={}, addresses=addresses)
+    wanted = run_needs(segments, [each.tips for each in texts])
+    found, computed = engine.represent(wanted, keep={}, addresses=addresses, donors=merged_donors(texts))
     return [
-        _result(text, each, tip, found, computed, ids=addresses.ids, fidelity=engine.fidelity)
-        for text, each, tip in zip(texts, segments, tips, strict=True)
+        _result(each, some, found, computed, ids=addresses.ids, fidelity=engine.fidelity)
+        for each, some in zip(texts, segments, strict=True)
     ]
 
 
@@ -43,35 +44,29 @@ def run_needs(segments: Iterable[Sequence[Segment]], tips: Iterable[tuple[Segmen
     return wanted | {tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1}
 
 
-def score(
-    engine: Engine, prompts: Sequence[Text], completions: Sequence[Text], *, namespace: str
-) -> npt.NDArray[np.float64]:
-    """Return the log-probability of each completion after each prompt: [num_prompts, num_completions]."""
-    endings = completion_segments(prompts, completions, namespace=namespace)
-    wanted = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
-    found, _ = engine.represent(wanted, keep=wanted)
-    sums = [
-        sum(float(found[segment, Part.SCORES]["token_logprobs"].numpy().sum(dtype=np.float64)) for segment in ending)
-        for ending in endings
-    ]
-    return np.array(sums).reshape(len(prompts), len(completions))
+def score(engine: Engine, endings: Sequence[Ending]) -> npt.NDArray[np.float64]:
+    """Return the log-probability of each completion: [num_endings].
 
-
-def completion_segments(prompts: Sequence[Text], completions: Sequence[Text], *, namespace: str) -> list[list[Segment]]:
-    """Return the segments of each completion after each prompt, prompt by prompt.
-
-    Raises `PromptError` for an empty completion, and where nothing predicts the first token of a segment.
+    It is that of prompt and completion less that of the prompt, each with the tokens of its joined string. Raises
+    `PromptError` where they differ in their first token, which nothing predicts.
     """
-    endings: list[list[Segment]] = []
-    for prompt in prompts:
-        tips, known = prompt.tips(namespace), prompt.segments(namespace)
-        endings += [ancestry(completion.place(tips, namespace), without=known) for completion in completions]
-    if not all(endings) or any(len(segment.parents) != 1 for ending in endings for segment in ending):
-        raise PromptError(
-            "a completion is empty, or directly follows parallel branches, where nothing predicts its first token",
-            hint="Put the text that asks for the completion after the branches.",
-        )
-    return endings
+    wanted = dict.fromkeys([segment for ending in endings for segment in (*ending.segments, *ending.without)], _SCORES)
+    found, _ = engine.represent(wanted, keep=wanted, donors=merged_donors(endings))
+    for ending in endings:
+        if ending.without and not ending.segments[0].parents:
+            first, alone = (found[each[0], Part.SCORES]["input_ids"].numpy()[0] for each in ending[:2])
+            if first != alone:
+                raise PromptError(
+                    "the first token of the prompt crosses the seam, and nothing predicts it",
+                    hint="Give the prompt one more word.",
+                )
+    return np.array([_sum(found, ending.segments) - _sum(found, ending.without) for ending in endings])
+
+
+def _sum(found: Mapping[Need, Arrays], segments: Iterable[Segment]) -> float:
+    """Return the sum of the log-probabilities of segments; a first token, which is in both sums, counts for nothing."""
+    rows = ((segment, found[segment, Part.SCORES]["token_logprobs"].numpy()) for segment in segments)
+    return sum(float(row[0 if segment.parents else 1 :].sum(dtype=np.float64)) for segment, row in rows)
 
 
 class Recomputer:
@@ -117,9 +112,8 @@ def pretrained_recomputer(name_or_path: str, *, dtype: str | None = None) -> Rec
 
 
 def _result(
-    text: Text,
+    healed: Healed,
     segments: Sequence[Segment],
-    tips: tuple[Segment, ...],
     found: Mapping[Need, Arrays],
     computed: set[Segment],
     *,
@@ -132,8 +126,10 @@ def _result(
     is_computed = tuple(segment in computed for segment in segments)
     num_computed = sum(num_tokens[segment] for segment in segments if segment in computed)
     computed.difference_update(segments)
+    tips = healed.tips
     return ModelRepr(
-        text=text,
+        text=healed.text,
+        segments=tuple(segments),
         scores=scores,
         last_logits=found[tips[0], Part.LOGITS]["logits"] if len(tips) == 1 else None,
         num_cached_tokens=sum(num_tokens.values()) - num_computed,

@@ -94,6 +94,10 @@ class Call:
                 self.found[segment, part] = arrays
         return [need for need in absent if need not in self.found]
 
+    def fetch_wanted(self, segment: Segment) -> None:
+        """Read the wanted parts of a segment that was stored since this call was made."""
+        self.fetch((segment, part) for part in self.wanted.get(segment, ()))
+
     def fetch_from_others(self, deferred: Iterable[Segment]) -> None:
         """Read the parts of deferred segments that other calls have stored by now."""
         needs = [(segment, part) for segment in deferred for part in self.wanted.get(segment, ())]

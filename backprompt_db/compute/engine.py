@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from backprompt_db.catalog.records import TokenizerRecord
+from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute import plan
+from backprompt_db.compute.beginnings import Beginning, first_scores, first_tokens
 from backprompt_db.compute.call import Addresses, Call
 from backprompt_db.compute.claims import PackClaims
 from backprompt_db.compute.plan import Need, Wanted
@@ -17,7 +20,7 @@ from backprompt_db.compute.prefill import Prefill
 from backprompt_db.database.vocabulary import packed
 from backprompt_db.database.writer import NewPart
 from backprompt_db.errors import ModelMismatch
-from backprompt_db.prompt.ids import ModelIds
+from backprompt_db.prompt.ids import ModelIds, SegmentId
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_KV_AND_SCORES = frozenset({Part.KV, Part.SCORES})
+
 _MAX_LOGGED_SEAMS = 10_000
 """How many seams are logged; they are remembered, so that none is logged twice."""
 
@@ -37,14 +42,24 @@ _MAX_LOGGED_SEAMS = 10_000
 class Engine:
     """Gets parts of segments under one model: from the database if they are stored, else from the model."""
 
-    def __init__(self, source: ModelSource, db: Database, *, deterministic: bool, progress: bool) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        db: Database,
+        *,
+        deterministic: bool,
+        progress: bool,
+        unhealed: Container[SegmentId] = frozenset(),
+    ) -> None:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self._source = source
         self._db = db
         self._deterministic = deterministic
         self._progress = progress
+        self._unhealed = unhealed
         self._logged_seams: set[Seam] = set()
+        self._has_warned = False
 
     def addresses(self) -> Addresses:
         """Return what makes addresses under the model and the tokenizer as they are now."""
@@ -52,13 +67,21 @@ class Engine:
         return Addresses(self._source.ids, is_certain=is_loaded)
 
     def represent(
-        self, wanted: Wanted, *, keep: Wanted, addresses: Addresses | None = None
+        self,
+        wanted: Wanted,
+        *,
+        keep: Wanted,
+        addresses: Addresses | None = None,
+        donors: Mapping[Segment, Segment] | None = None,
     ) -> tuple[dict[Need, Arrays], set[Segment]]:
         """Return the wanted parts and which segments were computed for them: the core loop.
 
         `keep` has the parts to store of each segment that is computed; all three of a segment that it does not contain.
+        `donors` has, for segments that are the beginning of others, those others: what is stored of them is used.
         """
         call = Call(self._db, self._source, addresses or self.addresses(), wanted=wanted, keep=keep)
+        if donors and (missing := call.missing()):
+            self._take_beginnings(call, missing, donors)
         with PackClaims(self._db, call.addresses) as claims:
             while missing := call.missing():
                 prefill = self._prepare(call, missing, claims.available(missing))
@@ -120,6 +143,46 @@ class Engine:
         addresses = Addresses(ids)
         origin = addresses.origin(segment, num_tokens, seconds, versions=self._source.runner.versions)
         self._db.put([NewPart(addresses.key(segment, part), arrays, origin) for part, arrays in parts.items()])
+
+    def _take_beginnings(self, call: Call, missing: Wanted, donors: Mapping[Segment, Segment]) -> None:
+        """Store the missing segments that stored ones begin with: only the logits after them must be computed.
+
+        A segment that this call wants too is computed first, and gives its beginning then.
+        """
+        if self._deterministic or not self.keeps or self._db.fidelity is not Fidelity.EXACT:
+            return
+        for segment, donor in [(segment, donors[segment]) for segment in missing if segment in donors]:
+            if donor in missing:
+                _, computed = self.represent({donor: frozenset(Part)}, keep={}, addresses=call.addresses)
+                call.computed.update(computed)
+                call.fetch_wanted(donor)
+            found = Call(self._db, self._source, call.addresses, wanted={donor: _KV_AND_SCORES}, keep={}).found
+            beginning = Beginning.of(segment, self._source.tokenizer) if len(found) == len(_KV_AND_SCORES) else None
+            if beginning is not None and beginning.is_that_of(found[donor, Part.SCORES]):
+                self._take_beginning(call, beginning, kv=found[donor, Part.KV], scores=found[donor, Part.SCORES])
+                call.fetch_wanted(segment)
+
+    def _take_beginning(self, call: Call, beginning: Beginning, *, kv: Arrays, scores: Arrays) -> None:
+        """Store a beginning out of the keys and values, and the scores, of a segment that begins with it."""
+        began = time.monotonic()
+        prefill = beginning.prefill(self._source.tokenizer, self._proven_runner(call.addresses))
+        (pack,) = prefill.packs
+        call.found[beginning.rest, Part.KV] = first_tokens(kv, len(prefill.input_ids[beginning.rest]))
+        context = self._acquire_prefix(call, prefill, plan.Pack((), pack.context))
+        if context is None:
+            return
+        logits = prefill.compute(pack, context, {}).parts[beginning.last, Part.LOGITS]
+        parts = {
+            Part.KV: first_tokens(kv, beginning.num_tokens),
+            Part.SCORES: first_scores(scores, beginning.num_tokens),
+            Part.LOGITS: logits,
+        }
+        seconds = time.monotonic() - began
+        self.store(beginning.segment, parts, ids=call.addresses.ids, num_tokens=beginning.num_tokens, seconds=seconds)
+        self.num_computed_tokens += prefill.num_tokens(pack)
+        before = call.contents(ancestry(beginning.segment.parents), prefill)
+        context.contents[:] = [*before, (call.addresses.address(beginning.segment), beginning.num_tokens)]
+        prefill.runner.release_prefix(self._db.memory, context)
 
     def _acquire_prefix(self, call: Call, prefill: Prefill, pack: plan.Pack) -> KVBuffer | None:
         """Return a buffer with the keys and values of a pack's context, and fetch the logits of its predictors.
@@ -247,12 +310,23 @@ class Engine:
                 self.num_cached_tokens += call.found[segment, Part.SCORES]["input_ids"].shape[0]
 
     def _log_seams(self, missing: Collection[Segment]) -> None:
+        """Log each seam at which a text that is run has other tokens than its joined string.
+
+        The first one that nobody has asked for is a warning.
+        """
+        if not self._has_warned:
+            seams = self._source.tokenizer.seams([segment for segment in missing if segment.id in self._unhealed])
+            if seams:
+                self._has_warned = True
+                logger.warning(
+                    "beside parallel branches and explicit starts, each piece has the tokens that it has alone: "
+                    '%s (seams="keep" says that this is meant; text.seams() lists all)',
+                    seams[0],
+                )
         for seam in self._source.tokenizer.seams(missing):
             if seam not in self._logged_seams and len(self._logged_seams) < _MAX_LOGGED_SEAMS:
                 self._logged_seams.add(seam)
-                logger.info(
-                    "a seam changes tokens: %r + %r (text.seams() lists them)", seam.left[-20:], seam.right[:20]
-                )
+                logger.info("a seam changes tokens: %s (text.seams() lists all)", seam)
 
 
 def _claim(claims: PackClaims, call: Call, prefill: Prefill, pack: plan.Pack) -> bool:

@@ -8,25 +8,26 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from backprompt_db.catalog.records import Selection
 from backprompt_db.compute import plan
 from backprompt_db.compute.call import Addresses
+from backprompt_db.compute.healing import Healed, Healer
 from backprompt_db.compute.inference.loading import locate, source_key
 from backprompt_db.compute.misses import MissingSegment, Records
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.database.vocabulary import open_tokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.explanation import Explanation, Place, SegmentExplanation
-from backprompt_db.prompt.ids import ModelIds, namespace_id
+from backprompt_db.prompt.ids import ModelIds, TokenizerId, namespace_id
 from backprompt_db.prompt.representation import Part
-from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
     from backprompt_db.catalog.catalog import Catalog
     from backprompt_db.catalog.records import ModelRecord
@@ -50,17 +51,49 @@ _Found = dict[Segment, dict[Part, tuple[Place, int]]]
 """Where the parts of each segment are, and how many bytes they have."""
 
 
-def explain_run(db: Database, source: ModelSource, tips: Sequence[Segment]) -> Explanation:
+def explain_run(db: Database, source: ModelSource, healed: Healed) -> Explanation:
     """Explain what running a text on a model would do, as `explain` does. Loads the tokenizer, not the model.
 
     Waits until what is queued is written: the catalog does not know of it before.
     """
     ids = source.ids
     wait_until_written(db)
-    explanation = explain(db, ids, tips, tokenizer=source.tokenizer)
+    explanation = explain(db, ids, healed, tokenizer=source.tokenizer)
     if explanation.dtype is not None or not source.is_loaded:
         return replace(explanation, model_name=explanation.model_name or source.name)
     return replace(explanation, model_name=source.name, dtype=source.runner.dtype)
+
+
+def explain_recorded(
+    db: Database, ids: ModelIds, text: Text, *, namespace: str, tokenizer: SegmentTokenizer | None
+) -> Explanation:
+    """Explain what running a text on a model that is not here would do, as `explain` does.
+
+    Without a tokenizer, a text that was never run is explained in the pieces in which it was written.
+    """
+    try:
+        (healed,) = Healer(_Recorded(ids.tokenizer_id, tokenizer), db.model_metadata).heal([text], namespace=namespace)
+    except _NoTokenizer:
+        healed = Healed.as_written(text, namespace=namespace)
+    return explain(db, ids, healed, tokenizer=tokenizer)
+
+
+class _NoTokenizer(Exception):
+    """The tokenizer of a model is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    """A tokenizer, if it is known, and its id."""
+
+    tokenizer_id: TokenizerId
+    known_tokenizer: SegmentTokenizer | None
+
+    @property
+    def tokenizer(self) -> SegmentTokenizer:
+        if self.known_tokenizer is None:
+            raise _NoTokenizer
+        return self.known_tokenizer
 
 
 def wait_until_written(db: Database) -> None:
@@ -70,18 +103,19 @@ def wait_until_written(db: Database) -> None:
     is_written.wait(_PATIENCE_SECONDS)
 
 
-def explain(db: Database, ids: ModelIds, tips: Sequence[Segment], *, tokenizer: SegmentTokenizer | None) -> Explanation:
-    """Explain what running the text that ends with the segments `tips` would find, and what it would compute and why.
+def explain(db: Database, ids: ModelIds, healed: Healed, *, tokenizer: SegmentTokenizer | None) -> Explanation:
+    """Explain what running a text would find, and what it would compute and why.
 
     Without a tokenizer, seams and the tokens of segments that were never computed stay unknown. Raises `InvalidText`
     for a segment that has no tokens.
     """
-    segments = ancestry(tips)
+    segments = healed.segments
     addresses, records = Addresses(ids), Records(db, ids, segments)
     found = _look(db, addresses, segments)
-    misses = _misses(addresses, tips, found, records)
+    misses = _misses(addresses, healed.tips, found, records)
     num_tokens = _num_tokens(segments, records, tokenizer)
     seconds = _seconds(segments, records, num_tokens)
+    written = healed.text.segments(segments[0].namespace)
     numbers = {segment: number for number, segment in enumerate(segments)}
     model = records.model(ids.weights_id)
     cached, missing = [each for each in segments if each not in misses], list(misses)
@@ -107,7 +141,8 @@ def explain(db: Database, ids: ModelIds, tips: Sequence[Segment], *, tokenizer: 
         tokenizer_id=ids.tokenizer_id,
         namespace=segments[0].namespace,
         segments=tuple(map(explained, segments)),
-        seams=None if tokenizer is None else tuple(tokenizer.seams(segments)),
+        seams=None if tokenizer is None else tuple(tokenizer.seams(written)),
+        is_healed=written != segments,
         num_cached_tokens=_sum(num_tokens[segment] for segment in cached),
         num_missing_tokens=_sum(num_tokens[segment] for segment in missing),
         nbytes=sum(nbytes for parts in found.values() for _, nbytes in parts.values()),
@@ -257,6 +292,18 @@ def _agrees(tokenizer: SegmentTokenizer, catalog: Catalog, ids: ModelIds) -> boo
     return bool(rows)
 
 
+class _Encoded(dict[str, Any]):
+    """The encoding of a string, as transformers gives it."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        super().__init__(input_ids=list(encoding.ids), offset_mapping=encoding.offsets)
+        self._encoding = encoding
+
+    def word_ids(self) -> list[int | None]:
+        """Return the number of the word that each token belongs to."""
+        return list(self._encoding.word_ids)
+
+
 class RecordedTokenizer:
     """A tokenizer of the `tokenizers` library as `SegmentTokenizer` takes it: transformers would import torch."""
 
@@ -272,11 +319,11 @@ class RecordedTokenizer:
         return int(self.backend_tokenizer.get_vocab_size())
 
     def __call__(self, texts: str | list[str], *, add_special_tokens: bool, **_: Any) -> dict[str, Any]:
-        """Return the token ids of a string, or of each of several."""
-        strings = [texts] if isinstance(texts, str) else texts
-        encoded = self.backend_tokenizer.encode_batch(strings, add_special_tokens=add_special_tokens)
-        ids = [list(each.ids) for each in encoded]
-        return {"input_ids": ids[0] if isinstance(texts, str) else ids}
+        """Return the token ids of a string, with its offsets and words, or the ids of each of several."""
+        if isinstance(texts, str):
+            return _Encoded(self.backend_tokenizer.encode(texts, add_special_tokens=add_special_tokens))
+        encoded = self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return {"input_ids": [list(each.ids) for each in encoded]}
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str | None]:
         """Return the tokens that ids stand for."""

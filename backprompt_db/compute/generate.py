@@ -5,13 +5,14 @@ It is stored if its string is tokenised exactly as it was generated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from backprompt_db.compute.healing import Healed, merged_donors
 from backprompt_db.compute.inference.decoding import Decoding, Outcome, Prompt, Row
 from backprompt_db.compute.inference.kv_cache import slice_row
 from backprompt_db.errors import InvalidText, PromptError
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
     from backprompt_db.compute.tokens import SegmentTokenizer
     from backprompt_db.prompt.ids import ModelIds
 
+Heal = Callable[[Text], Healed]
+"""Finds the segments in which a text is run."""
+
 _ALL_PARTS = frozenset(Part)
 _KV, _KV_AND_LOGITS = frozenset({Part.KV}), frozenset({Part.KV, Part.LOGITS})
 
 
 def generate(
-    engine: Engine, source: ModelSource, texts: Sequence[Text], arguments: GenerateArguments, *, namespace: str
+    engine: Engine, source: ModelSource, texts: Sequence[Healed], arguments: GenerateArguments, *, heal: Heal
 ) -> list[list[Generated]]:
     """Return `arguments.num_sequences` continuations of each text, whose representations are fetched or computed first.
 
@@ -44,15 +48,15 @@ def generate(
     if arguments.streamer is not None and len(texts) > 1:
         raise PromptError("a streamer takes one prompt", hint="Generate after the prompts one by one.")
     ids, runner = source.ids, engine.prove()
-    prompts = [Prompt.of(text, source.tokenizer, namespace=namespace) for text in texts]
+    prompts = [Prompt.of(text, source.tokenizer) for text in texts]
     for prompt in prompts:
         prompt.require_possible(runner, arguments.max_new_tokens)
-    found = _fetched(engine, runner, prompts, ids=ids)
+    found = _fetched(engine, runner, prompts, ids=ids, donors=merged_donors(texts))
     together = runner.takes_packs and arguments.admits_padding(runner.model)
     results: list[Generated] = []
     for group in [prompts] if together and prompts else [[prompt] for prompt in prompts]:
         outcome = Decoding(runner, group, arguments).run(found, source.tokenizer.tokenizer)
-        continuations = [_Continuation.of(row, source.tokenizer, namespace) for row in outcome.rows]
+        continuations = [_Continuation.of(row, source.tokenizer, heal) for row in outcome.rows]
         if arguments.store and source.ids == ids:
             _store(engine, outcome, continuations, found, ids=ids)
         results += [
@@ -66,13 +70,15 @@ def generate(
     return [results[begin : begin + step] for begin in range(0, len(results), step)]
 
 
-def _fetched(engine: Engine, runner: ModelRunner, prompts: Sequence[Prompt], *, ids: ModelIds) -> Mapping[Need, Arrays]:
+def _fetched(
+    engine: Engine, runner: ModelRunner, prompts: Sequence[Prompt], *, ids: ModelIds, donors: Mapping[Segment, Segment]
+) -> Mapping[Need, Arrays]:
     """Fetch or compute the keys and values of all segments of the prompts, and the logits after each prompt."""
     num_tokens = {
         segment: count for prompt in prompts for segment, count in zip(prompt.segments, prompt.num_tokens, strict=True)
     }
     wanted = dict.fromkeys(num_tokens, _KV) | dict.fromkeys([prompt.tip for prompt in prompts], _KV_AND_LOGITS)
-    found, _ = engine.represent(wanted, keep={})
+    found, _ = engine.represent(wanted, keep={}, donors=donors)
     kv = {segment: found[segment, Part.KV] for segment in wanted}
     malformed = [s for s in kv if kv[s]["keys"].shape[2] != num_tokens[s] or not runner.fits(kv[s])]
     if malformed:
@@ -91,16 +97,16 @@ class _Continuation:
     """The segment that follows the prompt; None where the string has other tokens than were generated."""
 
     @classmethod
-    def of(cls, row: Row, tokenizer: SegmentTokenizer, namespace: str) -> _Continuation:
+    def of(cls, row: Row, tokenizer: SegmentTokenizer, heal: Heal) -> _Continuation:
         ids = row.token_ids[: row.num_kept]
         if not ids:  # nothing follows the prompt
             return cls(row, "", row.prompt.tip)
         string = tokenizer.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if not string:
             return cls(row, "", None)
-        segment = Segment.after((row.prompt.tip,), string, start=None, namespace=namespace)
+        (segment,) = heal(row.prompt.text.continued(Text(string))).tips
         try:
-            is_same = tokenizer.encode([segment])[segment] == ids
+            is_same = segment.parents == (row.prompt.tip,) and tokenizer.encode([segment])[segment] == ids
         except InvalidText:  # a string without tokens
             is_same = False
         return cls(row, string, segment if is_same else None)

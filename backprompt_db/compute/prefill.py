@@ -66,13 +66,17 @@ class Prefill(Passes):
         return kv["keys"].shape[2] == len(self.input_ids[segment]) and self.runner.fits(kv)
 
     def compute(self, pack: Pack, context: KVBuffer, found: Mapping[Need, Arrays]) -> PassResult:
-        """Run the model on a pack after its context; `found` has the logits of the pack's predictors."""
+        """Run the model on a pack after its context; its scores need the logits of its predictors, out of `found`."""
         return self.runner.compute(
             pack,
             input_ids=self.input_ids,
             starts=self.starts,
             context=context,
-            predictions={segment: found[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
+            predictions={
+                segment: found[segment, Part.LOGITS]["logits"]
+                for segment in pack.predictors
+                if (segment, Part.LOGITS) in found
+            },
             produce={segment: self.produced(segment) for segment in pack.segments},
         )
 

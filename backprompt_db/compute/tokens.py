@@ -54,6 +54,7 @@ class SegmentTokenizer:
         self._signature = signature
         self.start_ids = start_ids(self.tokenizer)
         self._id: TokenizerId | None = None
+        self._is_regular: bool | None = None
         self._remembered: dict[SegmentId, list[int]] = {}
         self._num_remembered_tokens = 0
 
@@ -111,7 +112,7 @@ class SegmentTokenizer:
         strings = [string for left, right in pairs for string in (left, right, left + right)]
         encoded = iter(encode_strings(self.tokenizer, strings))
         return [
-            Seam(left, right, self._tokens(left_ids + right_ids), self._tokens(joined_ids))
+            Seam(left, right, (*self._shown(left), *self._shown(right)), self._shown(left + right))
             for (left, right), left_ids, right_ids, joined_ids in zip(pairs, encoded, encoded, encoded, strict=True)
             if left_ids + right_ids != joined_ids
         ]
@@ -128,14 +129,7 @@ class SegmentTokenizer:
                 f"{type(self.tokenizer).__name__} cannot tell where its tokens lie in a string",
                 hint="Use the fast tokenizer, or cut the string yourself.",
             )
-        encoding = self.tokenizer(
-            string,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoding = self._encoding(string)
         ids, offsets, words = encoding["input_ids"], encoding["offset_mapping"], encoding.word_ids()
         cuts, begin = [0], 0
         for index in range(1, len(ids)):
@@ -146,6 +140,31 @@ class SegmentTokenizer:
                     cuts.append(cut)
                     begin = index
         return self._exact(string, cuts[1:], ids)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether the tokens before a space between two words do not depend on what follows it, nor the others on them.
+
+        A fast tokenizer with a pre-tokeniser is regular if a sample of many scripts can be cut before each word.
+        """
+        self._refresh()
+        if self._is_regular is None:
+            self._is_regular = self.is_fast and _is_regular(self.tokenizer)
+        return self._is_regular
+
+    def words(self, string: str) -> list[int]:
+        """Return the offsets in `string` at which the pre-tokeniser begins a word that is not only white space."""
+        if not self.is_fast:
+            return []
+        encoding = self._encoding(string)
+        offsets, words = encoding["offset_mapping"], encoding.word_ids()
+        # Some tokenizers leave the space before a word out of its offsets.
+        begins = (
+            offsets[index - 1][1]
+            for index, (begin, _) in enumerate(offsets)
+            if index and words[index] != words[index - 1] and not string[offsets[index - 1][1] : begin].strip()
+        )
+        return sorted({begin for begin in begins if string[begin:].strip()} - {0})
 
     def exact_cuts(self, string: str, cuts: Sequence[int]) -> list[int]:
         """Return the `cuts`, ascending offsets, at which `string` can be cut into pieces with exactly its tokens.
@@ -176,8 +195,24 @@ class SegmentTokenizer:
         self._remembered[segment.id] = ids
         self._num_remembered_tokens += len(ids)
 
-    def _tokens(self, ids: Sequence[int]) -> tuple[str, ...]:
-        return tuple(self.tokenizer.convert_ids_to_tokens(list(ids)))
+    def _shown(self, string: str) -> tuple[str, ...]:
+        """Return the share of a string that each of its tokens has; of a character, its first token has all."""
+        if not self.is_fast:
+            ids = encode_strings(self.tokenizer, [string])[0]
+            return tuple(self.tokenizer.convert_ids_to_tokens(ids))
+        ends = [end for _, end in self._encoding(string)["offset_mapping"]]
+        return tuple(string[begin:end] for begin, end in itertools.pairwise([0, *ends]))
+
+    def _encoding(self, string: str) -> Any:
+        """Return the encoding of a string alone by a fast tokenizer, with offsets."""
+        return self.tokenizer(
+            string,
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
 
 
 def start_ids(tokenizer: Any) -> list[int]:
@@ -237,10 +272,27 @@ def _signature(tokenizer: Any) -> object:
     return [*parts, bool(getattr(tokenizer, "split_special_tokens", False))]
 
 
+_SAMPLE = "The naïve café's 3.14 %s — tabs\tand\n\n  spaces; 你好 🙂 İstanbul ﬁ" * 2
+"""Every kind of character: what a tokenizer does shows there."""
+
+_WORDS = "it has 12 apples d'été und Äpfel मेरे पास हैं у меня есть τα μήλα عندي تفاح 사과 가 있다 ab1 2cd def foo the end"  # noqa: RUF001
+
+
 def _probe(tokenizer: Any) -> list[int]:
-    """Return the tokens of a sample with every kind of character: what a tokenizer does shows there."""
-    sample = "The naïve café's 3.14 %s — tabs\tand\n\n  spaces; 你好 🙂 İstanbul ﬁ" * 2
-    return list(tokenizer(sample, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
+    """Return the tokens of a sample."""
+    return list(tokenizer(_SAMPLE, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
+
+
+def _is_regular(tokenizer: Any) -> bool:
+    backend = tokenizer.backend_tokenizer
+    prepends = backend.normalizer is not None and b"Prepend" in backend.normalizer.__getstate__()
+    has_phrases = any(" " in token.content.strip() for token in backend.get_added_tokens_decoder().values())
+    if backend.pre_tokenizer is None or prepends or has_phrases:
+        return False
+    places = [place for place, character in enumerate(_WORDS) if character == " "]
+    pieces = [piece for place in places for piece in (_WORDS[:place], _WORDS[place:])]
+    whole, *parts = encode_strings(tokenizer, [_WORDS, *pieces])
+    return all(left + right == whole for left, right in zip(parts[::2], parts[1::2], strict=True))
 
 
 class _Place(NamedTuple):

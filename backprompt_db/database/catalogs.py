@@ -110,10 +110,18 @@ class ModelMetadata:
             paths |= {path.address: path.token_ids for path in (found or {}).values() if self._is_genuine(path)}
         return paths
 
+    def cuts(self, keys: Collection[bytes]) -> dict[bytes, tuple[int, ...]]:
+        """Return where strings are cut that have these keys, as far as that is known."""
+        cuts: dict[bytes, tuple[int, ...]] = {}
+        for catalog in reversed(list(self._catalogs)):
+            found = _read(catalog, lambda catalog: catalog.cuts_of(keys))
+            cuts |= {record.key: record.offsets for record in (found or {}).values() if self._is_genuine(record)}
+        return cuts
+
     def save(self, *records: Known) -> None:
         """Save records, all in one transaction."""
         try:
-            if self._catalogs.own is not None and not self._catalogs.readonly:
+            if records and self._catalogs.own is not None and not self._catalogs.readonly:
                 self._catalogs.own.save(*map(self._signed, records))
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -140,6 +140,8 @@ class Explanation:
     """Parents before children, in the order written."""
     seams: tuple[Seam, ...] | None
     """The seams that change tokens; None where the tokenizer is not available."""
+    is_healed: bool
+    """Whether the text is run in other pieces than it was written in, with the tokens of the joined string."""
     num_cached_tokens: int | None
     num_missing_tokens: int | None
     nbytes: int
@@ -283,23 +285,9 @@ def _remarks(explanation: Explanation) -> Iterator[str]:
     )
     if explanation.seams is None:
         yield "tokens of what was never computed, and seams that change tokens, are unknown without the tokenizer"
+    what = "a token crosses a seam, so the cut is moved" if explanation.is_healed else "a seam changes tokens"
     for seam in explanation.seams or ():
-        left, right = seam.left[-_NUM_SEAM_CHARACTERS:], seam.right[:_NUM_SEAM_CHARACTERS]
-        apart, joined = _changed(seam.tokens_apart, seam.tokens_joined)
-        yield f"a seam changes tokens: {left!r} + {right!r} is {apart}, joined {joined}"
-
-
-def _changed(apart: Sequence[str], joined: Sequence[str]) -> tuple[str, str]:
-    """Return two lists of tokens without what they have in common at both ends."""
-    begin = _num_common(apart, joined)
-    apart, joined = apart[begin:], joined[begin:]
-    end = _num_common(apart[::-1], joined[::-1])
-    return " ".join(apart[: len(apart) - end]), " ".join(joined[: len(joined) - end])
-
-
-def _num_common(one: Sequence[str], other: Sequence[str]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((number for number, (left, right) in pairs if left != right), min(len(one), len(other)))
+        yield f"{what}: {seam}"
 
 
 def _names(parts: Collection[Part]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from backprompt_db.prompt.ids import SegmentId, namespace_id, segment_id
 
@@ -60,6 +61,17 @@ def ancestry(tips: Iterable[Segment], *, without: Iterable[Segment] = ()) -> lis
     return list(done)[num_left_out:]
 
 
+class SeamRule(StrEnum):
+    """What is done where the pieces of a text have other tokens than its joined string."""
+
+    HEAL = "heal"
+    """The tokens of the joined string are run: a cut is moved to where no token crosses it."""
+    KEEP = "keep"
+    """The pieces are run as they were written, each tokenised alone."""
+    ERROR = "error"
+    """The text is refused."""
+
+
 @dataclass(frozen=True, slots=True)
 class Seam:
     """A place between two pieces where their tokens differ from those of the joined string."""
@@ -72,3 +84,32 @@ class Seam:
     """The tokens of the two sides when each is tokenised alone: what the model sees."""
     tokens_joined: tuple[str, ...]
     """The tokens of the two sides as one string: what the model would see if they were one piece."""
+
+    def __str__(self) -> str:
+        apart, joined = self.changed()
+        return f"{self.left[-_NUM_SHOWN:]!r} + {self.right[:_NUM_SHOWN]!r} is {apart}, joined {joined}"
+
+    def changed(self) -> tuple[str, str]:
+        """Return the tokens apart and joined, without what they have in common at both ends."""
+        apart, joined = self.tokens_apart, self.tokens_joined
+        begin = _num_common(apart, joined)
+        end = _num_common(apart[begin:][::-1], joined[begin:][::-1])
+        return _shown(apart[begin : len(apart) - end]), _shown(joined[begin : len(joined) - end])
+
+    @property
+    def moved(self) -> str:
+        """The end of the left side that becomes part of other tokens: what healing moves across the seam."""
+        num_same = _num_common(self.tokens_apart, self.tokens_joined)
+        return self.left[len("".join(self.tokens_apart[:num_same])) :]
+
+
+_NUM_SHOWN = 20
+
+
+def _shown(tokens: Sequence[str]) -> str:
+    return " ".join(map(repr, tokens))
+
+
+def _num_common(one: Sequence[str], other: Sequence[str]) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (left, right) in pairs if left != right), min(len(one), len(other)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from backprompt_db.errors import BackpromptError, InvalidText, PromptError
 from backprompt_db.prompt.ids import ModelIds, SegmentId, TokenizerId, segment_id
-from backprompt_db.prompt.segments import Seam, Segment, ancestry
+from backprompt_db.prompt.segments import Seam, SeamRule, Segment, ancestry
 
 if TYPE_CHECKING:
     import torch
@@ -95,16 +95,21 @@ class Text:
     not follow from what precedes. An `eager` text, and every text concatenated from it, is computed as soon as
     it is built.
 
+    A model reads a text without branches as its joined string, whatever its pieces. `seams` says otherwise: `"keep"`
+    runs the pieces as they are, each tokenised alone, and `"error"` refuses a text in which that makes a difference.
+    The pieces of one text share what is said of one of them.
+
     `text()` returns its `ModelRepr`; `text.model_repr` holds the last one, None before the first.
 
-    Raises `InvalidText` for anything but a string without lone surrogates, `PromptError` for a negative start.
+    Raises `InvalidText` for anything but a string without lone surrogates, `PromptError` for a negative start, and for
+    pieces that contradict each other.
 
     >>> prompt = Text("Question: 2 + 2\n") + "Answer:"
     >>> [segment.string for segment in prompt.segments()]
     ['Question: 2 + 2\n', 'Answer:']
     """
 
-    __slots__ = ("_eager", "_expression", "_model", "_tips", "model_repr")
+    __slots__ = ("_eager", "_expression", "_model", "_seam_rule", "_tips", "model_repr")
 
     model_repr: ModelRepr | None
 
@@ -115,6 +120,7 @@ class Text:
         *,
         start: int | None = None,
         eager: bool = False,
+        seams: str | None = None,
     ) -> None:
         if not isinstance(string, str):
             raise InvalidText(f"a text is made of str, not {type(string).__name__}", hint="Convert it with str().")
@@ -125,29 +131,42 @@ class Text:
                 f"a {type(runner).__name__} alone cannot run a text",
                 hint="Give (model, tokenizer), or use lm.text(...).",
             )
-        self._build(_Leaf(string, start) if string else None, model=runner, eager=eager)
+        leaf = _Leaf(string, start) if string else None
+        self._build(leaf, model=runner, eager=eager, seam_rule=None if seams is None else _seam_rule(seams))
 
-    def _build(self, expression: _Expression | None, *, model: Runner | None, eager: bool) -> None:
+    def _build(
+        self, expression: _Expression | None, *, model: Runner | None, eager: bool, seam_rule: SeamRule | None
+    ) -> None:
         self._expression = expression
         self._model = model
         self._eager = eager
+        self._seam_rule = seam_rule
         self._tips: tuple[str, tuple[Segment, ...]] | None = None
         self.model_repr = None
         if eager and model is not None and expression is not None:
             self()
 
     @classmethod
-    def _of(cls, expression: _Expression | None, parts: Sequence[Text]) -> Text:
+    def _of(cls, expression: _Expression | None, parts: Sequence[Text], *, eager: bool | None = None) -> Text:
         text = cls.__new__(cls)
-        text._build(expression, model=_common_model(parts), eager=any(part._eager for part in parts))
+        is_eager = any(part._eager for part in parts) if eager is None else eager
+        text._build(expression, model=_common_model(parts), eager=is_eager, seam_rule=_common_rule(parts))
         return text
 
     def __add__(self, other: Text | str) -> Text:
         if not isinstance(other, str | Text):
             return NotImplemented
-        parts = (self, as_text(other))
+        return self._followed_by(as_text(other))
+
+    def _followed_by(self, other: Text, *, eager: bool | None = None) -> Text:
+        parts = (self, other)
         pieces = [part for part in parts if part]
-        return Text._of(_Concatenation(*parts) if len(pieces) > 1 else pieces[0]._expression if pieces else None, parts)
+        expression = _Concatenation(*parts) if len(pieces) > 1 else pieces[0]._expression if pieces else None
+        return Text._of(expression, parts, eager=eager)
+
+    def continued(self, other: Text) -> Text:
+        """Return the concatenation, which is not computed when it is built, not even after an eager text."""
+        return self._followed_by(other, eager=False)
 
     def __radd__(self, other: str) -> Text:
         if not isinstance(other, str):
@@ -175,7 +194,7 @@ class Text:
         _common_model((self, Text("", model)))
         text = Text.__new__(Text)
         # Not eager: a completion must not be computed as if it were a prompt.
-        text._build(self._expression, model=model, eager=False)
+        text._build(self._expression, model=model, eager=False, seam_rule=self._seam_rule)
         return text
 
     def tips(self, namespace: str | None = None) -> tuple[Segment, ...]:
@@ -200,10 +219,27 @@ class Text:
         """Return the segments of the text, each once, parents before children, in the order written."""
         return ancestry(self.tips(namespace))
 
+    @property
+    def seam_rule(self) -> SeamRule:
+        """What is done where the pieces have other tokens than the joined string."""
+        return self._seam_rule or SeamRule.HEAL
+
+    def chain(self, namespace: str) -> list[Segment]:
+        """Return the segments as written if their joined string may be run instead; else nothing.
+
+        It may not with branches, with explicit starts, and where the pieces are to be kept.
+        """
+        if self.seam_rule is SeamRule.KEEP:
+            return []
+        segments = self.segments(namespace)
+        ends = [(), *((segment,) for segment in segments)]
+        is_chain = all(each.parents == end and each.start is None for each, end in zip(segments, ends, strict=False))
+        return segments if is_chain else []
+
     def seams(self) -> list[Seam]:
         """Return the seams at which two neighbouring pieces tokenise differently apart than joined.
 
-        Such a text is legal: each segment is tokenised alone. Loads the tokenizer, not the model.
+        Where the text is run as its joined string, a seam says what moved. Loads the tokenizer, not the model.
         """
         return self.model.seams(self)
 
@@ -275,7 +311,8 @@ class Text:
         """Texts are equal when they mean the same segments under the same model."""
         if not isinstance(other, Text):
             return NotImplemented
-        return self._model is other._model and frozenset(self.tips()) == frozenset(other.tips())
+        is_same = self._model is other._model and self.seam_rule is other.seam_rule
+        return is_same and frozenset(self.tips()) == frozenset(other.tips())
 
     def __hash__(self) -> int:
         return hash(frozenset(self.tips()))
@@ -286,6 +323,12 @@ class Text:
     def __str__(self) -> str:
         """The leaf strings joined in the order written; parallel branches one after the other."""
         return "".join(segment.string for segment in self.segments())
+
+    def __format__(self, spec: str) -> str:
+        raise PromptError(
+            "a text in an f-string becomes a plain string, whose pieces cannot be found again",
+            hint="Add strings to it with +, or write str(text) where you want a string.",
+        )
 
     def __repr__(self) -> str:
         string = str(self)
@@ -336,6 +379,23 @@ def parallel(*branches: Text | str) -> Text:
     return texts[0] if len(texts) == 1 else Text._of(_Branches(tuple(texts)), texts)
 
 
+def _seam_rule(name: str) -> SeamRule:
+    try:
+        return SeamRule(name)
+    except ValueError:
+        known = ", ".join(repr(each.value) for each in SeamRule)
+        raise PromptError(f"seams={name!r} is no rule for seams", hint=f"Give one of {known}.") from None
+
+
+def _common_rule(parts: Iterable[Text]) -> SeamRule | None:
+    rules = {part._seam_rule for part in parts} - {None}
+    if len(rules) > 1:
+        raise PromptError(
+            "the pieces want their seams treated in different ways", hint="Give seams= for one of them, or the same."
+        )
+    return next(iter(rules), None)
+
+
 def _common_model(parts: Iterable[Text]) -> Runner | None:
     models = {id(part._model): part._model for part in parts if part._model is not None}
     if len(models) > 1:
@@ -370,6 +430,8 @@ class ModelRepr:
     """
 
     text: Text
+    segments: tuple[Segment, ...] = field(repr=False)
+    """The segments in which it was run, in the order written."""
     scores: tuple[Arrays, ...] = field(repr=False)
     """The scores part of each segment, in the order written."""
     last_logits: Array | None = field(repr=False)
@@ -435,11 +497,11 @@ class ModelRepr:
         """Return a picture of the prompt, in which what was found and what the call computed have different colours."""
         from backprompt_db.prompt.pictures import picture_result
 
-        return picture_result(self.text.segments(), self.scores, self.is_computed)
+        return picture_result(self.segments, self.scores, self.is_computed)
 
     def computed_ids(self) -> frozenset[SegmentId]:
         """Return the ids of the segments whose tokens count as computed."""
-        pairs = zip(self.text.segments(), self.is_computed, strict=True)
+        pairs = zip(self.segments, self.is_computed, strict=True)
         return frozenset(segment.id for segment, is_computed in pairs if is_computed)
 
     def _repr_html_(self) -> str:
@@ -451,7 +513,7 @@ class ModelRepr:
         from backprompt_db.views.token_colours import coloured_tokens
 
         return coloured_tokens(
-            scored_tokens(self.text.segments(), self.scores, self.is_computed),
+            scored_tokens(self.segments, self.scores, self.is_computed),
             num_cached_tokens=self.num_cached_tokens,
             num_computed_tokens=self.num_computed_tokens,
             likeliest=self._likeliest(),

@@ -132,8 +132,8 @@ class TestTemplates:
         [
             (["--template", TEMPLATE], ["Pick the endpoint.\nRequest:", " show me everyone\nEndpoint:"]),
             (
-                ["--template", "Request: ", "--template", r"{request}\nEndpoint:"],
-                ["Request: ", "show me everyone\nEndpoint:"],
+                ["--template", "Request:", "--template", r" {request}\nEndpoint:"],
+                ["Request:", " show me everyone\nEndpoint:"],
             ),
             (["--template", "A|B {request}|C", "--separator", "|"], ["A", "B show me everyone", "C"]),
             (["--template", "A {request}", "--separator", "|"], ["A show me everyone"]),

@@ -13,6 +13,7 @@ from transformers import StaticCache
 
 import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.errors import ModelMismatch, StoreReadOnly
 from backprompt_db.operations.verify import verify
 from tests.conftest import cases, plain_logprobs, tiny_gpt2, train_tokenizer
@@ -101,7 +102,7 @@ def test_a_sample_costs_less_than_computing(lm: bp.LanguageModel) -> None:
 
 def test_a_static_cache_is_taken_as_far_as_it_is_filled(lm: bp.LanguageModel) -> None:
     cache = StaticCache(lm.model.config, max_cache_len=128)
-    lm.adopt(chain(lm), plain(lm.model, ids_of(lm.tokenizer), past_key_values=cache).past_key_values)
+    lm.adopt(chain(lm), plain(lm.model, ids_of(lm.tokenizer), **{CACHE_KEYWORD: cache}).past_key_values)
     assert tensors(lm.past_key_values(chain(lm))).shape[-2] == ids_of(lm.tokenizer).shape[1]
 
 
@@ -211,7 +212,7 @@ def shared() -> Iterator[bp.LanguageModel]:
 
 @given(pieces=st.lists(st.text(alphabet="ab c\n", min_size=1, max_size=20), min_size=1, max_size=6))
 def test_any_chain_is_adopted_and_runs_like_a_plain_pass(shared: bp.LanguageModel, pieces: list[str]) -> None:
-    ids = ids_of(shared.tokenizer, pieces)
+    ids = ids_of(shared.tokenizer, ["".join(pieces)])
     output = plain(shared.model, ids)
     shared.adopt(chain(shared, pieces), output.past_key_values, logits=output.logits)
     result = chain(shared, pieces)()

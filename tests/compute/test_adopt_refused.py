@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.errors import (
     BackpromptError,
     ContextLengthExceeded,
@@ -32,10 +33,11 @@ def test_one_other_word_is_refused_wherever_it_is(lm: bp.LanguageModel, place: i
     assert_refused(lm, chain(lm, words), cache, error=ModelMismatch, match=rf"at token {place}, .*layer 0 is off by")
 
 
-def test_the_tokens_of_the_joined_string_are_refused_where_a_seam_changes_them(lm: bp.LanguageModel) -> None:
+def test_the_tokens_of_the_joined_string_are_refused_for_pieces_that_are_kept(lm: bp.LanguageModel) -> None:
     pieces = ["The quick brown fo", "x jumps"]
     cache = plain(lm.model, ids_of(lm.tokenizer, ["".join(pieces)])).past_key_values
-    assert_refused(lm, chain(lm, pieces), cache, error=BackpromptError, match="tokens?")
+    kept = lm.text("", seams="keep") + chain(lm, pieces)
+    assert_refused(lm, kept, cache, error=BackpromptError, match="tokens?")
 
 
 def test_another_models_cache_is_refused(lm: bp.LanguageModel) -> None:
@@ -201,7 +203,7 @@ def test_a_cache_that_forgets_is_refused_and_one_that_does_not_is_taken(make_lm:
     lm.model.config.sliding_window = 8
     lm = make_lm(lm.model)
     ids = ids_of(lm.tokenizer)
-    forgets = plain(lm.model, ids, past_key_values=DynamicCache(config=lm.model.config)).past_key_values
+    forgets = plain(lm.model, ids, **{CACHE_KEYWORD: DynamicCache(config=lm.model.config)}).past_key_values
     assert_refused(lm, chain(lm), forgets, error=PromptError, match=rf"keeps 7 of {ids.shape[1]} tokens: it forgets")
     assert lm.adopt(chain(lm), plain(lm.model, ids).past_key_values).num_stored_tokens == ids.shape[1]
 

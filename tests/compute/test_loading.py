@@ -222,3 +222,9 @@ def test_a_full_disk_does_not_fail_the_computation(lm: bp.LanguageModel, monkeyp
         signal.signal(signal.SIGXFSZ, previous)
     assert result.num_computed_tokens == len(result.input_ids)
     assert lm.db.counters.num_write_failures > 0
+
+
+def test_names_in_place_of_objects_are_told_of_from_pretrained(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
+    for model, other in (("gpt2", tokenizer), (gpt2, "gpt2"), (tmp_path, tokenizer)):
+        with pytest.raises(bp.errors.PromptError, match=r"not of their names.*from_pretrained"):
+            bp.LanguageModel(model, other)

@@ -71,11 +71,11 @@ def test_documents_after_one_system_prompt_stay_side_by_side(
     lm: bp.LanguageModel, num_reads: Callable[[bp.Text], int]
 ) -> None:
     system = lm.text("Pick.\n")
-    documents = [system + f"Document {number}: " + "GET /users lists users. " * 3 for number in range(4)]
+    documents = [system + f"Document {number}:" + " GET /users lists users." * 3 for number in range(4)]
     stored(lm, *documents)
     for number in range(4):
         for document in documents:
-            assert_right(lm, document + f"request {number}")
+            assert_right(lm, document + f" request {number}")
     assert [num_reads(document) for document in documents] == [1, 1, 1, 1]
 
 

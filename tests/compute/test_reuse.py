@@ -245,9 +245,19 @@ def test_the_original_way_of_making_a_text_works(
 def test_a_running_text_with_a_seam_logs_it_once(lm: bp.LanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="backprompt_db")
     for _ in range(2):
-        (lm.text("the endpo") + "int for the request")()
-        (lm.text("the endpo") + "int for the request" + ".")()
-    assert sum("seam" in record.message for record in caplog.records) == 1
+        (lm.text("the endpo", seams="keep") + "int for the request")()
+        (lm.text("the endpo", seams="keep") + "int for the request" + ".")()
+    assert [record.levelname for record in caplog.records if "a seam changes" in record.message] == ["INFO"]
+
+
+def test_branches_whose_tokens_a_seam_changes_are_warned_of_once(
+    lm: bp.LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    for ending in ("int for", "int of"):
+        (lm.text("the endpo") + bp.parallel(ending, " other"))()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "'the endpo' + 'int for'" in warnings[0]
 
 
 def test_a_part_computed_again_with_another_one_is_returned_as_it_is_stored(lm: bp.LanguageModel) -> None:

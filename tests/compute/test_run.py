@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
 from backprompt_db.prompt.ids import SegmentId
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
@@ -131,10 +132,10 @@ def test_the_order_of_branches_changes_no_stored_value(lm: bp.LanguageModel) -> 
 
 
 def test_a_branch_is_shared_with_the_plain_chain(lm: bp.LanguageModel) -> None:
-    context = lm.text("context: ")
-    (context + "doc one")()
-    result = (context + bp.parallel("doc one", "doc two"))()
-    assert result.num_computed_tokens == len(lm.tokenizer("doc two")["input_ids"])
+    context = lm.text("context:")
+    (context + " doc one")()
+    result = (context + bp.parallel(" doc one", " doc two"))()
+    assert result.num_computed_tokens == len(lm.tokenizer(" doc two")["input_ids"])
 
 
 def test_a_text_that_ends_in_branches_has_no_logits(lm: bp.LanguageModel) -> None:
@@ -160,6 +161,7 @@ def test_any_graph_equals_the_masked_oracle(
 ) -> None:
     with bp.open(":memory:") as db:
         lm = make_lm(db=db)
+        stored = Text("", seams="keep") + stored
         lm([stored])
         texts = [stored + text for text in graphs]
         for text, result in zip(texts, lm(texts), strict=True):
@@ -170,7 +172,7 @@ def test_past_key_values_continue_like_a_plain_cache(lm: bp.LanguageModel) -> No
     result = (lm.text("The quick brown fox") + " jumps over")()
     more = torch.tensor([lm.tokenizer(" the lazy dog")["input_ids"]])
     with torch.no_grad():
-        continued = lm.model(more, past_key_values=result.past_key_values).logits[0]
+        continued = lm.model(more, **{CACHE_KEYWORD: result.past_key_values}).logits[0]
         plain = lm.model(torch.cat([result.input_ids[None], more], 1)).logits[0]
     assert torch.allclose(continued, plain[-more.shape[1] :], atol=TOLERANCE)
 
@@ -181,7 +183,7 @@ def test_past_key_values_generate_like_a_plain_prompt(lm: bp.LanguageModel) -> N
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1, "attention_mask": torch.ones_like(ids)}
     cache = result.past_key_values
     cache.crop(-1)
-    ours = lm.model.generate(ids, past_key_values=cache, **options)
+    ours = lm.model.generate(ids, **{CACHE_KEYWORD: cache}, **options)
     assert torch.equal(ours, lm.model.generate(ids, **options))
 
 

@@ -297,7 +297,7 @@ def test_processes_with_overlapping_prompts_neither_block_each_other_nor_compute
     place: Path, run: Any, start: Any, gpt2: Any, tokenizer: Any
 ) -> None:
     """Branches, batches and chains of a few strings, in any order: what could wait in a circle would."""
-    pieces = ["The quick ", "brown fox ", "jumps over ", "the lazy dog "]
+    pieces = [" The quick", " brown fox", " jumps over", " the lazy dog"]
 
     def prompts(seed: int) -> list[bp.Text]:
         dice = random.Random(seed)

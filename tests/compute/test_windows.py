@@ -142,7 +142,7 @@ def windowed_lms(
 @given(graphs(alphabet="ab ", max_leaves=8))
 def test_windows_are_right_in_texts_of_any_shape(windowed_lms: list[bp.LanguageModel], text: Text) -> None:
     for lm in windowed_lms:
-        assert_as_defined(lm, text)
+        assert_as_defined(lm, lm.text("", seams="keep") + text)
 
 
 def test_a_window_of_thousands_of_tokens_ends_no_prompt(make_lm: MakeLm) -> None:

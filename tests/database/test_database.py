@@ -99,7 +99,7 @@ def test_a_caller_reads_what_is_still_queued(store: FaultyStore) -> None:
 def test_logits_that_a_caller_changes_are_stored_unchanged() -> None:
     array = logits("a")
     found = bp.ModelRepr(
-        text=bp.Text("a"), scores=(), last_logits=array, num_cached_tokens=0, num_computed_tokens=1,
+        text=bp.Text("a"), segments=(), scores=(), last_logits=array, num_cached_tokens=0, num_computed_tokens=1,
         is_computed=(), ids=ModelIds(WeightsId(bytes(32)), TokenizerId(bytes(32))),
     )  # fmt: skip
     found.logits.zero_()

@@ -28,7 +28,10 @@ class TestSeams:
         text = prompt(lm, "Pick the endp", "oint for the request.")
         found = text.explain()
         assert list(found.seams or ()) == text.seams() != []
-        assert re.search(r"a seam changes tokens: '.*endp' \+ 'oint.*' is .+, joined .*endpoint", _flat(str(found)))
+        assert re.search(
+            r"so the cut is moved: '.*endp' \+ 'oint.*' is .+, joined ' endpoint'",
+            _flat(str(found)),
+        )
         assert prompt(lm).explain().seams == ()
 
 

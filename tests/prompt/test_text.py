@@ -42,8 +42,9 @@ class RecordingRunner:
     def run(self, text: Text) -> ModelRepr:
         self.ran.append(text)
         return ModelRepr(
-            text=text, scores=(), last_logits=None, num_cached_tokens=0, num_computed_tokens=0, is_computed=(), ids=IDS
-        )
+            text=text, segments=(), scores=(), last_logits=None, num_cached_tokens=0, num_computed_tokens=0,
+            is_computed=(), ids=IDS,
+        )  # fmt: skip
 
     def seams(self, text: Text) -> list[Seam]:
         return [Seam(str(text), "", (), ())]
@@ -307,3 +308,10 @@ def test_a_pair_becomes_the_runner_that_was_registered(monkeypatch: pytest.Monke
     text = Text("a", ("model", "tokenizer")) + "b"
     assert text.model is runner
     assert pairs == [("model", "tokenizer")]
+
+
+def test_a_text_in_an_f_string_says_what_to_do() -> None:
+    text = Text("Facts. ")
+    with pytest.raises(PromptError, match=r"becomes a plain string.*Add strings to it with \+"):
+        f"{text}Question?"
+    assert f"{text!s}Question?" == "Facts. Question?"

@@ -5,6 +5,8 @@ Tiny random models hardly notice a wrong position or a missing token; a trained 
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import backprompt_db as bp
 from backprompt_db.cli.demo.job import load_task
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from tests.conftest import plain_logprobs
+from tests.support.tokenizers import TEXTS
 
 TOLERANCE = 1e-4
 """Of log-probabilities, in float32."""
@@ -58,8 +61,8 @@ def joined(pieces: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def assert_equals_plain(pair: tuple[Any, Any], pieces: Sequence[str], result: bp.ModelRepr) -> None:
-    """Compare with one plain pass over the tokens of the pieces."""
-    input_ids = joined(encode(pair, pieces))
+    """Compare with one plain pass over the tokens of the joined string."""
+    input_ids = joined(encode(pair, ["".join(pieces)]))
     logprobs, logits = plain_logprobs(pair[0], input_ids)
     assert torch.equal(result.input_ids, input_ids)
     assert result.token_logprobs[0].isnan()
@@ -84,6 +87,40 @@ def test_a_tree_of_completions_equals_plain_passes_of_its_branches(
             logprobs, _ = plain_logprobs(pair[0], joined(ids))
             num_tokens = len(ids[-1])
             assert abs(logprobs[-num_tokens:].double().sum().item() - score) < num_tokens * TOLERANCE
+
+
+REVIEWS = ["A waste of two hours.", "I laughed, I cried, I went again.", "The plot has more holes than a net."]
+
+
+def test_examples_that_end_in_a_blank_line_are_what_a_plain_pass_reads(
+    smollm2: bp.LanguageModel, pair: tuple[Any, Any]
+) -> None:
+    shots = "".join(f"Review: {text}\nSentiment: {word}\n\n" for text, word in zip(REVIEWS, ANSWERS, strict=True))
+    context = smollm2.text(shots)
+    scores = smollm2.score([context + f"Review: {review}\nSentiment:" for review in REVIEWS], [" good", " bad", "bad"])
+    for review, row in zip(REVIEWS, scores, strict=True):
+        prompt = f"{shots}Review: {review}\nSentiment:"
+        assert_equals_plain(pair, [prompt], (context + f"Review: {review}\nSentiment:")())
+        for completion, score in zip([" good", " bad", "bad"], row, strict=True):
+            both, alone = (
+                plain_logprobs(pair[0], joined(encode(pair, [each])))[0][1:].double().sum().item()
+                for each in (prompt + completion, prompt)
+            )
+            assert score == pytest.approx(both - alone, abs=TOLERANCE * 3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_cut_of_real_text_gives_the_scores_of_a_plain_pass(
+    smollm2: bp.LanguageModel, pair: tuple[Any, Any], seed: int
+) -> None:
+    dice = random.Random(seed)
+    string = "".join(dice.sample(TEXTS, 4))[:500]
+    places = sorted(dice.sample(range(1, len(string)), 6))
+    pieces = [string[begin:end] for begin, end in itertools.pairwise([0, *places, len(string)])]
+    text = smollm2.text("")
+    for piece in pieces:
+        text += piece
+    assert_equals_plain(pair, pieces, text())
 
 
 def test_an_edit_in_the_middle_equals_a_plain_pass_over_the_edited_text(

@@ -21,8 +21,8 @@ EVERYTHING = {Part.SCORES, Part.LOGITS, Part.KV}
 HOSTILE = "<script>alert(1)</script>\x1b[31m[bold]\u202e&amp;"
 
 EXPLANATION_FIELDS = [
-    "model_name", "dtype", "weights_id", "tokenizer_id", "namespace", "segments", "seams", "num_cached_tokens",
-    "num_missing_tokens", "nbytes", "saved_seconds", "needed_seconds",
+    "model_name", "dtype", "weights_id", "tokenizer_id", "namespace", "segments", "seams", "is_healed",
+    "num_cached_tokens", "num_missing_tokens", "nbytes", "saved_seconds", "needed_seconds",
 ]  # fmt: skip
 SEGMENT_FIELDS = [
     "text", "parents", "start", "segment_id", "address", "places", "nbytes", "num_tokens", "seconds", "miss",

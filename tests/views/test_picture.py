@@ -217,8 +217,8 @@ class TestTexts:
         assert "</svg><script>alert(1)</script>" in shown.rows[0].tooltip
 
     def test_long_texts_are_shortened_and_shown_whole_when_pointed_at(self, lm: bp.LanguageModel) -> None:
-        long = "Every word of this is needed. " * 8
-        row = drawn(lm.text(long) + "short").rows[0]
+        long = " Every word of this is needed." * 8
+        row = drawn(lm.text(long) + " short").rows[0]
         assert row.label.endswith("…")
         assert long.startswith(row.label[:-1])
         assert row.tooltip.startswith(f"{long}\n\nsegment 0, at the beginning, {len(long)} characters, ")

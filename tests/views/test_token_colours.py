@@ -188,8 +188,10 @@ class TestCost:
 
 def made_up(lm: bp.LanguageModel, num_tokens: list[int]) -> ModelRepr:
     """A result with so many tokens in its segments, which no model has computed."""
+    text = prompt(lm, *(f"piece {number}" for number in range(len(num_tokens))))
     return ModelRepr(
-        text=prompt(lm, *(f"piece {number}" for number in range(len(num_tokens)))),
+        text=text,
+        segments=tuple(text.segments()),
         scores=tuple(
             {
                 "input_ids": Array.from_numpy(np.full(count, 70, dtype=np.int32)),

@@ -113,16 +113,12 @@ def run_once(*, model: str, directory: Path, num_requests: int | None) -> int:
 def _num_asked_tokens(tokenizer: Any, task: Task) -> int:
     """Count what plain running would feed to the model, pair by pair."""
 
-    def count(strings: list[str]) -> int:
-        return sum(len(ids) for ids in tokenizer(strings, add_special_tokens=False)["input_ids"])
+    def count(strings: list[str], **options: bool) -> int:
+        return sum(len(ids) for ids in tokenizer(strings, **options)["input_ids"])
 
-    num_context = len(tokenizer(task.context)["input_ids"])
-    num_endings, num_completions = count(task.endings), count(task.completions)
-    return (
-        task.num_pairs * num_context
-        + len(task.completions) * num_endings
-        + len(task.endings) * num_completions
-    )  # fmt: skip
+    num_prompt_tokens = count([task.context + ending for ending in task.endings])
+    num_completion_tokens = count(task.completions, add_special_tokens=False)
+    return len(task.completions) * num_prompt_tokens + len(task.endings) * num_completion_tokens
 
 
 def accuracy(scores: Sequence[Sequence[float]], gold: Sequence[int], *, is_calibrated: bool) -> float:

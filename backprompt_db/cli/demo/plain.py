@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 import time
@@ -118,13 +119,14 @@ def _batches(rows: list[list[int]], size: int) -> list[list[list[int]]]:
 
 
 def _tokens(tokenizer: Any, task: Task) -> _Tokens:
-    """Tokenise each piece separately, as the library does, so that both score the same tokens."""
-
-    def encode(strings: list[str]) -> list[list[int]]:
-        return [list(ids) for ids in tokenizer(strings, add_special_tokens=False)["input_ids"]]
-
-    context = list(tokenizer(task.context)["input_ids"])
-    return _Tokens(context, encode(task.endings[len(CONTENT_FREE) :]), encode(task.completions))
+    """Tokenise the sampled prompts whole; what they all begin with is the context."""
+    endings = task.endings[len(CONTENT_FREE) :]
+    prompts = [list(ids) for ids in tokenizer([task.context + ending for ending in endings])["input_ids"]]
+    rows = [*prompts, list(tokenizer(task.context)["input_ids"])]
+    num_common = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*rows, strict=False)))
+    context = rows[0][:num_common]
+    completions = [list(ids) for ids in tokenizer(task.completions, add_special_tokens=False)["input_ids"]]
+    return _Tokens(context, [prompt[len(context) :] for prompt in prompts], completions)
 
 
 def _measure(

@@ -22,6 +22,7 @@ from backprompt_db.compute.adopt.crosscheck import (
 )
 from backprompt_db.compute.adopt.given_cache import KVTensors, cached_tokens
 from backprompt_db.compute.answers import Recomputer
+from backprompt_db.compute.healing import Healed
 from backprompt_db.compute.inference.head import LogitsQuery, WholeLogits
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.prompt.representation import Array, Arrays, Part
@@ -81,7 +82,7 @@ class _CheckResult:
     parts: Mapping[Segment, dict[Part, Arrays]]
 
 
-def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArguments, *, namespace: str) -> Adopted:
+def adopt(engine: Engine, source: ModelSource, healed: Healed, arguments: AdoptArguments) -> Adopted:
     """Store the keys and values that a cache holds of a text, with the logits after it; see `LanguageModel.adopt`.
 
     Raises `StoreReadOnly` where nothing may be stored, `PromptError` for a cache that does not fit the text, and
@@ -89,7 +90,7 @@ def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArgum
     """
     _require_possible(engine, arguments)
     ids, runner = source.ids, engine.prove()
-    tokens = _tokens_of(source, runner, text, namespace=namespace)
+    tokens = _tokens_of(source, runner, healed.segments)
     given = cached_tokens(arguments.cache, runner.shape, num_tokens=len(tokens), row=arguments.row)
     logits = None if arguments.logits is None else _logits_of(arguments.logits, tokens, row=arguments.row)
     began = time.perf_counter()
@@ -106,7 +107,7 @@ def adopt(engine: Engine, source: ModelSource, text: Text, arguments: AdoptArgum
         engine.store(segment, new, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
         num_stored += num_tokens if Part.KV in new else 0
     return Adopted(
-        text=text,
+        text=healed.text,
         num_tokens=len(tokens),
         num_stored_tokens=num_stored,
         num_checked_tokens=result.num_checked_tokens,
@@ -127,9 +128,8 @@ def _require_possible(engine: Engine, arguments: AdoptArguments) -> None:
         )
 
 
-def _tokens_of(source: ModelSource, runner: ModelRunner, text: Text, *, namespace: str) -> Tokens:
-    """Tokenise a text. Raises `ContextLengthExceeded` and `ModelMismatch` where the model cannot read it."""
-    segments = text.segments(namespace)
+def _tokens_of(source: ModelSource, runner: ModelRunner, segments: list[Segment]) -> Tokens:
+    """Tokenise segments. Raises `ContextLengthExceeded` and `ModelMismatch` where the model cannot read them."""
     input_ids = source.tokenizer.encode(segments)
     num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
     starts = plan.positions(segments, num_tokens)

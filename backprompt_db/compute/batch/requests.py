@@ -10,8 +10,8 @@ from itertools import islice
 from typing import TypeVar
 
 from backprompt_db.compute import plan
-from backprompt_db.compute.answers import completion_segments
 from backprompt_db.compute.batch.run_plan import TooLong
+from backprompt_db.compute.healing import Healer, merged_donors
 from backprompt_db.compute.plan import Wanted
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.representation import Part
@@ -39,6 +39,8 @@ class Request:
     """Parts to be stored in the end."""
     keep: Wanted
     """Parts to store of each segment that is computed."""
+    donors: Mapping[Segment, Segment]
+    """Segments that others of these begin with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +50,7 @@ class Work:
     wanted: Wanted
     """The first missing part of each segment that lacks some: computing it stores all others that the segment lacks."""
     keep: Wanted
+    donors: Mapping[Segment, Segment]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,7 @@ class Requests:
     namespace: str
     own: Callable[[Text | str], Text]
     """Makes a string or a text one that belongs to the model."""
+    healer: Healer
 
     @classmethod
     def of(
@@ -73,6 +77,7 @@ class Requests:
         keep: Iterable[str],
         namespace: str,
         own: Callable[[Text | str], Text],
+        healer: Healer,
     ) -> Requests:
         """Return the requests of a caller. Raises `PromptError` for arguments that cannot be used."""
         if isinstance(completions, str | Text):
@@ -83,6 +88,7 @@ class Requests:
             keep=parts_named(keep),
             namespace=namespace,
             own=own,
+            healer=healer,
         )
 
     def __iter__(self) -> Iterator[Request]:
@@ -93,13 +99,14 @@ class Requests:
         return operator.length_hint(self.texts)
 
     def _request(self, number: int, text: Text) -> Request:
-        segments = text.segments(self.namespace)
         if self.completions is None:
-            wanted = dict.fromkeys(segments, self.keep)
-            return Request(number, text, segments, wanted, wanted)
-        endings = completion_segments([text], self.completions, namespace=self.namespace)
-        scored = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
-        return Request(number, text, [*segments, *scored], scored, dict.fromkeys(segments, self.keep) | scored)
+            (healed,) = self.healer.heal([text], namespace=self.namespace)
+            wanted = dict.fromkeys(healed.segments, self.keep)
+            return Request(number, text, healed.segments, wanted, wanted, healed.donors)
+        endings = self.healer.endings([text], self.completions, namespace=self.namespace)
+        scored = dict.fromkeys([each for ending in endings for each in (*ending.segments, *ending.without)], _SCORES)
+        before = dict.fromkeys([each for each in ancestry(scored) if each not in scored], self.keep)
+        return Request(number, text, [*before, *scored], scored, before | scored, merged_donors(endings))
 
 
 PARTS = tuple(part.name.lower() for part in Part)
@@ -140,7 +147,8 @@ def work_of(batch: Sequence[Request], is_stored: IsStored) -> Work:
         least = next((part for part in Part if part in parts and not is_stored(segment, part)), None)
         if least is not None:
             wanted[segment] = frozenset({least})
-    return Work(wanted, _merged(request.keep for request in batch))
+    donors = {segment: donor for request in batch for segment, donor in request.donors.items()}
+    return Work(wanted, _merged(request.keep for request in batch), donors)
 
 
 def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:

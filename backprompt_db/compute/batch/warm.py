@@ -86,7 +86,7 @@ class Warmer:
         work = work_of(fitting, is_stored)
         if work.wanted:
             num_calls = self._num_calls()
-            self._engine.represent(work.wanted, keep=work.keep, addresses=addresses)
+            self._engine.represent(work.wanted, keep=work.keep, addresses=addresses, donors=work.donors)
             self._num_passes += self._num_calls() - num_calls
         self._num_texts += len(batch)
         self._num_stored_texts += len(batch) - len(lack)

@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from backprompt_db.compute import plan
+from backprompt_db.compute.healing import Healed
 from backprompt_db.compute.inference.forward import evaluation
-from backprompt_db.compute.inference.kv_cache import cache_of_rows
+from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD, cache_argument, cache_of_rows
 from backprompt_db.compute.plan import Need
 from backprompt_db.errors import ContextLengthExceeded, PromptError, UnsupportedModel
 from backprompt_db.prompt.representation import Arrays, Part
@@ -52,7 +53,10 @@ _SPECULATION = "Speculative decoding is not supported."
 _HINTS = {
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
     **dict.fromkeys(
-        ("past_key_values", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"),
+        (
+            *("past_key_values", "cache", "use_cache", "cache_implementation", "cache_config", "max_cache_len"),
+            "prefill_chunk_size",
+        ),
         _CACHE,
     ),
     **dict.fromkeys(
@@ -137,20 +141,20 @@ class Prompt:
     position_ids: list[int]
 
     @classmethod
-    def of(cls, text: Text, tokenizer: SegmentTokenizer, *, namespace: str) -> Prompt:
+    def of(cls, healed: Healed, tokenizer: SegmentTokenizer) -> Prompt:
         """Tokenise a text. Raises `PromptError` for one that ends in parallel branches."""
-        if len(text.tips(namespace)) != 1:
+        if len(healed.tips) != 1:
             raise PromptError(
                 "the prompt ends in parallel branches, where nothing predicts what follows",
                 hint="Put the text that asks for the continuation after the branches.",
             )
-        segments = text.segments(namespace)
+        segments = healed.segments
         ids = tokenizer.encode(segments)
         num_tokens = {segment: len(ids[segment]) for segment in segments}
         starts = plan.positions(segments, num_tokens)
         places = [starts[segment] + index for segment in segments for index in range(num_tokens[segment])]
         joined = [token for segment in segments for token in ids[segment]]
-        return cls(text, segments, list(num_tokens.values()), joined, places)
+        return cls(healed.text, segments, list(num_tokens.values()), joined, places)
 
     @property
     def tip(self) -> Segment:
@@ -222,7 +226,7 @@ class Decoding:
         stops = _Stops(self._stop_criteria(tokenizer), self.padding)
         cache = self._cache(found)
         with evaluation(model):
-            output = model.generate(**self.inputs, past_key_values=cache, **self._call_arguments(stops))
+            output = model.generate(**self.inputs, **{CACHE_KEYWORD: cache}, **self._call_arguments(stops))
         return Outcome(self, output, stops.lengths, cache, time.perf_counter() - began)
 
     @property
@@ -385,7 +389,8 @@ class Outcome:
         if "position_ids" in inputs:
             step["position_ids"] = inputs["position_ids"][:, -1:] + self.num_steps
         with evaluation(decoding.runner.model):
-            output = decoding.runner.model(**step, past_key_values=self.cache, use_cache=True, return_dict=True)
+            model = decoding.runner.model
+            output = model(**step, **cache_argument(model, self.cache), use_cache=True, return_dict=True)
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 

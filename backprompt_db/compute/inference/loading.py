@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from backprompt_db.catalog.records import Source
 from backprompt_db.compute.tokens import SegmentTokenizer
-from backprompt_db.prompt.ids import ModelIds
+from backprompt_db.prompt.ids import ModelIds, TokenizerId
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import ModelRecord
@@ -56,6 +56,10 @@ class ModelSource(Protocol):
         """The ids of the model and the tokenizer as they are now."""
 
     @property
+    def tokenizer_id(self) -> TokenizerId:
+        """The id of the tokenizer as it is now."""
+
+    @property
     def tokenizer(self) -> SegmentTokenizer:
         """The tokenizer; loads it if need be."""
 
@@ -86,7 +90,12 @@ class GivenModel:
     @property
     def ids(self) -> ModelIds:
         """The ids of the two objects as they are now."""
-        return ModelIds(self.runner.weights_id, self.tokenizer.id)
+        return ModelIds(self.runner.weights_id, self.tokenizer_id)
+
+    @property
+    def tokenizer_id(self) -> TokenizerId:
+        """The id of the tokenizer as it is now."""
+        return self.tokenizer.id
 
     def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape alone."""
@@ -107,9 +116,15 @@ class PretrainedModel:
     def ids(self) -> ModelIds:
         """The recorded ids as long as the model is not loaded, after that those of the loaded objects."""
         if self._known_ids is not None and not self.is_loaded:
-            weights_id, tokenizer_id = self._known_ids
-            return ModelIds(weights_id, self.tokenizer.id if "tokenizer" in vars(self) else tokenizer_id)
-        return ModelIds(self.runner.weights_id, self.tokenizer.id)
+            return ModelIds(self._known_ids.weights_id, self.tokenizer_id)
+        return ModelIds(self.runner.weights_id, self.tokenizer_id)
+
+    @property
+    def tokenizer_id(self) -> TokenizerId:
+        """The recorded id as long as neither the model nor the tokenizer is loaded, after that the tokenizer's."""
+        if self._known_ids is not None and not self.is_loaded and "tokenizer" not in vars(self):
+            return self._known_ids.tokenizer_id
+        return self.tokenizer.id
 
     @property
     def is_loaded(self) -> bool:

@@ -114,6 +114,7 @@ class Generator:
         self, texts: Sequence[Text], settings: GenerationSettings, stops: Mapping[str, Any]
     ) -> list[Sequence[int]]:
         from backprompt_db.compute.generate import generate
+        from backprompt_db.compute.healing import Healed
 
         arguments = GenerateArguments(
             max_new_tokens=settings.max_new_tokens,
@@ -122,7 +123,11 @@ class Generator:
             store=False,
             others={**settings.others, **stops, "eos_token_id": self._eos_ids, "pad_token_id": self._pad_id},
         )
-        results = generate(self._engine, self._source, texts, arguments, namespace=self._namespace)
+
+        def as_written(text: Text) -> Healed:
+            return Healed.as_written(text, namespace=self._namespace)
+
+        results = generate(self._engine, self._source, list(map(as_written, texts)), arguments, heal=as_written)
         return [each.token_ids.tolist() for (each,) in results]
 
     def _run(self, ids: list[int], settings: GenerationSettings) -> Sequence[int]:

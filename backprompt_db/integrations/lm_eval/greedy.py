@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 
 from backprompt_db.catalog.records import GreedyPath
-from backprompt_db.compute.answers import completion_segments
+from backprompt_db.compute.healing import ending_as_written
 from backprompt_db.compute.inference.forward import evaluation, logits_of
-from backprompt_db.compute.inference.kv_cache import KVShape, assemble
+from backprompt_db.compute.inference.kv_cache import KVShape, assemble, cache_argument
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text
@@ -99,7 +99,7 @@ def follow(
 
     Raises `PromptError` where nothing predicts a completion's first token.
     """
-    endings = [completion_segments([prompt], [completion], namespace=namespace)[0] for prompt, completion in pairs]
+    endings = [ending_as_written(prompt, completion, namespace=namespace) for prompt, completion in pairs]
     tips = [ending[0].parents[0] for ending in endings]
     wanted = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
     asked = {tip: wanted.get(tip, frozenset()) | _TO_FOLLOW for tip in tips if paths.get(tip) == ()}
@@ -170,7 +170,7 @@ def _likeliest(runner: ModelRunner, kv: Sequence[Arrays], ids: Sequence[int]) ->
     with evaluation(runner.model):
         output = runner.model(
             input_ids=torch.tensor([ids], device=runner.device),
-            past_key_values=cache,
+            **cache_argument(runner.model, cache),
             use_cache=True,
         )
     runner.num_calls += 1
