@@ -28,6 +28,7 @@ from benchmarks.reads import fresh_processes, kv_on_disk, one_process, store_pre
 from benchmarks.report import Measurement, print_table, write_json
 from benchmarks.scale import scale
 from benchmarks.scores import stored_scores
+from benchmarks.seams import seams
 from benchmarks.single_flight import single_flight
 from benchmarks.startup import startup
 from benchmarks.trees import completions, continued_leaf, three_levels
@@ -48,6 +49,7 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "scale": (scale,),
     "startup": (startup,),
     "exactness": (exactness,),
+    "seams": (seams,),
     "limits": (limits,),
     "churn": (churn,),
 }
