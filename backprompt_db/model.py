@@ -234,8 +234,14 @@ class LanguageModel:
         """Return the log-probability of each completion given the prompt, summed over its tokens: [num_completions].
 
         For several prompts, the result is [num_prompts, num_completions] and everything missing is computed together.
-        Only the scores of completions are kept. Raises `PromptError` for an empty prompt or completion, and where a
-        completion directly follows parallel branches: nothing predicts its first token.
+        Only the scores of completions are kept.
+
+        It is the log-probability of prompt and completion less that of the prompt, each with the tokens of its joined
+        string; without a token across the seam, that of the completion's own tokens. With one it may be above 0: a
+        prompt that ends in a space, for instance, is unlikely where no word follows.
+
+        Raises `PromptError` for an empty prompt or completion, and where nothing predicts the first token: where a
+        completion directly follows parallel branches, or a token crosses from the first token of the prompt.
         """
         if isinstance(completions, str | Text):
             raise PromptError("completions is one text", hint="Give a list of completions.")

@@ -32,6 +32,12 @@ class ModelIds(NamedTuple):
     weights_id: WeightsId
     tokenizer_id: TokenizerId
 
+    def __repr__(self) -> str:
+        return f"ModelIds({self.weights_id.hex()[:_NUM_DIGITS]}, {self.tokenizer_id.hex()[:_NUM_DIGITS]})"
+
+
+_NUM_DIGITS = 12
+"""How many digits of an id people are shown."""
 
 ID_NBYTES = 32
 

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt_db.errors import InvalidText, PromptError
-from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId, address, namespace_id, segment_id
+from backprompt_db.prompt.ids import (
+    Address,
+    ModelIds,
+    SegmentId,
+    TokenizerId,
+    WeightsId,
+    address,
+    namespace_id,
+    segment_id,
+)
 
 GOLDEN: dict[str, list[dict[str, Any]]] = json.loads(
     (Path(__file__).parents[1] / "data" / "golden_keys.json").read_text(encoding="ascii")
@@ -116,3 +125,7 @@ def test_a_lone_surrogate_is_refused_by_its_place(string: str) -> None:
 def test_a_start_that_is_no_position_is_refused(start: Any) -> None:
     with pytest.raises(PromptError, match="is not a position id"):
         segment_id("a", start=start)
+
+
+def test_ids_of_a_model_are_shown_by_their_first_digits() -> None:
+    assert repr(ModelIds(WeightsId(b"w" * 32), TokenizerId(b"t" * 32))) == "ModelIds(777777777777, 747474747474)"
