@@ -153,7 +153,7 @@ class SegmentTokenizer:
         return self._is_regular
 
     def words(self, string: str) -> list[int]:
-        """Return the offsets in `string` at which the pre-tokeniser begins a word that is not only white space."""
+        """Return the offsets in `string` at which the pre-tokeniser begins a word, or white space."""
         if not self.is_fast:
             return []
         encoding = self._encoding(string)
@@ -164,7 +164,7 @@ class SegmentTokenizer:
             for index, (begin, _) in enumerate(offsets)
             if index and words[index] != words[index - 1] and not string[offsets[index - 1][1] : begin].strip()
         )
-        return sorted({begin for begin in begins if string[begin:].strip()} - {0})
+        return sorted({*begins} - {0})
 
     def exact_cuts(self, string: str, cuts: Sequence[int]) -> list[int]:
         """Return the `cuts`, ascending offsets, at which `string` can be cut into pieces with exactly its tokens.

@@ -9,6 +9,7 @@ import logging
 import shutil
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +55,8 @@ from tests.support.limits import (
     stored,
 )
 from tests.support.store_contract import in_threads
+
+assert sys.platform != "win32"
 
 LARGE = 4500
 """Tokens of which the keys and values take more than a megabyte."""

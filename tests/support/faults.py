@@ -117,6 +117,7 @@ def next_line(process: subprocess.Popen[str]) -> str:
 
 def wait_until_stopped(process: subprocess.Popen[str]) -> None:
     """Wait until a process has stopped itself at a failpoint."""
+    assert sys.platform != "win32"
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), (status, process.stderr and process.stderr.read())
 
