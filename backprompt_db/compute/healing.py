@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 _SEAMS = b"backprompt-db/seams/1\0"
 
 _WINDOW_CHARS = 64
-"""How much of the string before a seam is tokenised again: what follows changes no token further back."""
+"""At least so much of the string before a seam is tokenised again: a place for another cut is looked for there."""
 
 _LONG_CHARS = 512
 """A longer window begins at a word instead of at a cut."""
-
-_BEFORE_WORD = re.compile(r"(?<=\w) (?=\w)")
 
 _NUM_TRIES = 3
 """At how many words before a seam a cut is tried."""
@@ -233,7 +231,7 @@ def _key(tokenizer_id: bytes, tip: Segment) -> bytes:
 def _continued(tokenizer: SegmentTokenizer, string: str, cuts: Sequence[int], more: str) -> tuple[int, ...]:
     """Return where to cut `string + more`, given where `string` is cut."""
     seam = len(string)
-    begin = _window(string, cuts) if tokenizer.is_regular else 0
+    begin = _window(string, cuts, tokenizer.separators) if tokenizer.separators else 0
     window = (string + more)[begin:]
     inside = [cut - begin for cut in cuts if cut > begin]
     kept = tokenizer.exact_cuts(window, [*inside, seam - begin])
@@ -243,14 +241,18 @@ def _continued(tokenizer: SegmentTokenizer, string: str, cuts: Sequence[int], mo
     return (*(cut for cut in cuts if cut <= begin), *(cut + begin for cut in kept))
 
 
-def _window(string: str, cuts: Sequence[int]) -> int:
-    """Return an offset before which no token changes, whatever follows the string: a cut, or a word."""
+def _window(string: str, cuts: Sequence[int], separators: str) -> int:
+    """Return an offset before which no token changes, whatever follows the string: a cut, or a word.
+
+    What follows a separator between two words does not change the tokens before it, nor do these change those after it.
+    """
     end = len(string) - _WINDOW_CHARS
-    cut = next((cut for cut in reversed(cuts) if cut <= end), 0)
-    if end - cut < _LONG_CHARS:
-        return cut
-    words = [match.start() for match in _BEFORE_WORD.finditer(string, end - _LONG_CHARS, end)]
-    return words[-1] if words else cut
+    between_words = re.compile(rf"(?<=\w)[{separators}](?=\w)")
+    places = [match.start() for match in between_words.finditer(string, max(0, end - _LONG_CHARS), max(0, end))]
+    if not places:
+        return 0
+    cut = next((cut for cut in reversed(cuts) if cut <= places[-1]), 0)
+    return cut if places[-1] - cut < _LONG_CHARS else places[-1]
 
 
 def _cut_before(tokenizer: SegmentTokenizer, window: str, kept: list[int], piece: str) -> list[int]:

@@ -54,7 +54,7 @@ class SegmentTokenizer:
         self._signature = signature
         self.start_ids = start_ids(self.tokenizer)
         self._id: TokenizerId | None = None
-        self._is_regular: bool | None = None
+        self._separators: str | None = None
         self._remembered: dict[SegmentId, list[int]] = {}
         self._num_remembered_tokens = 0
 
@@ -142,15 +142,16 @@ class SegmentTokenizer:
         return self._exact(string, cuts[1:], ids)
 
     @property
-    def is_regular(self) -> bool:
-        """Whether the tokens before a space between two words do not depend on what follows it, nor the others on them.
+    def separators(self) -> str:
+        """Those of space and newline that, between two words, part the tokens before from the others.
 
-        A fast tokenizer with a pre-tokeniser is regular if a sample of many scripts can be cut before each word.
+        Neither depend on the other ones then. A fast tokenizer with a pre-tokeniser has proven it on a sample of many
+        scripts, which has the same tokens when it is cut before any of its words.
         """
         self._refresh()
-        if self._is_regular is None:
-            self._is_regular = self.is_fast and _is_regular(self.tokenizer)
-        return self._is_regular
+        if self._separators is None:
+            self._separators = "".join(each for each in " \n" if self.is_fast and _parts_words(self.tokenizer, each))
+        return self._separators
 
     def words(self, string: str) -> list[int]:
         """Return the offsets in `string` at which the pre-tokeniser begins a word, or white space."""
@@ -283,15 +284,17 @@ def _probe(tokenizer: Any) -> list[int]:
     return list(tokenizer(_SAMPLE, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
 
 
-def _is_regular(tokenizer: Any) -> bool:
+def _parts_words(tokenizer: Any, separator: str) -> bool:
+    """Whether a sample of words can be cut before each separator."""
     backend = tokenizer.backend_tokenizer
     prepends = backend.normalizer is not None and b"Prepend" in backend.normalizer.__getstate__()
-    has_phrases = any(" " in token.content.strip() for token in backend.get_added_tokens_decoder().values())
+    has_phrases = any(separator in token.content.strip() for token in backend.get_added_tokens_decoder().values())
     if backend.pre_tokenizer is None or prepends or has_phrases:
         return False
-    places = [place for place, character in enumerate(_WORDS) if character == " "]
-    pieces = [piece for place in places for piece in (_WORDS[:place], _WORDS[place:])]
-    whole, *parts = encode_strings(tokenizer, [_WORDS, *pieces])
+    sample = _WORDS.replace(" ", separator)
+    places = [place for place, character in enumerate(sample) if character == separator]
+    pieces = [piece for place in places for piece in (sample[:place], sample[place:])]
+    whole, *parts = encode_strings(tokenizer, [sample, *pieces])
     return all(left + right == whole for left, right in zip(parts[::2], parts[1::2], strict=True))
 
 

@@ -89,6 +89,15 @@ class TestTokens:
             expected = alone if alone[: len(start)] == start else [*start, *alone]
             assert tokens(healers[kind], chain(pieces)) == expected
 
+    @given(texts=st.permutations(TEXTS), places=st.lists(st.integers(1, 600), min_size=1, max_size=12))
+    def test_they_are_in_long_texts_too(
+        self, healers: dict[str, Healer], kind: str, texts: list[str], places: list[int]
+    ) -> None:
+        joined = "".join([*texts, *reversed(texts)])
+        pieces = cut(joined, [*places, *(len(joined) - place for place in places)])
+        alone = tokenizer_of(kind)(joined, add_special_tokens=False)["input_ids"]
+        assert tokens(healers[kind], chain(pieces))[-len(alone) :] == alone
+
     @given(pieces=pieces(), number=st.integers(0, 8))
     def test_brackets_do_not_matter(
         self, healers: dict[str, Healer], kind: str, pieces: list[str], number: int
