@@ -159,7 +159,7 @@ class TestLs:
         assert sorted(texts("--model", (b"w" * 4).hex())) == sorted([LONG, "another"])
         assert sorted(texts("--model", "GPT2LMHeadModel")) == sorted(set(texts("--namespace", "")) - {LONG})
         assert texts("--model", "GPT2LMHeadModel", "--namespace", "tenant's") == []
-        assert run("ls", "--db", directory, "--label", "nobody's").stdout == "The catalog lists no representations.\n"
+        assert run("ls", "--db", directory, "--label", "nobody's").stdout == "Nothing matches all options.\n"
         assert run("ls", "--db", directory, "--model", "unknown").exit_code == 2
 
     def test_an_empty_catalog_lists_nothing(self, directory: Path) -> None:
