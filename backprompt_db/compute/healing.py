@@ -108,7 +108,7 @@ class Healer:
         chains = [chain if len(chain) > 1 else [] for chain in chains]
         tokenizer_id = self._source.tokenizer_id if any(chains) else b""
         keys = [_key(tokenizer_id, chain[-1]) if chain else b"" for chain in chains]
-        known = self._recall({key for key in keys if key})
+        known = self._recall({key: chain for key, chain in zip(keys, chains, strict=True) if chain})
         new: dict[bytes, tuple[int, ...]] = {}
         for key, chain in zip(keys, chains, strict=True):
             if chain and key not in known:
@@ -124,15 +124,19 @@ class Healer:
 
         Raises `PromptError` for an empty completion, and where nothing predicts the first token of a segment.
         """
-        alone = self.heal(prompts, namespace=namespace)
-        joined = iter(
-            self.heal([prompt.continued(each) for prompt in prompts for each in completions], namespace=namespace)
-        )
-        return [_ending(prompt, next(joined)) for prompt in alone for _ in completions]
+        alone = [healed for healed in self.heal(prompts, namespace=namespace) for _ in completions]
+        both = [prompt.continued(each) for prompt in prompts for each in completions]
+        endings = []
+        for prompt, joined in zip(alone, self.heal(both, namespace=namespace), strict=True):
+            is_chain = bool(joined.text.chain(namespace))
+            written = prompt if is_chain else Healed.as_written(prompt.text, namespace=namespace)
+            endings.append(_ending(written, joined))
+        return endings
 
-    def _recall(self, keys: set[bytes]) -> dict[bytes, tuple[int, ...]]:
-        known = {key: self._remembered[key] for key in keys if key in self._remembered}
-        found = self._metadata.cuts(keys - known.keys()) if len(known) < len(keys) else {}
+    def _recall(self, chains: Mapping[bytes, Sequence[Segment]]) -> dict[bytes, tuple[int, ...]]:
+        known = {key: self._remembered[key] for key in chains if key in self._remembered}
+        found = self._metadata.cuts(chains.keys() - known.keys()) if len(known) < len(chains) else {}
+        found = {key: cuts for key, cuts in found.items() if _are_cuts(cuts, chains[key])}
         self._remember(found)
         return known | found
 
@@ -224,6 +228,12 @@ def _ending(prompt: Healed, joined: Healed) -> Ending:
     return Ending(rest[1:], (tail,), joined.donors)
 
 
+def _are_cuts(cuts: Sequence[int], chain: Sequence[Segment]) -> bool:
+    """Whether a record can be that of a chain: its offsets ascend and lie inside the joined string."""
+    places = (0, *cuts, sum(len(segment.string) for segment in chain))
+    return all(begin < end for begin, end in itertools.pairwise(places))
+
+
 def _key(tokenizer_id: bytes, tip: Segment) -> bytes:
     return hashlib.sha256(_SEAMS + tokenizer_id + tip.id).digest()
 
@@ -261,7 +271,7 @@ def _cut_before(tokenizer: SegmentTokenizer, window: str, kept: list[int], piece
     for word in tokenizer.words(piece)[: -_NUM_TRIES - 1 : -1]:
         if word >= _MIN_CHARS:
             more = tokenizer.exact_cuts(window, [*kept, last + word])
-            if last + word in more:
+            if last + word in more and tokenizer.exact_cuts(piece, [word]):  # so the piece alone may be cut there too
                 return more
     if len(piece) > _WINDOW_CHARS and tokenizer not in _warned:
         _warned.add(tokenizer)

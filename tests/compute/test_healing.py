@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +250,23 @@ class TestShared:
         with bp.open(tmp_path / "db") as db:
             again = Healer(NoTokenizer(lm.tokenizer_id), db.model_metadata)
             assert healed(again, chain([CONTEXT, "list"])).tips[0] == first.segments[-1]
+
+    @pytest.mark.parametrize("offsets", ["[0]", "[5, 3]", "[3, 3]", "[100000]", "[-1]"])
+    def test_a_record_that_cannot_be_is_found_out_again(
+        self, make_lm: Callable[..., bp.LanguageModel], tmp_path: Path, offsets: str
+    ) -> None:
+        with bp.open(tmp_path / "db") as db:
+            tips = (make_lm(db=db).text(CONTEXT) + "list")().segments
+        with contextlib.closing(sqlite3.connect(tmp_path / "db" / "catalog.sqlite")) as catalog, catalog:
+            assert catalog.execute("UPDATE cuts SET offsets = ?", (offsets,)).rowcount == 1
+        with bp.open(tmp_path / "db") as db:
+            again = (make_lm(db=db).text(CONTEXT) + "list")()
+            assert (again.segments, again.num_computed_tokens) == (tips, 0)
+
+    def test_what_is_scored_with_branches_is_scored_in_its_pieces(self, lm: bp.LanguageModel) -> None:
+        prompt, completion = lm.text(CONTEXT) + "list", bp.Text(" users", start=200) + "?"
+        kept = lm.score(lm.text("", seams="keep") + prompt, [completion])
+        assert lm.score(prompt, [completion]) == pytest.approx(kept)
 
 
 @dataclass(frozen=True)
