@@ -222,7 +222,7 @@ class LanguageModel:
         what is computed are kept. Raises `PromptError` for an empty text, `ContextLengthExceeded` for one that is too
         long, before anything is computed, and `UnsupportedModel` for a model that cannot be cached and stay right.
         """
-        if isinstance(texts, Text | str):
+        if isinstance(texts, Text | str) or not isinstance(texts, Iterable):
             return self._run([texts])[0]
         return self._run(list(texts))
 

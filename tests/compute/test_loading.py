@@ -224,6 +224,11 @@ def test_a_full_disk_does_not_fail_the_computation(lm: bp.LanguageModel, monkeyp
     assert lm.db.counters.num_write_failures > 0
 
 
+def test_what_is_no_text_is_refused_by_its_type(lm: bp.LanguageModel) -> None:
+    with pytest.raises(bp.errors.InvalidText, match="a text is made of str, not int"):
+        lm(5)  # type: ignore[call-overload]
+
+
 def test_names_in_place_of_objects_are_told_of_from_pretrained(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
     for model, other in (("gpt2", tokenizer), (gpt2, "gpt2"), (tmp_path, tokenizer)):
         with pytest.raises(bp.errors.PromptError, match=r"not of their names.*from_pretrained"):
