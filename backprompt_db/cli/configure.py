@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -110,11 +111,15 @@ def config(
         typer.Option("--low-water", metavar="SHARE", help="Make room until this share of the limit is reached."),
     ] = None,
     shared: Annotated[str | None, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Set a --max-size for which something must be removed.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what may be changed about a database, and change what is given. Processes that have it open follow.
 
-    --shared gives all files the permissions that it asks for; only their owner, or root, may do that.
+    A --max-size below what is in use is refused without --force: the next writer would remove the rest. --shared gives
+    all files the permissions that it asks for; only their owner, or root, may do that.
     """
     from backprompt_db.database.config import write_config
 
@@ -122,6 +127,8 @@ def config(
     given = {"grace_seconds": grace, "high_water": high_water, "low_water": low_water}
     changes = _limits(max_size, ttl) | {name: value for name, value in given.items() if value is not None}
     found = _known(directory, is_written_anew=bool(changes))
+    if not force:
+        _require_room(directory, dataclasses.replace(found, **changes), before=found)
     if shared is not None:
         changes["sharing"] = _share(directory, shared)
     if changes:
@@ -137,6 +144,22 @@ def _limits(max_size: int | None, ttl: float | None) -> dict[str, Any]:
     """Return the limits that were given, under their names in a configuration, where `none` is None."""
     given = {"max_nbytes": max_size, "ttl_seconds": ttl}
     return {name: value or None for name, value in given.items() if value is not None}
+
+
+def _require_room(directory: Path, limits: Config, *, before: Config) -> None:
+    """Raise `BadParameter` for a new limit for which the next writer would remove something."""
+    from backprompt_db.database.opening import open_store
+
+    if limits.max_nbytes is None or limits.max_nbytes == before.max_nbytes:
+        return
+    with contextlib.closing(open_store(directory)) as store:
+        live_nbytes = store.usage().live_nbytes
+    most_nbytes = int(limits.high_water * limits.max_nbytes)
+    if live_nbytes > most_nbytes:
+        raise typer.BadParameter(
+            f"{size(live_nbytes)} are in use, and the next writer would remove what goes beyond {size(most_nbytes)}:"
+            " give a larger --max-size, or --force; `evict --dry-run` shows what goes first."
+        )
 
 
 def _known(directory: Path, *, is_written_anew: bool) -> Config:

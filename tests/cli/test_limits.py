@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,17 @@ class TestEvict:
 
     def test_without_anything_goes_down_to_the_low_water_mark(self, place: Path) -> None:
         assert run_json("evict", "--db", place)["num_parts"] == 0
-        assert run("config", "--db", place, "--max-size", "2MB").exit_code == 0
+        assert run("config", "--db", place, "--max-size", "2MB", "--force").exit_code == 0
         assert run_json("evict", "--db", place)["live_nbytes"] <= 0.85 * 2_000_000
+
+    def test_a_limit_below_what_is_in_use_must_be_forced(self, place: Path) -> None:
+        before = run_json("config", "--db", place)
+        result = run("config", "--db", place, "--max-size", "2MB")
+        assert result.exit_code == 2
+        assert re.search(r"MiB are in use, and the next writer would remove .*--force", " ".join(result.stderr.split()))
+        assert run_json("config", "--db", place) == before
+        assert run_json("config", "--db", place, "--max-size", "50MB")["max_nbytes"] == 50_000_000
+        assert run_json("config", "--db", place, "--ttl", "1d")["ttl_seconds"] == 86_400
 
     def test_prints_the_same_fields_always(self, place: Path) -> None:
         candidates = run_json("evict", "--db", place, "--to", "0", "--dry-run")
