@@ -30,21 +30,21 @@ QUESTION = "Question: When does the shop open on a Monday?\nAnswer:"
 ANSWERS = [" At nine in the morning.", " At six.", " It never closes."]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def directory() -> Path:
     """The model's files, converted if this machine has never seen them."""
     return smollm2_directory()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair(directory: Path) -> tuple[Any, Any]:
     """The model and its tokenizer, loaded once."""
     return AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def smollm2(pair: tuple[Any, Any]) -> Iterator[bp.LanguageModel]:
-    """The model on one database for all tests, for hashing its weights and checking it takes seconds.
+    """The model on one database for all tests here, for hashing its weights and checking it takes seconds.
 
     What a test finds there was computed in another shape, by another test: that must not matter.
     """
