@@ -106,4 +106,6 @@ class _Moved(ModuleType):
         return getattr(import_module(f"backprompt_db.{_MOVED[self.__name__]}"), name)
 
 
-sys.modules.update({f"backprompt_db.{name}": _Moved(name) for name in _MOVED})
+_demo = ModuleType("backprompt_db.demo")
+_demo.__path__ = []  # a package, or nothing in it could be imported
+sys.modules.update({f"backprompt_db.{name}": _Moved(name) for name in _MOVED} | {"backprompt_db.demo": _demo})

@@ -187,6 +187,12 @@ def test_the_public_names_are_those_that_exist() -> None:
         backprompt_db.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize("name", ["demo.smollm2.smollm2_directory", "keys.Address", "opening.open_database"])
+def test_each_path_that_documentation_once_named_works_first(name: str) -> None:
+    module, _, member = name.rpartition(".")
+    assert "backprompt_db" in loaded_after(f"from backprompt_db.{module} import {member}")
+
+
 def test_paths_that_documentation_once_named_go_on_to_work() -> None:
     script = (
         "from backprompt_db.keys import Address\nfrom backprompt_db.representation import Part\n"
