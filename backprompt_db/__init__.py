@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from backprompt_db.compute.batch.run_plan import RunPlan as RunPlan
     from backprompt_db.compute.batch.run_plan import Warmed as Warmed
     from backprompt_db.database.counters import Counters as Counters
-    from backprompt_db.database.counters import ModelCounters as ModelCounters
     from backprompt_db.database.database import Database as Database
     from backprompt_db.database.opening import open_database
     from backprompt_db.errors import BackpromptError as BackpromptError
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from backprompt_db.prompt.explanation import Explanation as Explanation
     from backprompt_db.prompt.explanation import SegmentExplanation as SegmentExplanation
     from backprompt_db.prompt.generated import Generated as Generated
+    from backprompt_db.prompt.model_counters import ModelCounters as ModelCounters
     from backprompt_db.prompt.segments import Seam as Seam
     from backprompt_db.prompt.template import Template as Template
     from backprompt_db.prompt.text import ModelRepr as ModelRepr
@@ -49,7 +49,7 @@ _HOMES = {
     "Explanation": "prompt.explanation",
     "Generated": "prompt.generated",
     "LanguageModel": "model",
-    "ModelCounters": "database.counters",
+    "ModelCounters": "prompt.model_counters",
     "ModelRepr": "prompt.text",
     "RunPlan": "compute.batch.run_plan",
     "Seam": "prompt.segments",

@@ -14,22 +14,23 @@ import numpy.typing as npt
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute import answers
 from backprompt_db.compute.batch import warm
-from backprompt_db.compute.batch.requests import PARTS, Requests
+from backprompt_db.compute.batch.requests import Requests
 from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.explain import explain_run
 from backprompt_db.compute.healing import Healed, Healer
 from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
+from backprompt_db.compute.keeping import AUTO, Keep, Keeper
 from backprompt_db.compute.splitting import split_pieces
 from backprompt_db.compute.tokens import vocabulary
-from backprompt_db.database.counters import ModelCounters
 from backprompt_db.database.database import MEMORY, Database
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
 from backprompt_db.prompt.explanation import Explanation
 from backprompt_db.prompt.generated import Generated
 from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.model_counters import ModelCounters
+from backprompt_db.prompt.representation import Array
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr, Text, as_text
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 
 _Texts = Text | str | Iterable[Text | str]
+_Keep = str | Iterable[str]
 
 
 class LanguageModel:
@@ -51,6 +53,10 @@ class LanguageModel:
     bit for bit on the same machine and versions; it is slower for many short segments. `exact` demands exact values: a
     database of another fidelity is not read, and what is computed stays in memory as long as this object. `progress`
     shows a bar in a terminal for what takes longer than a second.
+
+    `keep` says what is stored of what is computed, where a call does not say otherwise. With `"auto"`, scores always
+    are; keys, values and logits are where something follows or may follow, and else once they are asked for, or
+    computed for the second time. `"all"` stores all three parts, `["scores"]` and the like only these.
 
     The model is used in evaluation mode; its training mode is restored after each call. Raises `PromptError` for names
     in place of objects, see `from_pretrained`.
@@ -65,13 +71,16 @@ class LanguageModel:
         deterministic: bool = False,
         exact: bool = False,
         progress: bool = True,
+        keep: _Keep = AUTO,
     ) -> None:
         if isinstance(model, str | PathLike) or isinstance(tokenizer, str | PathLike):
             raise PromptError(
                 "a LanguageModel is made of a model and a tokenizer, not of their names",
                 hint="Use LanguageModel.from_pretrained(name), or load both with transformers.",
             )
-        self._build(GivenModel(model, tokenizer), db, deterministic=deterministic, exact=exact, progress=progress)
+        self._build(
+            GivenModel(model, tokenizer), db, deterministic=deterministic, exact=exact, progress=progress, keep=keep
+        )
 
     @classmethod
     def from_pretrained(
@@ -82,6 +91,7 @@ class LanguageModel:
         deterministic: bool = False,
         exact: bool = False,
         progress: bool = True,
+        keep: _Keep = AUTO,
         **arguments: Any,
     ) -> LanguageModel:
         """Return the model of that name or directory; `arguments` go to transformers' `from_pretrained`.
@@ -91,12 +101,20 @@ class LanguageModel:
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
         source = pretrained_model(str(name_or_path), arguments, model_metadata=database.model_metadata)
-        lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress)
+        lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress, keep=keep)
         return lm
 
     def _build(
-        self, source: ModelSource, db: Database | None, *, deterministic: bool, exact: bool, progress: bool
+        self,
+        source: ModelSource,
+        db: Database | None,
+        *,
+        deterministic: bool,
+        exact: bool,
+        progress: bool,
+        keep: _Keep,
     ) -> None:
+        self.keep = keep
         self._source = source
         self._given_db = db
         self._exact = exact
@@ -118,6 +136,10 @@ class LanguageModel:
         return open_database(MEMORY, namespace=self.namespace) if self._exact and is_lossy else self.db
 
     @cached_property
+    def _keeper(self) -> Keeper:
+        return Keeper(self._answering_db)
+
+    @cached_property
     def _healer(self) -> Healer:
         return Healer(self._source, self.db.model_metadata)
 
@@ -125,6 +147,17 @@ class LanguageModel:
     def namespace(self) -> str:
         """The namespace of the database."""
         return self.db.namespace
+
+    @property
+    def keep(self) -> _Keep:
+        """What is stored of what is computed, where a call does not say otherwise. May be set."""
+        return self._keep
+
+    @keep.setter
+    def keep(self, keep: _Keep) -> None:
+        given = keep if isinstance(keep, str) else tuple(keep)
+        Keep.named(given)
+        self._keep = given
 
     @property
     def model(self) -> Any:
@@ -154,8 +187,7 @@ class LanguageModel:
     @property
     def counters(self) -> ModelCounters:
         """What this object has done since it was made."""
-        num_calls = self._source.runner.num_calls if self.is_loaded else 0
-        return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
+        return self._engine.counters
 
     def text(
         self,
@@ -212,29 +244,38 @@ class LanguageModel:
         return text
 
     @overload
-    def __call__(self, texts: Text | str) -> ModelRepr: ...  # type: ignore[overload-overlap]  # a str is iterable
+    def __call__(  # type: ignore[overload-overlap]  # a str is iterable
+        self, texts: Text | str, *, keep: _Keep | None = ...
+    ) -> ModelRepr: ...
     @overload
-    def __call__(self, texts: Iterable[Text | str]) -> list[ModelRepr]: ...
-    def __call__(self, texts: Text | str | Iterable[Text | str]) -> ModelRepr | list[ModelRepr]:
+    def __call__(self, texts: Iterable[Text | str], *, keep: _Keep | None = ...) -> list[ModelRepr]: ...
+    def __call__(
+        self, texts: Text | str | Iterable[Text | str], *, keep: _Keep | None = None
+    ) -> ModelRepr | list[ModelRepr]:
         """Return the representation of a text, or of each of several, computing only what is not stored.
 
-        Shared prefixes are computed once, and what is missing in several texts is computed together. All three parts of
-        what is computed are kept. Raises `PromptError` for an empty text, `ContextLengthExceeded` for one that is too
-        long, before anything is computed, and `UnsupportedModel` for a model that cannot be cached and stay right.
+        Shared prefixes are computed once, and what is missing in several texts is computed together. `keep` says what
+        is stored of it, as in `LanguageModel`.
+
+        Raises `PromptError` for an empty text, `ContextLengthExceeded` for one that is too long, before anything is
+        computed, and `UnsupportedModel` for a model that cannot be cached and stay right.
         """
         if isinstance(texts, Text | str) or not isinstance(texts, Iterable):
-            return self._run([texts])[0]
-        return self._run(list(texts))
+            return self._run([texts], keep)[0]
+        return self._run(list(texts), keep)
 
     def run(self, text: Text) -> ModelRepr:
         """Return the representation of one text; `text()` calls this."""
-        return self._run([text])[0]
+        return self._run([text], None)[0]
 
-    def score(self, prompt: _Texts, completions: Iterable[Text | str]) -> npt.NDArray[np.float64]:
+    def score(
+        self, prompt: _Texts, completions: Iterable[Text | str], *, keep: _Keep | None = None
+    ) -> npt.NDArray[np.float64]:
         """Return the log-probability of each completion given the prompt, summed over its tokens: [num_completions].
 
         For several prompts, the result is [num_prompts, num_completions] and everything missing is computed together.
-        Only the scores of completions are kept.
+        Only the scores of completions are kept; of the prompts' last pieces too, until they are needed again. `keep`
+        says otherwise for all pieces of the prompts.
 
         It is the log-probability of prompt and completion less that of the prompt, each with the tokens of its joined
         string; without a token across the seam, that of the completion's own tokens. With one it may be above 0: a
@@ -247,8 +288,8 @@ class LanguageModel:
             raise PromptError("completions is one text", hint="Give a list of completions.")
         completions = list(completions)
         if isinstance(prompt, str | Text):
-            return self._score([prompt], completions).reshape(len(completions))
-        return self._score(list(prompt), completions)
+            return self._score([prompt], completions, keep).reshape(len(completions))
+        return self._score(list(prompt), completions, keep)
 
     @overload
     def generate(self, prompt: Text | str, *, num_return_sequences: None = ..., **arguments: Any) -> Generated: ...
@@ -270,6 +311,7 @@ class LanguageModel:
         num_return_sequences: int | None = None,
         streamer: Any = None,
         store: bool = True,
+        keep: _Keep | None = None,
         **arguments: Any,
     ) -> Generated | list[Generated] | list[list[Generated]]:
         """Return what transformers' `generate` writes after a prompt, or after each of several, generated together.
@@ -278,7 +320,7 @@ class LanguageModel:
         of `generate` that say which tokens are chosen, such as `do_sample`, `top_p`, `num_beams` or `stop_strings`; the
         result is what a plain call gives, with the same seed. `num_return_sequences` gives a list for each prompt.
         `streamer` is one of transformers', for a single prompt. Unless `store` is false, a continuation that is
-        tokenised as it was generated is kept like any text.
+        tokenised as it was generated is kept like any text. `keep` has the parts to keep of prompt and continuation.
 
         Raises `PromptError` for arguments that cannot be used here and for a prompt that ends in parallel branches,
         `ContextLengthExceeded` where prompt and `max_new_tokens` need more positions than the model has.
@@ -297,7 +339,12 @@ class LanguageModel:
         )
         texts = self._healed(prompts)
         results = generate(
-            self._engine, self._source, texts, generate_arguments, heal=lambda text: self._healed([text])[0]
+            self._engine,
+            self._source,
+            texts,
+            generate_arguments,
+            heal=lambda text: self._healed([text])[0],
+            keep=self._kept(keep),
         )
         if num_return_sequences is not None:
             return results[0] if is_one else results
@@ -351,7 +398,7 @@ class LanguageModel:
         warm.unpin(self._engine, self._answering_db, self._segments(texts))
 
     def plan(
-        self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
+        self, texts: _Texts, completions: _Texts | None = None, *, keep: _Keep | None = None, batch_size: int = 64
     ) -> RunPlan:
         """Return what `warm` with these arguments would find, compute, write and need. Printed, it is a table.
 
@@ -363,12 +410,13 @@ class LanguageModel:
         return forecast(self._engine, self._source, self._answering_db, requests, batch_size=batch_size)
 
     def warm(
-        self, texts: _Texts, completions: _Texts | None = None, *, keep: Iterable[str] = PARTS, batch_size: int = 64
+        self, texts: _Texts, completions: _Texts | None = None, *, keep: _Keep | None = None, batch_size: int = 64
     ) -> Warmed:
         """Compute and store the parts that running texts, or scoring completions after them, will need.
 
         `texts` may be an iterator over more than memory holds: `batch_size` texts are computed together. For segments
-        of texts the parts `keep` are stored, for completions their scores. What is stored is skipped, so a run that was
+        of texts the parts `keep` are stored, for completions their scores. With `"auto"` it is what a run or `score`
+        would store, and the logits after texts without completions. What is stored is skipped, so a run that was
         interrupted continues where it stopped. Texts that are too long are skipped and listed.
 
         Raises what `Database.flush` raises if something cannot be stored, and `StoreReadOnly` if nothing may be stored.
@@ -405,25 +453,47 @@ class LanguageModel:
 
         if ids is not None and ids != self._source.ids:
             raise ModelMismatch("the model has changed since this was computed", hint="Run the text again.")
-        (healed,) = self._healed([text])
-        segments = healed.segments
-        wanted = dict.fromkeys(segments, frozenset({Part.KV}))
-        found, _ = self._engine.represent(wanted, keep={}, donors=healed.donors)
-        parts = [found[segment, Part.KV] for segment in segments]
+        parts = answers.past_key_values(self._engine, self._healed([text])[0])
         device = self._source.runner.device if self.is_loaded else None
         num_tokens = sum(arrays["keys"].shape[2] for arrays in parts)
         return assemble(KVShape.of(parts[0]), parts, capacity=num_tokens, device=device).cache()
 
-    def _run(self, texts: Sequence[Text | str]) -> list[ModelRepr]:
-        return answers.run(self._engine, self._healed(texts))
+    def logits_after(self, result: ModelRepr) -> Array:
+        """Return the logits [vocab_size] after a result's text; they are computed and stored if nothing has them.
 
-    def _score(self, prompts: Sequence[Text | str], completions: Sequence[Text | str]) -> npt.NDArray[np.float64]:
+        Raises `ModelMismatch` if the model has changed since.
+        """
+        return answers.logits(self._engine, result)
+
+    def seconds_for(self, num_tokens: int) -> float | None:
+        """Return about how long computing so many tokens takes once the model is warm; None if nothing tells."""
+        return self._engine.seconds_for(num_tokens, weights_id=self.weights_id)
+
+    def _kept(self, keep: _Keep | None) -> Keep:
+        return Keep.named(self._keep if keep is None else keep)
+
+    def _run(self, texts: Sequence[Text | str], keep: _Keep | None) -> list[ModelRepr]:
+        return answers.run(self._engine, self._keeper, self._healed(texts), keep=self._kept(keep))
+
+    def _score(
+        self, prompts: Sequence[Text | str], completions: Sequence[Text | str], keep: _Keep | None
+    ) -> npt.NDArray[np.float64]:
         own, others = [self._own(prompt) for prompt in prompts], [as_text(each).on(self) for each in completions]
         endings = self._healer.endings(own, others, namespace=self.namespace)
-        return answers.score(self._engine, endings).reshape(len(own), len(others))
+        scores = answers.score(self._engine, self._keeper, endings, keep=self._kept(keep))
+        return scores.reshape(len(own), len(others))
 
-    def _requests(self, texts: _Texts, completions: _Texts | None, keep: Iterable[str]) -> Requests:
-        return Requests.of(texts, completions, keep=keep, namespace=self.namespace, own=self._own, healer=self._healer)
+    def _requests(self, texts: _Texts, completions: _Texts | None, keep: _Keep | None) -> Requests:
+        return Requests.of(
+            texts,
+            completions,
+            keep=self._kept(keep),
+            namespace=self.namespace,
+            own=self._own,
+            healer=self._healer,
+            keeper=self._keeper,
+            addresses=self._engine.addresses,
+        )
 
     def _healed(self, texts: Iterable[Text | str]) -> list[Healed]:
         """Return texts with the segments in which they are run."""

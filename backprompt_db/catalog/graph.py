@@ -35,6 +35,12 @@ class Graph(CatalogFile):
         with self.reading() as connection:
             return tuple(connection.execute(found).scalars())
 
+    def is_continued(self, ids: Iterable[SegmentId], *, besides: SegmentId) -> bool:
+        """Whether any other segment than `besides` directly follows one of these."""
+        found = exists().where(Parent.parent_id.in_(list(ids)), Parent.segment_id != besides)
+        with self.reading() as connection:
+            return bool(connection.execute(select(found)).scalar_one())
+
     def edges(self, ids: Iterable[SegmentId]) -> list[tuple[SegmentId, SegmentId]]:
         """Return segments, each with each of its direct parents; the catalog may not know these parents."""
         with self.reading() as connection:

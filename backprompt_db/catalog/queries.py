@@ -49,7 +49,6 @@ MAX_FOUND = 50
 MAX_NAMESAKES = 300
 """How many segments with the same text are looked at: the newest."""
 
-_NUM_TIMED = 1_000
 """Over how many representations of a model the seconds per token are averaged: the newest."""
 
 _KEYS_PER_PAGE = 5_000
@@ -186,15 +185,6 @@ class Queries(CatalogFile):
             found = {segment_id: bool(is_own) for segment_id, is_own in connection.execute(newest)}
             segments = rebuilt(connection, found, order=[segment.id for segment in among])
         return {segments[segment_id]: is_own for segment_id, is_own in found.items()}
-
-    def seconds_per_token(self, weights_id: WeightsId) -> float | None:
-        """Return what computing a token took lately under one model; None where nothing was recorded."""
-        newest = select(Representation.compute_seconds, Representation.num_tokens).order_by(_AGE[0].desc())
-        timed = newest.where(Representation.weights_id == weights_id).limit(_NUM_TIMED).subquery()
-        with self.reading() as connection:
-            total = select(func.total(timed.c.compute_seconds), func.total(timed.c.num_tokens))
-            seconds, num_tokens = connection.execute(total).one()
-        return seconds / num_tokens if num_tokens else None
 
 
 def _sum(column: InstrumentedAttribute[int]) -> ColumnElement[int]:

@@ -5,53 +5,78 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from backprompt_db.compute import plan
+from backprompt_db.compute.call import Call
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.healing import Ending, Healed, merged_donors
 from backprompt_db.compute.inference.loading import ModelSource, PretrainedModel
+from backprompt_db.compute.keeping import Keep, Keeper
 from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.database.database import MEMORY
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import ModelMismatch, PromptError
 from backprompt_db.prompt.ids import ModelIds
-from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.representation import Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr
 
-_SCORES = frozenset({Part.SCORES})
+_SCORES, _LOGITS, _KV = (frozenset({part}) for part in (Part.SCORES, Part.LOGITS, Part.KV))
 _NEEDED_BY_OTHERS = frozenset({Part.LOGITS, Part.KV})
 
 
-def run(engine: Engine, texts: Sequence[Healed]) -> list[ModelRepr]:
+def run(engine: Engine, keeper: Keeper, texts: Sequence[Healed], *, keep: Keep) -> list[ModelRepr]:
     """Return the representation of each text; everything that is missing is computed together."""
     segments = [each.segments for each in texts]
     addresses = engine.addresses()
-    wanted = run_needs(segments, [each.tips for each in texts])
-    found, computed = engine.represent(wanted, keep={}, addresses=addresses, donors=merged_donors(texts))
-    return [
-        _result(each, some, found, computed, ids=addresses.ids, fidelity=engine.fidelity)
-        for each, some in zip(texts, segments, strict=True)
-    ]
+    ends = {each.tips[0]: _LOGITS for each in texts if len(each.tips) == 1}
+    stored = {end: parts for end, parts in ends.items() if engine.is_stored(end, ids=addresses.ids, parts=parts)}
+    call = engine.represent(
+        plan.merged([dict.fromkeys(itertools.chain(*segments), _SCORES), stored]),
+        keep=keeper.of_run([tip for each in texts for tip in each.tips], keep, addresses),
+        welcome=ends,
+        addresses=addresses,
+        donors=merged_donors(texts),
+    )
+    return [_result(each, some, call, fidelity=engine.fidelity) for each, some in zip(texts, segments, strict=True)]
 
 
-def run_needs(segments: Iterable[Sequence[Segment]], tips: Iterable[tuple[Segment, ...]]) -> Wanted:
-    """Return the parts that a run needs: the scores of each segment, the logits after a single last segment."""
-    wanted = dict.fromkeys([segment for each in segments for segment in each], _SCORES)
-    return wanted | {tip[0]: frozenset({Part.SCORES, Part.LOGITS}) for tip in tips if len(tip) == 1}
+def logits(engine: Engine, result: ModelRepr) -> Array:
+    """Return the logits after a result's text; those that nobody has asked for before are computed and stored.
+
+    Raises `ModelMismatch` where the model has changed since the text was run.
+    """
+    tip = result.segments[-1]
+    addresses = engine.addresses()
+    if addresses.ids != result.ids:
+        raise ModelMismatch("the model has changed since this was computed", hint="Run the text again.")
+    call = engine.represent({tip: _LOGITS}, keep={tip: _LOGITS}, addresses=addresses)
+    return call.found[tip, Part.LOGITS]["logits"]
 
 
-def score(engine: Engine, endings: Sequence[Ending]) -> npt.NDArray[np.float64]:
+def past_key_values(engine: Engine, healed: Healed) -> list[Arrays]:
+    """Return the keys and values of each segment of a text; those that are not stored are computed and stored."""
+    segments = healed.segments
+    keep = dict.fromkeys(healed.tips, _SCORES | _KV)
+    call = engine.represent(dict.fromkeys(segments, _KV), keep=keep, donors=healed.donors)
+    return [call.found[segment, Part.KV] for segment in segments]
+
+
+def score(engine: Engine, keeper: Keeper, endings: Sequence[Ending], *, keep: Keep) -> npt.NDArray[np.float64]:
     """Return the log-probability of each completion: [num_endings].
 
     It is that of prompt and completion less that of the prompt, each with the tokens of its joined string. Raises
     `PromptError` where they differ in their first token, which nothing predicts.
     """
     wanted = dict.fromkeys([segment for ending in endings for segment in (*ending.segments, *ending.without)], _SCORES)
-    found, _ = engine.represent(wanted, keep=wanted, donors=merged_donors(endings))
+    addresses = engine.addresses()
+    kept = keeper.of_endings(endings, keep, addresses)
+    found = engine.represent(wanted, keep=kept, addresses=addresses, donors=merged_donors(endings)).found
     for ending in endings:
         if ending.without and not ending.segments[0].parents:
             first, alone = (found[each[0], Part.SCORES]["input_ids"].numpy()[0] for each in ending[:2])
@@ -94,8 +119,7 @@ class Recomputer:
         """Return the wanted parts. Raises a `ComputeError` where the model cannot be used."""
         keep = dict.fromkeys(ancestry(wanted), _NEEDED_BY_OTHERS)
         with open_database(MEMORY) as db:
-            found, _ = Engine(self._source, db, deterministic=False, progress=False).represent(wanted, keep=keep)
-        return found
+            return Engine(self._source, db, deterministic=False, progress=False).represent(wanted, keep=keep).found
 
 
 def pretrained_recomputer(name_or_path: str, *, dtype: str | None = None) -> Recomputer:
@@ -111,30 +135,26 @@ def pretrained_recomputer(name_or_path: str, *, dtype: str | None = None) -> Rec
     return model
 
 
-def _result(
-    healed: Healed,
-    segments: Sequence[Segment],
-    found: Mapping[Need, Arrays],
-    computed: set[Segment],
-    *,
-    ids: ModelIds,
-    fidelity: str,
-) -> ModelRepr:
+def _result(healed: Healed, segments: Sequence[Segment], call: Call, *, fidelity: str) -> ModelRepr:
     """Collect the parts of one text. A segment that was computed counts for the first text that contains it."""
+    found, computed = call.found, call.computed
     scores = tuple(found[segment, Part.SCORES] for segment in segments)
     num_tokens = {segment: part["input_ids"].shape[0] for segment, part in zip(segments, scores, strict=True)}
     is_computed = tuple(segment in computed for segment in segments)
     num_computed = sum(num_tokens[segment] for segment in segments if segment in computed)
     computed.difference_update(segments)
-    tips = healed.tips
+    after = found.get((segments[-1], Part.LOGITS)) if len(healed.tips) == 1 else None
     return ModelRepr(
         text=healed.text,
         segments=tuple(segments),
         scores=scores,
-        last_logits=found[tips[0], Part.LOGITS]["logits"] if len(tips) == 1 else None,
+        last_logits=None if after is None else after["logits"],
+        store_logits=call.spare.get(segments[-1]),
         num_cached_tokens=sum(num_tokens.values()) - num_computed,
         num_computed_tokens=num_computed,
         is_computed=is_computed,
-        ids=ids,
+        num_model_calls=call.num_model_calls,
+        seconds=call.seconds,
+        ids=call.addresses.ids,
         fidelity=fidelity,
     )

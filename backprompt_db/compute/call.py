@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from backprompt_db.codec.fidelity import Fidelity, restore
@@ -11,7 +12,7 @@ from backprompt_db.compute import plan
 from backprompt_db.compute.plan import Need, Pack, Wanted
 from backprompt_db.prompt.ids import Address, ModelIds, address
 from backprompt_db.prompt.representation import Arrays, Origin, Part
-from backprompt_db.prompt.segments import Segment
+from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
@@ -60,14 +61,29 @@ class Call:
     """
 
     def __init__(
-        self, db: Database, source: ModelSource, addresses: Addresses, *, wanted: Wanted, keep: Wanted
+        self,
+        db: Database,
+        source: ModelSource,
+        addresses: Addresses,
+        *,
+        wanted: Wanted,
+        keep: Wanted,
+        welcome: Wanted = MappingProxyType({}),
     ) -> None:
         self.addresses = addresses
         self.wanted = wanted
+        self.taken = plan.merged([wanted, welcome])
+        """What is wanted, and what else is taken of segments that are computed."""
         self.keep = keep
         """Parts to store of a segment that is computed; all three where this says nothing."""
         self.found: dict[Need, Arrays] = {}
         self.computed: set[Segment] = set()
+        self.spare: dict[Segment, Callable[[], None]] = {}
+        """What stores logits that the caller wants, and that were computed and are not kept."""
+        self.lengths: dict[Segment, int] = {}
+        """Tokens of the segments that had to be tokenised."""
+        self.num_computed_tokens = self.num_model_calls = 0
+        self.seconds = 0.0
         self._db = db
         self._source = source
         self._lost: set[Need] = set()
@@ -125,6 +141,32 @@ class Call:
         """Add the computed parts of a pack that the caller or another pack needs."""
         prefill.retain(pack, computed, self.found)
         self.computed.update(pack.segments)
+        self.count(pack, computed, prefill)
+
+    def include(self, other: Call) -> None:
+        """Count what another call has computed for this one."""
+        self.computed.update(other.computed)
+        self.num_computed_tokens += other.num_computed_tokens
+        self.num_model_calls += other.num_model_calls
+
+    def count(self, pack: Pack, computed: PassResult, prefill: Prefill) -> None:
+        """Count a pass and the tokens that it has computed."""
+        self.num_computed_tokens += prefill.num_tokens(pack)
+        self.num_model_calls += computed.num_tokens > 0
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Tokens of the wanted segments, and of those before them, that needed no computation."""
+        return sum(self._num_tokens(segment) for segment in ancestry(self.wanted) if segment not in self.computed)
+
+    def _num_tokens(self, segment: Segment) -> int:
+        """Return how many tokens a segment has that was found; 0 where nothing is left that could tell."""
+        for part, name, axis in ((Part.SCORES, "input_ids", 0), (Part.KV, "keys", 2)):
+            if (segment, part) in self.found:
+                return self.found[segment, part][name].shape[axis]
+        if segment in self.lengths:
+            return self.lengths[segment]
+        return self._db.num_tokens(self.addresses.address(segment)) or 0
 
     def _is_stored(self, segment: Segment, part: Part) -> bool:
         need = segment, part

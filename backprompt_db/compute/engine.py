@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -15,12 +16,14 @@ from backprompt_db.compute import plan
 from backprompt_db.compute.beginnings import Beginning, first_scores, first_tokens
 from backprompt_db.compute.call import Addresses, Call
 from backprompt_db.compute.claims import PackClaims
+from backprompt_db.compute.pace import Pace
 from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.compute.prefill import Prefill
 from backprompt_db.database.vocabulary import packed
 from backprompt_db.database.writer import NewPart
 from backprompt_db.errors import ModelMismatch
-from backprompt_db.prompt.ids import ModelIds, SegmentId
+from backprompt_db.prompt.ids import ModelIds, SegmentId, WeightsId
+from backprompt_db.prompt.model_counters import ModelCounters
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
@@ -51,13 +54,14 @@ class Engine:
         progress: bool,
         unhealed: Container[SegmentId] = frozenset(),
     ) -> None:
-        self.num_computed_tokens = 0
-        self.num_cached_tokens = 0
+        self.num_computed_tokens = self.num_cached_tokens = self.num_decoded_tokens = 0
+        self.seconds = 0.0
         self._source = source
         self._db = db
         self._deterministic = deterministic
         self._progress = progress
         self._unhealed = unhealed
+        self._pace = Pace()
         self._logged_seams: set[Seam] = set()
         self._has_warned = False
 
@@ -71,15 +75,26 @@ class Engine:
         wanted: Wanted,
         *,
         keep: Wanted,
+        welcome: Wanted | None = None,
         addresses: Addresses | None = None,
         donors: Mapping[Segment, Segment] | None = None,
-    ) -> tuple[dict[Need, Arrays], set[Segment]]:
-        """Return the wanted parts and which segments were computed for them: the core loop.
+    ) -> Call:
+        """Return the call, with the wanted parts and the segments that were computed for them.
 
         `keep` has the parts to store of each segment that is computed; all three of a segment that it does not contain.
+        `welcome` has parts that are returned too of segments that are computed; nothing is computed for them alone.
         `donors` has, for segments that are the beginning of others, those others: what is stored of them is used.
         """
-        call = Call(self._db, self._source, addresses or self.addresses(), wanted=wanted, keep=keep)
+        began = time.monotonic()
+        addresses = addresses or self.addresses()
+        call = Call(self._db, self._source, addresses, wanted=wanted, keep=keep, welcome=welcome or {})
+        self._answer(call, donors or {})
+        call.seconds = time.monotonic() - began
+        self._count(call)
+        return call
+
+    def _answer(self, call: Call, donors: Mapping[Segment, Segment]) -> None:
+        """Compute what a call has not found: the core loop."""
         if donors and (missing := call.missing()):
             self._take_beginnings(call, missing, donors)
         with PackClaims(self._db, call.addresses) as claims:
@@ -96,10 +111,7 @@ class Engine:
                     self._persist(call, prefill, pack, result)
                     claims.hand_over()
                     call.add(pack, result, prefill)
-                    self.num_computed_tokens += prefill.num_tokens(pack)
                 call.fetch_from_others(claims.deferred)
-        self._count_cached(call)
-        return call.found, call.computed
 
     def prove(self) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
@@ -119,6 +131,22 @@ class Engine:
     def is_deterministic(self) -> bool:
         """Whether each segment is computed in a pass of its own."""
         return self._deterministic
+
+    @property
+    def counters(self) -> ModelCounters:
+        """What was done since this was made."""
+        return ModelCounters(
+            num_model_calls=self._source.runner.num_calls if self._source.is_loaded else 0,
+            num_computed_tokens=self.num_computed_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_decoded_tokens=self.num_decoded_tokens,
+            seconds=self.seconds,
+            saved_seconds=self.seconds_for(self.num_cached_tokens, weights_id=self._source.ids.weights_id),
+        )
+
+    def seconds_for(self, num_tokens: int, *, weights_id: WeightsId) -> float | None:
+        """Return about how long computing so many tokens takes once the model is warm; None if nothing tells."""
+        return self._pace.seconds_for(num_tokens, recorded=self._db.catalogs.timings(weights_id))
 
     def is_stored(self, segment: Segment, *, ids: ModelIds, parts: Iterable[Part] = tuple(Part)) -> bool:
         """Whether parts of a segment are stored or queued under the model that has these ids."""
@@ -153,8 +181,9 @@ class Engine:
             return
         for segment, donor in [(segment, donors[segment]) for segment in missing if segment in donors]:
             if donor in missing:
-                _, computed = self.represent({donor: frozenset(Part)}, keep={}, addresses=call.addresses)
-                call.computed.update(computed)
+                own = Call(self._db, self._source, call.addresses, wanted={donor: frozenset(Part)}, keep={})
+                self._answer(own, {})
+                call.include(own)
                 call.fetch_wanted(donor)
             found = Call(self._db, self._source, call.addresses, wanted={donor: _KV_AND_SCORES}, keep={}).found
             beginning = Beginning.of(segment, self._source.tokenizer) if len(found) == len(_KV_AND_SCORES) else None
@@ -171,15 +200,15 @@ class Engine:
         context = self._acquire_prefix(call, prefill, plan.Pack((), pack.context))
         if context is None:
             return
-        logits = prefill.compute(pack, context, {}).parts[beginning.last, Part.LOGITS]
+        result = prefill.compute(pack, context, {})
+        call.count(pack, result, prefill)
         parts = {
             Part.KV: first_tokens(kv, beginning.num_tokens),
             Part.SCORES: first_scores(scores, beginning.num_tokens),
-            Part.LOGITS: logits,
+            Part.LOGITS: result.parts[beginning.last, Part.LOGITS],
         }
         seconds = time.monotonic() - began
         self.store(beginning.segment, parts, ids=call.addresses.ids, num_tokens=beginning.num_tokens, seconds=seconds)
-        self.num_computed_tokens += prefill.num_tokens(pack)
         before = call.contents(ancestry(beginning.segment.parents), prefill)
         context.contents[:] = [*before, (call.addresses.address(beginning.segment), beginning.num_tokens)]
         prefill.runner.release_prefix(self._db.memory, context)
@@ -240,12 +269,12 @@ class Engine:
         """
         segments = ancestry(missing)
         input_ids = self._source.tokenizer.encode(segments)
-        num_tokens = {segment: len(ids) for segment, ids in input_ids.items()}
+        num_tokens = call.lengths = {segment: len(ids) for segment, ids in input_ids.items()}
         starts = plan.positions(segments, num_tokens)
         runner = self._proven_runner(call.addresses)
         kept = {segment: frozenset(call.keep.get(segment, Part)) for segment in missing}
         produced = {
-            segment: missing[segment] | kept[segment] | call.wanted.get(segment, frozenset()) for segment in missing
+            segment: missing[segment] | kept[segment] | call.taken.get(segment, frozenset()) for segment in missing
         }
         num_read = num_tokens if self._deterministic else plan.num_read(num_tokens, produced=produced)
         plan.check_context_length(starts, num_read, runner.max_positions)
@@ -256,7 +285,7 @@ class Engine:
             available, num_tokens, costs=runner.costs, max_segments=max_segments, max_columns=runner.max_columns
         )
         runner.require_runnable(packs, num_read, starts)
-        return Prefill(packs, input_ids, starts, call.wanted, missing, kept, self._deterministic, runner)
+        return Prefill(packs, input_ids, starts, call.taken, missing, kept, self._deterministic, runner)
 
     def _proven_runner(self, addresses: Addresses) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
@@ -282,7 +311,11 @@ class Engine:
         return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
     def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: PassResult) -> None:
-        """Queue the parts to keep. The seconds of a pass are divided among its segments by tokens."""
+        """Queue the parts to keep. The seconds of a pass are divided among its segments by tokens.
+
+        Logits that the caller wants are set aside where they are not kept: they may be asked for yet.
+        """
+        self._pace.add(result.seconds, result.num_tokens)
         seconds_per_token = result.seconds / prefill.num_tokens(pack)
         addresses, versions = call.addresses, prefill.runner.versions
         new = []
@@ -293,6 +326,9 @@ class Engine:
                 NewPart(addresses.key(segment, part), result.parts[segment, part], origin)
                 for part in prefill.keep[segment]
             ]
+            if Part.LOGITS in call.taken.get(segment, ()) and Part.LOGITS not in call.keep.get(segment, Part):
+                logits = NewPart(addresses.key(segment, Part.LOGITS), result.parts[segment, Part.LOGITS], origin)
+                call.spare[segment] = partial(self._db.put_later, logits)
         self._db.put(new)
 
     def _with_progress(self, prefill: Prefill) -> Iterator[plan.Pack]:
@@ -304,10 +340,10 @@ class Engine:
                 yield pack
                 bar.update(prefill.num_tokens(pack))
 
-    def _count_cached(self, call: Call) -> None:
-        for segment in call.wanted:
-            if (segment, Part.SCORES) in call.found and segment not in call.computed:
-                self.num_cached_tokens += call.found[segment, Part.SCORES]["input_ids"].shape[0]
+    def _count(self, call: Call) -> None:
+        self.num_cached_tokens += call.num_cached_tokens
+        self.num_computed_tokens += call.num_computed_tokens
+        self.seconds += call.seconds
 
     def _log_seams(self, missing: Collection[Segment]) -> None:
         """Log each seam at which a text that is run has other tokens than its joined string.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from backprompt_db.compute.inference.decoding import GenerateArguments
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.runner import ModelRunner
+    from backprompt_db.compute.keeping import Keep
     from backprompt_db.compute.plan import Need
     from backprompt_db.compute.tokens import SegmentTokenizer
     from backprompt_db.prompt.ids import ModelIds
@@ -34,11 +35,18 @@ Heal = Callable[[Text], Healed]
 """Finds the segments in which a text is run."""
 
 _ALL_PARTS = frozenset(Part)
+_SCORES = frozenset({Part.SCORES})
 _KV, _KV_AND_LOGITS = frozenset({Part.KV}), frozenset({Part.KV, Part.LOGITS})
 
 
 def generate(
-    engine: Engine, source: ModelSource, texts: Sequence[Healed], arguments: GenerateArguments, *, heal: Heal
+    engine: Engine,
+    source: ModelSource,
+    texts: Sequence[Healed],
+    arguments: GenerateArguments,
+    *,
+    heal: Heal,
+    keep: Keep,
 ) -> list[list[Generated]]:
     """Return `arguments.num_sequences` continuations of each text, whose representations are fetched or computed first.
 
@@ -51,18 +59,18 @@ def generate(
     prompts = [Prompt.of(text, source.tokenizer) for text in texts]
     for prompt in prompts:
         prompt.require_possible(runner, arguments.max_new_tokens)
-    found = _fetched(engine, runner, prompts, ids=ids, donors=merged_donors(texts))
+    found = _fetched(engine, runner, prompts, ids=ids, donors=merged_donors(texts), keep=keep)
     together = runner.takes_packs and arguments.admits_padding(runner.model)
     results: list[Generated] = []
     for group in [prompts] if together and prompts else [[prompt] for prompt in prompts]:
         outcome = Decoding(runner, group, arguments).run(found, source.tokenizer.tokenizer)
         continuations = [_Continuation.of(row, source.tokenizer, heal) for row in outcome.rows]
         if arguments.store and source.ids == ids:
-            _store(engine, outcome, continuations, found, ids=ids)
+            _store(engine, outcome, continuations, found, ids=ids, keep=keep.parts or _ALL_PARTS)
         results += [
             each.result(
                 fidelity=engine.fidelity,
-                is_stored=each.segment is not None and engine.is_stored(each.segment, ids=ids),
+                is_stored=each.segment is not None and engine.is_stored(each.segment, ids=ids, parts=_SCORES),
             )
             for each in continuations
         ]
@@ -71,19 +79,26 @@ def generate(
 
 
 def _fetched(
-    engine: Engine, runner: ModelRunner, prompts: Sequence[Prompt], *, ids: ModelIds, donors: Mapping[Segment, Segment]
+    engine: Engine,
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    *,
+    ids: ModelIds,
+    donors: Mapping[Segment, Segment],
+    keep: Keep,
 ) -> Mapping[Need, Arrays]:
     """Fetch or compute the keys and values of all segments of the prompts, and the logits after each prompt."""
     num_tokens = {
         segment: count for prompt in prompts for segment, count in zip(prompt.segments, prompt.num_tokens, strict=True)
     }
     wanted = dict.fromkeys(num_tokens, _KV) | dict.fromkeys([prompt.tip for prompt in prompts], _KV_AND_LOGITS)
-    found, _ = engine.represent(wanted, keep={}, donors=donors)
+    kept = {} if keep.parts is None else dict.fromkeys(wanted, keep.parts)
+    found = engine.represent(wanted, keep=kept, donors=donors).found
     kv = {segment: found[segment, Part.KV] for segment in wanted}
     malformed = [s for s in kv if kv[s]["keys"].shape[2] != num_tokens[s] or not runner.fits(kv[s])]
     if malformed:
         engine.discard([(segment, Part.KV) for segment in malformed], ids=ids)
-        found, _ = engine.represent(wanted, keep={})
+        found = engine.represent(wanted, keep=kept).found
     return found
 
 
@@ -129,20 +144,23 @@ def _store(
     found: Mapping[Need, Arrays],
     *,
     ids: ModelIds,
+    keep: frozenset[Part],
 ) -> None:
-    """Store the continuations that have a segment and are not stored yet."""
+    """Store the parts `keep` of the continuations that have a segment, unless they are stored."""
     numbers = {each.segment: number for number, each in enumerate(continuations) if each.segment is not None}
-    missing = {segment: number for segment, number in numbers.items() if not engine.is_stored(segment, ids=ids)}
+    missing = {
+        segment: number for segment, number in numbers.items() if not engine.is_stored(segment, ids=ids, parts=keep)
+    }
     if not missing or not engine.keeps:
         return
     if not outcome.is_in_cache or engine.is_deterministic:
         # Beams have lost some of their keys and values; and token by token, the last bits are not those of one pass.
-        engine.represent(dict.fromkeys(missing, _ALL_PARTS), keep={})
+        engine.represent(dict.fromkeys(missing, keep), keep=dict.fromkeys(missing, keep))
         return
     seconds = outcome.seconds / sum(len(each.row.token_ids) for each in continuations)
     for segment, number in missing.items():
         dtype = found[continuations[number].row.prompt.tip, Part.LOGITS]["logits"].torch().dtype
-        parts = _parts(outcome, number, dtype)
+        parts = {part: arrays for part, arrays in _parts(outcome, number, dtype).items() if part in keep}
         num_tokens = continuations[number].row.num_kept
         engine.store(segment, parts, ids=ids, num_tokens=num_tokens, seconds=seconds * num_tokens)
 

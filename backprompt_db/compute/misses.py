@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from backprompt_db.compute.pace import weighted_median
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.explanation import Difference, Miss, Reason, SeenUnder
 from backprompt_db.prompt.ids import Address, ModelIds
@@ -71,9 +72,9 @@ class Records:
         return next((record for record in records if record.name), records[0] if records else None)
 
     def seconds_per_token(self) -> float | None:
-        """Return the seconds that computing a token took lately."""
-        rates = self._ask(lambda catalog: catalog.seconds_per_token(self._ids.weights_id))
-        return next((rate for rate in rates if rate is not None), None)
+        """Return the seconds that computing a token took lately, as a rule; None where nothing was recorded."""
+        timings = self._db.catalogs.timings(self._ids.weights_id)
+        return weighted_median(timings) if timings else None
 
     def misses(self, missing: Sequence[MissingSegment]) -> dict[Segment, Miss]:
         """Return why each of them is missing. All texts are looked at, once, only if nothing else explains a miss."""

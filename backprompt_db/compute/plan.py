@@ -88,6 +88,15 @@ def missing_parts(
     return dict(reversed(missing.items()))
 
 
+def merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
+    """Return what is wanted by several together."""
+    together: dict[Segment, frozenset[Part]] = {}
+    for wanted in each:
+        for segment, parts in wanted.items():
+            together[segment] = parts | together.get(segment, frozenset())
+    return together
+
+
 def positions(segments: Iterable[Segment], num_tokens: Mapping[Segment, int]) -> dict[Segment, int]:
     """Return the position id of each segment's first token; `segments` are complete, parents before children."""
     starts: dict[Segment, int] = {}

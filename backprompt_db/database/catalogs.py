@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from backprompt_db.catalog.plain_sql import timings
 from backprompt_db.database.config import Limits
 from backprompt_db.database.location import CATALOG
 from backprompt_db.errors import CatalogError
@@ -21,7 +22,7 @@ from backprompt_db.errors import CatalogError
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.catalog.catalog import Catalog
     from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
-    from backprompt_db.prompt.ids import Address, TokenizerId
+    from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
     from backprompt_db.store.records import Digest
 
     _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
@@ -62,6 +63,22 @@ class Catalogs:
 
     def __iter__(self) -> Iterator[Catalog]:
         return (catalog for catalog in (self.own, self.base) if catalog is not None)
+
+    def is_continued(self, ids: Collection[SegmentId], *, besides: SegmentId) -> bool:
+        """Whether a catalog lists another segment than `besides` that directly follows one of these."""
+        return any(_read(catalog, lambda catalog: catalog.is_continued(ids, besides=besides)) for catalog in self)
+
+    def timings(self, weights_id: WeightsId) -> list[tuple[float, int]]:
+        """Return what the newest representations of a model took: seconds and tokens, by the first that knows any."""
+        for directory in (self._directory, self._base):
+            try:
+                found = [] if directory is None else timings(directory / CATALOG, weights_id)
+            except CatalogError as error:
+                logger.info("what computations took is not known: %s", error)
+                continue
+            if found:
+                return found
+        return []
 
     def close(self) -> None:
         """Close those that were opened."""

@@ -90,17 +90,6 @@ class Counters:
     """Computations of another process that this one waited for instead of repeating them."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCounters:
-    """What one `LanguageModel` did since it was made."""
-
-    num_model_calls: int
-    """Forward passes that computed representations; a self-check is not counted."""
-    num_computed_tokens: int
-    num_cached_tokens: int
-    """Tokens of the segments that were asked for and found."""
-
-
 class Incident(NamedTuple):
     """One thing that went wrong, for people to look at."""
 

@@ -160,6 +160,17 @@ class Database:
         here = Place.MEMORY if self.directory is None else Place.DISK
         return None if nbytes is None else (Place.BASE if own_nbytes is None else here, nbytes)
 
+    def num_tokens(self, address: Address) -> int | None:
+        """Return how many tokens a representation has, without counting a use; None where its scores are not there."""
+        self._check_open()
+        key = Key(address, Part.SCORES)
+        scores: Arrays | None = self.writer.get(key) or self.memory.get(key)
+        try:
+            scores = scores or self._decode(key)
+        except (FormatError, StoreError):  # whoever needs them will say what is wrong with them
+            return None
+        return None if scores is None else scores["input_ids"].shape[0]
+
     def put(self, parts: Sequence[NewPart]) -> None:
         """Queue parts for writing; a database opened read-only drops them. Raises `StoreClosed` after `close`."""
         self._check_open()
@@ -168,6 +179,11 @@ class Database:
         self.tally.add("computed_seconds", sum(origin.compute_seconds for origin in origins.values()))
         if not self.readonly:
             self.writer.put(parts)
+
+    def put_later(self, part: NewPart) -> None:
+        """Queue a part of something that was put before; it is dropped where nothing can be stored any more."""
+        if not (self.readonly or self._is_closed):
+            self.writer.put([part])
 
     def when_written(self, then: Callable[[], None]) -> None:
         """Call `then`, which must not raise, as soon as all that was put by now is stored, or given up."""

@@ -6,7 +6,6 @@ Sums are read from the catalog by plain SQL: SQLAlchemy alone would take longer 
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backprompt_db.catalog.plain_sql import rows
 from backprompt_db.catalog.records import GroupTotals, Totals
 from backprompt_db.database.counters import NAMES_IN_CATALOG
 from backprompt_db.database.location import CATALOG
@@ -24,7 +24,6 @@ from backprompt_db.prompt.ids import Address, WeightsId
 from backprompt_db.prompt.representation import Part
 
 _NUM_INCIDENTS = 10
-_TIMEOUT_SECONDS = 5.0
 
 _COUNTS = """
     coalesce(sum(num_representations), 0), coalesce(sum(scores_nbytes), 0), coalesce(sum(logits_nbytes), 0),
@@ -204,7 +203,7 @@ def _from_store(directory: Path) -> dict[str, Any]:
 def _by_model(path: Path) -> list[ModelUsage]:
     names = dict[bytes, str]()
     with contextlib.suppress(CatalogError):  # nothing else depends on names
-        names = dict(_rows(path, "SELECT weights_id, name FROM models"))
+        names = dict(rows(path, "SELECT weights_id, name FROM models"))
     return [
         ModelUsage(
             weights_id=weights_id,
@@ -253,7 +252,7 @@ def sums(path: Path, *, namespace: str | None = None) -> Totals:
 
     Raises `CatalogError` if it is unusable.
     """
-    [(count, scores, logits, kv, *others)] = _rows(path, _TOTALS, namespace=namespace)
+    [(count, scores, logits, kv, *others)] = rows(path, _TOTALS, namespace=namespace)
     num_segments, num_models, num_tokens, num_hits, saved_seconds = others
     nbytes = _nbytes(scores, logits, kv)
     return Totals(count, num_segments, num_models, num_tokens, nbytes, num_hits, saved_seconds)
@@ -271,32 +270,20 @@ def sums_by_namespace(path: Path) -> dict[str, GroupTotals]:
 
 def counts(path: Path) -> dict[str, float]:
     """Return what was counted over all processes, by name; raises `CatalogError` if the catalog is unusable."""
-    return dict(_rows(path, "SELECT name, value FROM counts ORDER BY name"))
+    return dict(rows(path, "SELECT name, value FROM counts ORDER BY name"))
 
 
 def events(path: Path, *, limit: int) -> list[tuple[float, str, bytes | None, str]]:
     """Return time, kind, address and detail of the newest events; raises `CatalogError` if it is unusable."""
-    return list(_rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT :limit", limit=limit))
+    return list(rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT :limit", limit=limit))
 
 
 def _by(path: Path, column: str) -> dict[Any, GroupTotals]:
     return {
         key: GroupTotals(count, _nbytes(scores, logits, kv))
-        for count, scores, logits, kv, key in _rows(path, _BY.format(counts=_COUNTS, column=column))
+        for count, scores, logits, kv, key in rows(path, _BY.format(counts=_COUNTS, column=column))
     }
 
 
 def _nbytes(scores: int, logits: int, kv: int) -> dict[Part, int]:
     return {Part.SCORES: scores, Part.LOGITS: logits, Part.KV: kv}
-
-
-def _rows(path: Path, query: str, **values: object) -> Sequence[tuple[Any, ...]]:
-    uri = f"{path.absolute().as_uri()}?mode=ro"
-    try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
-            return connection.execute(query, values).fetchall()
-    except sqlite3.Error as error:
-        raise CatalogError(
-            f"the catalog {path} failed: {error}",
-            hint="Run `backprompt-db reindex`: it upgrades the catalog, or rebuilds it from the store.",
-        ) from error

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from backprompt_db.errors import BackpromptError, InvalidText, PromptError
 from backprompt_db.prompt.ids import ModelIds, SegmentId, TokenizerId, segment_id
+from backprompt_db.prompt.model_counters import ModelCounters
 from backprompt_db.prompt.segments import Seam, SeamRule, Segment, ancestry
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ class Runner(Protocol):
 
     def past_key_values(self, text: Text, *, ids: ModelIds | None = None) -> Any:
         """Return a transformers `Cache` of the keys and values of `text`, under the model that has these ids."""
+
+    def logits_after(self, result: ModelRepr) -> Array:
+        """Return the logits after the text of a result: those that it has, else stored or computed ones."""
+
+    def seconds_for(self, num_tokens: int) -> float | None:
+        """Return about how long computing so many tokens takes once the model is warm; None if nothing tells."""
 
 
 class _Runners:
@@ -422,6 +429,8 @@ class ModelRepr:
         num_cached_tokens: tokens of this text whose representation was found.
         num_computed_tokens: tokens of this text that were computed by the call. A segment shared by several texts of
             one call is counted as computed once, for the first of them.
+        num_model_calls: forward passes of the whole call, which may have had other texts.
+        seconds: what the whole call took.
         is_computed: of each segment, in the order written, whether its tokens count as computed.
         fidelity: `exact`, or that of the lossy database whose keys and values it may have been computed with.
 
@@ -435,13 +444,17 @@ class ModelRepr:
     scores: tuple[Arrays, ...] = field(repr=False)
     """The scores part of each segment, in the order written."""
     last_logits: Array | None = field(repr=False)
-    """The logits part of the last segment; None after parallel branches."""
+    """The logits part of the last segment, where the call has found or computed it; None after parallel branches."""
     num_cached_tokens: int
     num_computed_tokens: int
     is_computed: tuple[bool, ...] = field(repr=False)
     ids: ModelIds
     """The weights id and tokenizer id that this was computed under."""
     fidelity: str = "exact"
+    num_model_calls: int = 0
+    seconds: float = 0.0
+    store_logits: Callable[[], None] | None = field(default=None, repr=False)
+    """Stores `last_logits`, where they were computed and are not stored unless somebody asks for them."""
 
     @cached_property
     def input_ids(self) -> torch.Tensor:
@@ -461,7 +474,7 @@ class ModelRepr:
     def logits(self) -> torch.Tensor:
         """[vocab_size]: the logits after the last token."""
         # A copy: the array itself may still be queued for writing.
-        return self._last_array().torch().clone()
+        return self._asked_logits.torch().clone()
 
     def top_k(self, k: int) -> list[tuple[int, float]]:
         """Return the `k` likeliest next tokens, the likeliest first, as token ids with natural log-probabilities.
@@ -469,20 +482,40 @@ class ModelRepr:
         The logits are read where they lie, without torch and, unless they are bfloat16, without a copy. Raises
         `PromptError` where there are no logits, see `logits`, and for a `k` that is not from 1 to vocab_size.
         """
-        array = self._last_array()
+        array = self._asked_logits
         if not 1 <= k <= array.shape[0]:
             raise PromptError(f"k={k} is not a number of tokens", hint=f"Give an int from 1 to {array.shape[0]}.")
         from backprompt_db.prompt.representation import likeliest
 
         return likeliest(array, k)
 
-    def _last_array(self) -> Array:
-        if self.last_logits is None:
+    @cached_property
+    def _asked_logits(self) -> Array:
+        if self.last_logits is not None:
+            if self.store_logits is not None:
+                self.store_logits()
+            return self.last_logits
+        if len(self.text.tips()) != 1:
             raise PromptError(
                 "a text that ends in parallel branches has no last token",
                 hint="Append the text that follows the branches, then run it.",
             )
-        return self.last_logits
+        return self.text.model.logits_after(self)
+
+    @property
+    def counters(self) -> ModelCounters:
+        """What was found and computed, and about how long computing what was found would have taken."""
+        return ModelCounters(
+            num_model_calls=self.num_model_calls,
+            num_computed_tokens=self.num_computed_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            seconds=self.seconds,
+            saved_seconds=self.text.model.seconds_for(self.num_cached_tokens),
+        )
+
+    def report(self) -> str:
+        """Return in one line what was found, what was computed, and the seconds that this took and saved."""
+        return str(self.counters)
 
     @property
     def past_key_values(self) -> Any:

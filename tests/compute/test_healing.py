@@ -70,7 +70,7 @@ def cut(string: str, places: list[int]) -> list[str]:
 def pieces(draw: st.DrawFn) -> list[str]:
     """A few hundred characters of text in several scripts, cut at random."""
     texts = draw(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4))
-    begin = draw(st.integers(0, 60))
+    begin = draw(st.integers(0, min(60, len("".join(texts)) - 2)))
     string = "".join(texts)[begin : begin + draw(st.integers(2, 300))]
     extra = draw(st.sampled_from(["", " ", "\n\n", "   ", "<sep>", " <|im_end|>", "\r\n", "'", "\u0301", "🙂"]))
     string += extra + draw(st.sampled_from(["", " Review", "s", "ll", " 1", "\n", "é"]))

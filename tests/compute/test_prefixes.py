@@ -157,6 +157,7 @@ def test_completions_of_one_token_cost_no_model_call(lm: bp.LanguageModel) -> No
 
 def test_a_scored_completion_that_is_continued_costs_itself_alone(lm: bp.LanguageModel) -> None:
     prompt, completion = lm.text("The quick"), " brown fox jumps over the lazy dog"
+    prompt()
     score = lm.score(prompt, [completion])[0]
     lm.db.flush()
     before = lm.counters.num_computed_tokens

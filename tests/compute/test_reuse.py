@@ -11,23 +11,12 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.prompt.ids import address
 from backprompt_db.prompt.representation import Part
-from backprompt_db.prompt.segments import Segment
-from backprompt_db.prompt.text import Text
-from backprompt_db.store.contract import Blob, Key
+from backprompt_db.store.contract import Blob
 from tests.conftest import plain_logprobs, tiny_gpt2
+from tests.support.stored import key_of, parts_of
 
 MakeLM = Callable[..., bp.LanguageModel]
-
-
-def key_of(lm: bp.LanguageModel, segment: Segment, part: Part) -> Key:
-    return Key(address(segment.id, lm.weights_id, lm.tokenizer_id), part)
-
-
-def parts_of(lm: bp.LanguageModel, text: Text) -> list[set[Part]]:
-    lm.db.flush()
-    return [{part for part in Part if lm.db.has(key_of(lm, segment, part))} for segment in text.segments()]
 
 
 def num_tokens(lm: bp.LanguageModel, *strings: str) -> int:
@@ -66,22 +55,16 @@ def test_editing_the_middle_recomputes_only_what_follows(lm: bp.LanguageModel) -
     assert edited.num_computed_tokens == num_tokens(lm, "Request: show users", pieces[2])
 
 
-def test_running_keeps_all_parts_and_scoring_keeps_the_scores_of_completions(lm: bp.LanguageModel) -> None:
-    prompt = lm.text("Request: list users") + "\nEndpoint:"
-    lm.score(prompt, [" GET /users"])
-    assert parts_of(lm, prompt) == [set(Part), set(Part)]
-    assert parts_of(lm, prompt + " GET /users")[-1] == {Part.SCORES}
-
-
 def test_a_part_that_is_asked_for_later_is_computed_and_added_then(lm: bp.LanguageModel) -> None:
     prompt = lm.text("Request: list users") + "\nEndpoint:"
     scored = lm.score(prompt, [" GET /users"])
     result = (prompt + " GET /users")()
-    assert result.num_computed_tokens == num_tokens(lm, " GET /users")
-    assert parts_of(lm, result.text)[-1] == set(Part)
+    assert result.num_computed_tokens == 0
     assert float(result.token_logprobs[-num_tokens(lm, " GET /users") :].double().sum()) == pytest.approx(scored[0])
     continued = (prompt + " GET /users" + " again")()
-    assert continued.num_computed_tokens == num_tokens(lm, " again")
+    assert continued.num_computed_tokens == num_tokens(lm, "\nEndpoint:", " GET /users", " again")
+    assert parts_of(lm, result.text) == [set(Part)] * 3
+    assert (prompt + " GET /users" + " at last")().num_computed_tokens == num_tokens(lm, " at last")
 
 
 def test_scoring_again_reads_only_scores(lm: bp.LanguageModel, make_lm: MakeLM) -> None:
@@ -263,10 +246,13 @@ def test_branches_whose_tokens_a_seam_changes_are_warned_of_once(
 def test_a_part_computed_again_with_another_one_is_returned_as_it_is_stored(lm: bp.LanguageModel) -> None:
     prompt = lm.text("Request: list users") + "\nEndpoint:"
     first = prompt()
+    assert first.logits.isfinite().all()
     lm.db.flush()
     lm.db.store.delete([key_of(lm, segment, part) for segment in prompt.segments() for part in (Part.LOGITS, Part.KV)])
     _, again = lm(["another prompt", prompt])
-    assert again.num_computed_tokens > 0
+    assert again.num_computed_tokens == 0
+    assert torch.allclose(again.logits, first.logits, atol=1e-4)
+    assert lm.counters.num_computed_tokens > first.num_computed_tokens + num_tokens(lm, "another prompt")
     assert torch.equal(again.token_logprobs[1:], first.token_logprobs[1:])
 
 

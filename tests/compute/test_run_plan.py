@@ -286,7 +286,7 @@ class TestRoom:
         lm.warm(unrelated())
         live_nbytes = lm.db.store.usage().live_nbytes
         write_config(tmp_path / "db", Config(max_nbytes=int(live_nbytes * 1.2), grace_seconds=0.0))
-        foretold = lm.plan([bp.Text("Other: ") + text for text in unrelated(20)])
+        foretold = lm.plan([bp.Text("Other: ") + text for text in unrelated(20)], keep="all")
         assert foretold.room is not None
         assert foretold.room.holds
         assert foretold.room.num_evicted_parts > 0
@@ -338,6 +338,6 @@ class TestViews:
 
 
 def test_the_median_of_passes_is_not_led_by_a_slow_one() -> None:
-    from backprompt_db.compute.batch.costs import weighted_median
+    from backprompt_db.compute.pace import weighted_median
 
     assert math.isclose(weighted_median([(1.0, 100.0), (1.1, 100.0), (50.0, 90.0)]), 0.011)

@@ -58,6 +58,12 @@ class RecordingRunner:
     def past_key_values(self, text: Text, *, ids: object = None) -> Any:
         return [segment.string for segment in text.segments()]
 
+    def logits_after(self, result: ModelRepr) -> Any:
+        return result.text
+
+    def seconds_for(self, num_tokens: int) -> float | None:
+        return num_tokens / 10
+
 
 @contextmanager
 def low_recursion_limit() -> Iterator[None]:

@@ -14,6 +14,7 @@ from backprompt_db.catalog.records import Selection
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute.batch.run_plan import MemoryForecast
 from backprompt_db.compute.inference.head import VOCABULARY_BLOCK
+from backprompt_db.compute.pace import weighted_median
 from backprompt_db.database.writer import MAX_QUEUED_NBYTES
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.representation import Part
@@ -130,14 +131,6 @@ class _Graph:
             found |= new
             front += new
         return found - ids
-
-
-def weighted_median(passes: Iterable[tuple[float, float]]) -> float:
-    """Return the median of seconds per unit, weighted by units: one slow pass, such as the first, hardly counts."""
-    rates = sorted((seconds / units, units) for seconds, units in passes)
-    half = sum(units for _, units in rates) / 2
-    reached = itertools.accumulate(units for _, units in rates)
-    return next(rate for (rate, _), units in zip(rates, reached, strict=True) if units >= half)
 
 
 class Sizes:

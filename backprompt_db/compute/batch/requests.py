@@ -11,7 +11,9 @@ from typing import TypeVar
 
 from backprompt_db.compute import plan
 from backprompt_db.compute.batch.run_plan import TooLong
+from backprompt_db.compute.call import Addresses
 from backprompt_db.compute.healing import Healer, merged_donors
+from backprompt_db.compute.keeping import Keep, Keeper
 from backprompt_db.compute.plan import Wanted
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.representation import Part
@@ -55,18 +57,21 @@ class Work:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requests:
-    """The requests of many texts: the parts `keep` of all their segments, and the scores of completions after them.
+    """The requests of many texts: the parts of their segments that are to be stored, and scores of what follows them.
 
     Iterating raises `PromptError` for an empty text, and where nothing predicts the first token of a completion.
     """
 
     texts: Iterable[Text | str]
     completions: Sequence[Text] | None
-    keep: frozenset[Part]
+    keep: Keep
     namespace: str
     own: Callable[[Text | str], Text]
     """Makes a string or a text one that belongs to the model."""
     healer: Healer
+    keeper: Keeper
+    addresses: Callable[[], Addresses]
+    """Makes addresses under the model as it is."""
 
     @classmethod
     def of(
@@ -74,10 +79,12 @@ class Requests:
         texts: Text | str | Iterable[Text | str],
         completions: Text | str | Iterable[Text | str] | None,
         *,
-        keep: Iterable[str],
+        keep: Keep,
         namespace: str,
         own: Callable[[Text | str], Text],
         healer: Healer,
+        keeper: Keeper,
+        addresses: Callable[[], Addresses],
     ) -> Requests:
         """Return the requests of a caller. Raises `PromptError` for arguments that cannot be used."""
         if isinstance(completions, str | Text):
@@ -85,10 +92,12 @@ class Requests:
         return cls(
             texts=[texts] if isinstance(texts, str | Text) else texts,
             completions=None if completions is None else [own(each) if each else Text("") for each in completions],
-            keep=parts_named(keep),
+            keep=keep,
             namespace=namespace,
             own=own,
             healer=healer,
+            keeper=keeper,
+            addresses=addresses,
         )
 
     def __iter__(self) -> Iterator[Request]:
@@ -101,24 +110,14 @@ class Requests:
     def _request(self, number: int, text: Text) -> Request:
         if self.completions is None:
             (healed,) = self.healer.heal([text], namespace=self.namespace)
-            wanted = dict.fromkeys(healed.segments, self.keep)
+            wanted = self.keeper.to_warm(healed.tips, self.keep)
             return Request(number, text, healed.segments, wanted, wanted, healed.donors)
         endings = self.healer.endings([text], self.completions, namespace=self.namespace)
         scored = dict.fromkeys([each for ending in endings for each in (*ending.segments, *ending.without)], _SCORES)
-        before = dict.fromkeys([each for each in ancestry(scored) if each not in scored], self.keep)
-        return Request(number, text, [*before, *scored], scored, before | scored, merged_donors(endings))
-
-
-PARTS = tuple(part.name.lower() for part in Part)
-"""The names that people give the three parts."""
-
-
-def parts_named(names: Iterable[str]) -> frozenset[Part]:
-    """Return the parts that have these names. Raises `PromptError` for other names, and for none."""
-    given = [names] if isinstance(names, str) else list(names)
-    if not given or not set(PARTS) >= set(given):
-        raise PromptError(f"keep={names!r} are no parts", hint=f"Name some of {', '.join(PARTS)}.")
-    return frozenset(Part[name.upper()] for name in given)
+        segments = ancestry(scored)
+        keep = self.keeper.of_endings(endings, self.keep, self.addresses())
+        whole = {segment: keep.get(segment, frozenset(Part)) for segment in segments}
+        return Request(number, text, segments, scored, whole, merged_donors(endings))
 
 
 def batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
@@ -143,20 +142,12 @@ def lacking(batch: Iterable[Request], is_stored: IsStored) -> list[Request]:
 def work_of(batch: Sequence[Request], is_stored: IsStored) -> Work:
     """Return what must be computed for requests that lack parts."""
     wanted: dict[Segment, frozenset[Part]] = {}
-    for segment, parts in _merged(request.wanted for request in batch).items():
+    for segment, parts in plan.merged(request.wanted for request in batch).items():
         least = next((part for part in Part if part in parts and not is_stored(segment, part)), None)
         if least is not None:
             wanted[segment] = frozenset({least})
     donors = {segment: donor for request in batch for segment, donor in request.donors.items()}
-    return Work(wanted, _merged(request.keep for request in batch), donors)
-
-
-def _merged(each: Iterable[Wanted]) -> dict[Segment, frozenset[Part]]:
-    merged: dict[Segment, frozenset[Part]] = {}
-    for wanted in each:
-        for segment, parts in wanted.items():
-            merged[segment] = parts | merged.get(segment, frozenset())
-    return merged
+    return Work(wanted, plan.merged(request.keep for request in batch), donors)
 
 
 def too_long(

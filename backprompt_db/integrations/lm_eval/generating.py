@@ -115,6 +115,7 @@ class Generator:
     ) -> list[Sequence[int]]:
         from backprompt_db.compute.generate import generate
         from backprompt_db.compute.healing import Healed
+        from backprompt_db.compute.keeping import AUTO, Keep
 
         arguments = GenerateArguments(
             max_new_tokens=settings.max_new_tokens,
@@ -127,7 +128,8 @@ class Generator:
         def as_written(text: Text) -> Healed:
             return Healed.as_written(text, namespace=self._namespace)
 
-        results = generate(self._engine, self._source, list(map(as_written, texts)), arguments, heal=as_written)
+        healed = list(map(as_written, texts))
+        results = generate(self._engine, self._source, healed, arguments, heal=as_written, keep=Keep.named(AUTO))
         return [each.token_ids.tolist() for (each,) in results]
 
     def _run(self, ids: list[int], settings: GenerationSettings) -> Sequence[int]:

@@ -104,7 +104,7 @@ def follow(
     wanted = dict.fromkeys([segment for ending in endings for segment in ending], _SCORES)
     asked = {tip: wanted.get(tip, frozenset()) | _TO_FOLLOW for tip in tips if paths.get(tip) == ()}
     keep = _kept(tips) | wanted
-    found, _ = engine.represent(wanted | asked, keep=keep)
+    found = engine.represent(wanted | asked, keep=keep).found
     paths.update({tip: (int(found[tip, Part.LOGITS]["logits"].torch().argmax()),) for tip in asked})
     scored = [_scored(found, ending) for ending in endings]
     for tip, (ids, logprobs) in zip(tips, scored, strict=True):
@@ -154,7 +154,7 @@ def _walk(
     """Extend each prompt's path by one pass over a completion, up to the first token that is not the likeliest."""
     runner = engine.prove()  # first: all may be found of a model whose files are others by now
     needed = {segment: _KV for segment in ancestry(tip for tip, _ in completions) if (segment, Part.KV) not in found}
-    kv = {**found, **engine.represent(needed, keep=keep)[0]}
+    kv = {**found, **engine.represent(needed, keep=keep).found}
     for tip, ids in completions:
         if _is_open(paths, tip, ids):  # another completion may have shown it meanwhile
             likeliest = _likeliest(runner, [kv[segment, Part.KV] for segment in ancestry([tip])], ids[:-1])

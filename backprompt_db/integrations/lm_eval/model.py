@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.inference.loading import GivenModel, ModelSource, pretrained_model
-from backprompt_db.database.counters import ModelCounters
 from backprompt_db.database.database import Database
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import PromptError
@@ -26,6 +25,7 @@ from backprompt_db.integrations.lm_eval.generating import GenerationSettings, Ge
 from backprompt_db.integrations.lm_eval.greedy import GreedyPaths
 from backprompt_db.integrations.lm_eval.scoring import Answer, Question, Scorer, batches
 from backprompt_db.integrations.lm_eval.token_pieces import PieceFinder
+from backprompt_db.prompt.model_counters import ModelCounters
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -90,8 +90,7 @@ class BackpromptLM(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     @property
     def counters(self) -> ModelCounters:
         """What this model did since it was made."""
-        num_calls = self._source.runner.num_calls if self.is_loaded else 0
-        return ModelCounters(num_calls, self._engine.num_computed_tokens, self._engine.num_cached_tokens)
+        return self._engine.counters
 
     @property
     def is_loaded(self) -> bool:

@@ -1,0 +1,113 @@
+"""Which parts of what a call computes are stored.
+
+Scores are small and always are. Keys, values and logits are stored where something follows or may follow: of texts that
+others begin with, and of the first continuation of a text, as a document or a chat grows. Of its further continuations,
+and of prompts of which only completions are scored, they are stored when they are computed for the second time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from backprompt_db.compute.call import Addresses
+from backprompt_db.compute.healing import Ending
+from backprompt_db.compute.plan import Wanted
+from backprompt_db.errors import PromptError
+from backprompt_db.prompt.ids import SegmentId
+from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.store.contract import Key
+
+if TYPE_CHECKING:
+    from backprompt_db.database.database import Database
+
+PARTS = tuple(part.name.lower() for part in Part)
+"""The names that people give the three parts."""
+
+AUTO = "auto"
+
+_ALL, _SCORES = frozenset(Part), frozenset({Part.SCORES})
+_MAX_REMEMBERED = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What a caller wants to have stored of the texts that it runs."""
+
+    parts: frozenset[Part] | None
+    """These parts of each segment; None for those that may be needed again."""
+
+    @classmethod
+    def named(cls, keep: str | Iterable[str]) -> Keep:
+        """Return what `keep=` means: `"auto"`, `"all"`, or names of parts. Raises `PromptError` for anything else."""
+        if isinstance(keep, str):
+            keep = PARTS if keep == "all" else [keep]
+        names = list(keep)
+        if names == [AUTO]:
+            return cls(None)
+        if not names or not set(PARTS) >= set(names):
+            raise PromptError(
+                f"keep={names!r} are no parts", hint=f"Give 'auto', 'all', or some of {', '.join(PARTS)}."
+            )
+        return cls(frozenset(Part[name.upper()] for name in names))
+
+
+class Keeper:
+    """Decides what is stored, by what a database has and by what this process has run. For one model."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._first: dict[tuple[SegmentId, ...], SegmentId | None] = {}
+        """By the ids of its parents, the first continuation of a text; None where several came together."""
+
+    def of_run(self, tips: Iterable[Segment], keep: Keep, addresses: Addresses) -> Wanted:
+        """Return the parts to store of segments that are run up to `tips`; all three of any other segment."""
+        segments = ancestry(tips)
+        if keep.parts is not None:
+            return dict.fromkeys(segments, keep.parts)
+        ends = [each for each in _ends(segments) if not self._was_computed(each, addresses)]
+        return dict.fromkeys(self._further(ends), _SCORES)
+
+    def to_warm(self, tips: Iterable[Segment], keep: Keep) -> Wanted:
+        """Return the parts of each segment up to `tips` that running them may need, as long as nothing follows."""
+        segments = ancestry(tips)
+        wanted = dict.fromkeys(segments, _ALL if keep.parts is None else keep.parts)
+        further = self._further(_ends(segments)) if keep.parts is None else []
+        return wanted | dict.fromkeys(further, _SCORES | {Part.LOGITS})
+
+    def of_endings(self, endings: Sequence[Ending], keep: Keep, addresses: Addresses) -> Wanted:
+        """Return the parts to store where completions are scored: of these, only scores."""
+        scored = dict.fromkeys([each for some in endings for each in (*some.segments, *some.without)], _SCORES)
+        before = [each for each in ancestry(scored) if each not in scored]
+        if keep.parts is not None:
+            return dict.fromkeys(before, keep.parts) | scored
+        ends = [end for end in _ends(before) if not self._was_computed(end, addresses)]
+        return dict.fromkeys(ends, _SCORES) | scored
+
+    def _was_computed(self, segment: Segment, addresses: Addresses) -> bool:
+        """Whether a segment that must be computed had been before: its scores are stored, and no more of it."""
+        return self._db.has(Key(addresses.address(segment), Part.SCORES))
+
+    def _further(self, ends: Sequence[Segment]) -> list[Segment]:
+        """Return the ends from whose parents other texts have gone on, or go on here, and in another way."""
+        num_siblings = Counter(end.parent_ids for end in ends)
+        return [end for end in ends if end.parents and not self._is_first(end, num_siblings[end.parent_ids])]
+
+    def _is_first(self, end: Segment, num_siblings: int) -> bool:
+        """Whether a text has not gone on from the parents of this segment in any other way."""
+        key = end.parent_ids
+        if key not in self._first:
+            if len(self._first) > _MAX_REMEMBERED:
+                self._first.clear()
+            is_alone = num_siblings == 1 and not self._db.catalogs.is_continued(key, besides=end.id)
+            self._first[key] = end.id if is_alone else None
+        return self._first.get(key) == end.id
+
+
+def _ends(segments: Sequence[Segment]) -> list[Segment]:
+    """Return the segments that none of the others follows."""
+    followed = {parent for segment in segments for parent in segment.parents}
+    return [segment for segment in segments if segment not in followed]
