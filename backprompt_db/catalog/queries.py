@@ -220,7 +220,7 @@ _LARGEST: dict[Order, list[ColumnElement[Any]]] = {
 _ROWS = (
     select(*(column for column in Representation.__table__.columns if column.key != "num_kv_children"))
     .add_columns(Segment.text, Segment.start)
-    .add_columns(func.nullif(Model.name, "").label("model_name"))
+    .add_columns(func.nullif(Model.name, "", type_=Model.name.type).label("model_name"))
     .select_from(Representation)
     .join(Segment, Segment.id == Representation.segment_id)
     .join(Model, Model.weights_id == Representation.weights_id)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from backprompt_db.catalog.records import CutsRecord
+from backprompt_db.catalog.records import CutsRecord, are_cuts
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.segments import SeamRule, Segment, ancestry
 from backprompt_db.prompt.text import Text
@@ -136,7 +136,7 @@ class Healer:
     def _recall(self, chains: Mapping[bytes, Sequence[Segment]]) -> dict[bytes, tuple[int, ...]]:
         known = {key: self._remembered[key] for key in chains if key in self._remembered}
         found = self._metadata.cuts(chains.keys() - known.keys()) if len(known) < len(chains) else {}
-        found = {key: cuts for key, cuts in found.items() if _are_cuts(cuts, chains[key])}
+        found = {key: cuts for key, cuts in found.items() if are_cuts(cuts, num_characters=_length(chains[key]))}
         self._remember(found)
         return known | found
 
@@ -228,10 +228,9 @@ def _ending(prompt: Healed, joined: Healed) -> Ending:
     return Ending(rest[1:], (tail,), joined.donors)
 
 
-def _are_cuts(cuts: Sequence[int], chain: Sequence[Segment]) -> bool:
-    """Whether a record can be that of a chain: its offsets ascend and lie inside the joined string."""
-    places = (0, *cuts, sum(len(segment.string) for segment in chain))
-    return all(begin < end for begin, end in itertools.pairwise(places))
+def _length(chain: Iterable[Segment]) -> int:
+    """Return how many characters the joined string has."""
+    return sum(len(segment.string) for segment in chain)
 
 
 def _key(tokenizer_id: bytes, tip: Segment) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
@@ -24,6 +24,7 @@ from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import TokenizerId
 from tests.conftest import plain_logprobs, tiny_gpt2
+from tests.support.catalogs import BAD_LISTS, put
 from tests.support.tokenizers import KINDS, TEXTS, tokenizer_of
 
 CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n\nThe answer: "
@@ -262,6 +263,22 @@ class TestShared:
         with bp.open(tmp_path / "db") as db:
             again = (make_lm(db=db).text(CONTEXT) + "list")()
             assert (again.segments, again.num_computed_tokens) == (tips, 0)
+
+    @given(found=BAD_LISTS)
+    @example(found="5")
+    @example(found="[4000]")
+    @example(found="[3, 2]")
+    def test_no_record_changes_a_text(
+        self, lm: bp.LanguageModel, make_lm: Callable[..., bp.LanguageModel], found: object
+    ) -> None:
+        def strings(lm: bp.LanguageModel) -> list[list[str]]:
+            texts = lm.text(CONTEXT) + "list", lm.text(CONTEXT * 2, split=8)
+            return [[segment.string for segment in result.segments] for result in lm(texts)]
+
+        expected = strings(lm)
+        assert lm.db.directory is not None
+        put(lm.db.directory / "catalog.sqlite", "cuts", "offsets", found)
+        assert strings(make_lm(db=lm.db)) == expected
 
     def test_what_is_scored_with_branches_is_scored_in_its_pieces(self, lm: bp.LanguageModel) -> None:
         prompt, completion = lm.text(CONTEXT) + "list", bp.Text(" users", start=200) + "?"
