@@ -159,8 +159,8 @@ def _require_room(directory: Path, limits: Config, *, before: Config) -> None:
     most_nbytes = int(limits.high_water * limits.max_nbytes)
     if room.live_nbytes > most_nbytes:
         raise typer.BadParameter(
-            f"{size(room.live_nbytes)} are in use, and the next writer would remove what goes beyond {size(most_nbytes)}:"
-            " give a larger --max-size, or --force; `evict --dry-run` shows what goes first."
+            f"{size(room.live_nbytes)} are in use, and the next writer would remove what goes beyond"
+            f" {size(most_nbytes)}: give a larger --max-size, or --force; `evict --dry-run` shows what goes first."
         )
 
 
