@@ -18,8 +18,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
+from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.healing import Healed, Healer
 from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
+from backprompt_db.compute.plan import Wanted
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import TokenizerId
@@ -220,6 +222,21 @@ class TestShared:
         alone = lm(donated.string)
         assert alone.num_computed_tokens == 0
         torch.testing.assert_close(alone.logits, plain(lm, donated.string)[2], atol=1e-3, rtol=1e-4)
+
+    def test_what_nobody_asked_for_is_not_kept_in_memory(
+        self, lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        represent, kept = Engine.represent, []
+
+        def noted(engine: Engine, wanted: Wanted, **options: Any) -> Any:
+            found, computed = represent(engine, wanted, **options)
+            kept.append(set(found) - {(segment, part) for segment, parts in wanted.items() for part in parts})
+            return found, computed
+
+        monkeypatch.setattr(Engine, "represent", noted)
+        lm(CONTEXT)
+        assert (lm.text(CONTEXT) + "list")().num_computed_tokens < 8
+        assert kept == [set(), set()]
 
     @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
     def test_in_one_call_it_is_computed_once_too(self, lm: bp.LanguageModel, order: list[int]) -> None:
