@@ -134,7 +134,8 @@ class Healer:
         return endings
 
     def _recall(self, chains: Mapping[bytes, Sequence[Segment]]) -> dict[bytes, tuple[int, ...]]:
-        known = {key: self._remembered[key] for key in chains if key in self._remembered}
+        # Asked once for each: another thread may clear what is remembered at any time.
+        known = {key: cuts for key in chains if (cuts := self._remembered.get(key)) is not None}
         found = self._metadata.cuts(chains.keys() - known.keys()) if len(known) < len(chains) else {}
         found = {key: cuts for key, cuts in found.items() if are_cuts(cuts, num_characters=_length(chains[key]))}
         self._remember(found)
@@ -148,8 +149,8 @@ class Healer:
     def _cuts(self, chain: Sequence[Segment], tokenizer_id: bytes) -> tuple[int, ...]:
         """Return where to cut the joined string of a chain, piece by piece from the left."""
         keys = [_key(tokenizer_id, segment) for segment in chain]
-        num_known = next((number for number in reversed(range(len(chain))) if keys[number] in self._remembered), 0)
-        cuts = self._remembered.get(keys[num_known], ())
+        known = ((number, self._remembered.get(key)) for number, key in reversed(list(enumerate(keys))))
+        num_known, cuts = next(((number, cuts) for number, cuts in known if cuts is not None), (0, ()))
         string = "".join(segment.string for segment in chain[: num_known + 1])
         for key, segment in zip(keys[num_known + 1 :], chain[num_known + 1 :], strict=True):
             cuts = _continued(self._source.tokenizer, string, cuts, segment.string)

@@ -303,6 +303,26 @@ class TestShared:
         assert lm.score(prompt, [completion]) == pytest.approx(kept)
 
 
+class Forgetful(dict[bytes, tuple[int, ...]]):
+    """What another thread clears between any two looks."""
+
+    def __contains__(self, key: object) -> bool:
+        is_there = super().__contains__(key)
+        self.clear()
+        return is_there
+
+
+def test_what_another_thread_forgets_is_found_out_again(db: bp.Database, tokenizer: Any) -> None:
+    healer = Healer(Source(SegmentTokenizer(tokenizer)), db.model_metadata)
+    pieces = [CONTEXT, "list", " users", " and more"]
+    expected = [healed(healer, chain(pieces[:length])).tips for length in (2, 3, 4)]
+    with bp.open(":memory:") as other:
+        forgetting = Healer(Source(SegmentTokenizer(tokenizer)), other.model_metadata)
+        forgetting._remembered = Forgetful()
+        for length in (2, 2, 3, 4, 4):
+            assert healed(forgetting, chain(pieces[:length])).tips == expected[length - 2]
+
+
 @dataclass(frozen=True)
 class NoTokenizer:
     """A source whose tokenizer must not be loaded."""
