@@ -53,7 +53,7 @@ class Healed:
     text: Text
     tips: tuple[Segment, ...]
     donors: Mapping[Segment, Segment] = field(default_factory=dict)
-    """Of each segment that ends before a seam, the segment that ends at it: both begin with the same tokens."""
+    """For each segment that ends before a seam, the one that ends at it: both begin with the same tokens."""
 
     @classmethod
     def as_written(cls, text: Text, *, namespace: str) -> Healed:
@@ -67,11 +67,12 @@ class Healed:
 
 
 class Ending(NamedTuple):
-    """A completion after a prompt: its log-probability is the sum over `segments` less the sum over `without`."""
+    """A completion after a prompt. Its log-probability is that of `segments`, minus that of `without`."""
 
     segments: tuple[Segment, ...]
+    """What prompt and completion end with together."""
     without: tuple[Segment, ...]
-    """What the prompt ends with where it is not continued, if a token of the completion crosses the seam."""
+    """What the prompt ends with alone: something only where a token crosses the seam between the two."""
     donors: Mapping[Segment, Segment]
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.catalog.records import ModelRecord, Row, StoredPart
-from backprompt_db.prompt.ids import TokenizerId, WeightsId, namespace_id
+from backprompt_db.prompt.ids import Address, TokenizerId, WeightsId, namespace_id
 from backprompt_db.prompt.representation import Origin, Part
 
 WEIGHTS = WeightsId(b"w" * 32)
@@ -76,6 +76,11 @@ def stored(origin: Origin, part: Part = Part.KV, nbytes: int = 100) -> StoredPar
 
 def texts(rows: Iterable[Row]) -> list[str]:
     return [row.text for row in rows]
+
+
+def evicted_at(catalog: Catalog, address: Address) -> float | None:
+    """When something of a representation was evicted the last time, as far as the catalog knows."""
+    return catalog.evictions([address]).get(address)
 
 
 @functools.cache
