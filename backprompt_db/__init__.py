@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -66,8 +67,8 @@ __all__ = [*_HOMES, "__version__", "errors"]  # noqa: PLE0604 - all are str
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return import_module("backprompt_db.errors")
+    if name in ("errors", "demo", *_MOVED):
+        return import_module(f"backprompt_db.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'backprompt_db' has no attribute {name!r}")
     value = getattr(import_module(f"backprompt_db.{_HOMES[name]}"), _NAMES_AT_HOME.get(name, name))
@@ -100,12 +101,20 @@ _MOVED = {
 class _Moved(ModuleType):
     """Stands under the old name of a module, which loads when something of it is asked for."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(f"backprompt_db.{name}")
+        self.__spec__ = ModuleSpec(self.__name__, loader=None)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(import_module(f"backprompt_db.{_MOVED[self.__name__]}"), name)
+        home = import_module(f"backprompt_db.{_MOVED[self.__name__.removeprefix('backprompt_db.')]}")
+        return vars(home)[name] if name in vars(home) else __getattr__(name)  # some have moved further
 
 
+_moved = {name: _Moved(name) for name in _MOVED}
 _demo = ModuleType("backprompt_db.demo")
+_demo.__spec__ = ModuleSpec("backprompt_db.demo", loader=None, is_package=True)
 _demo.__path__ = []  # a package, or nothing in it could be imported
-sys.modules.update({f"backprompt_db.{name}": _Moved(name) for name in _MOVED} | {"backprompt_db.demo": _demo})
+vars(_demo)["smollm2"] = _moved["demo.smollm2"]
+sys.modules.update({f"backprompt_db.{name}": module for name, module in _moved.items()} | {"backprompt_db.demo": _demo})

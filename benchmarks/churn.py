@@ -39,7 +39,7 @@ GROWTH_BOUND = 1.5
 TIMEOUT_SECONDS = 3600
 _WEIGHTS, _TOKENIZER = WeightsId(b"w" * 32), TokenizerId(b"t" * 32)
 _NUM_TOKENS = {0: 900, 1: 200, 2: 60}
-"""Of a context, a section and a request; 4 KiB of keys and values for each token."""
+"""How many tokens a context, a section and a request have; 4 KiB of keys and values for each token."""
 
 _SPAWN: Any = multiprocessing.get_context("spawn")
 

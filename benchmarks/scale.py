@@ -102,7 +102,7 @@ def _of_the_catalog(many: Path) -> list[Measurement]:
     among = f"among {NUM_REPRESENTATIONS:,}"
     return [
         Measurement(
-            "scale, victims",
+            "scale, eviction order",
             f"the 10,000 that go first {among}",
             _median(chosen, "one call"),
             "s",
@@ -110,7 +110,7 @@ def _of_the_catalog(many: Path) -> list[Measurement]:
             is_lower_better=True,
         ),
         Measurement(
-            "scale, victims",
+            "scale, eviction order",
             f"a tenth of the bytes in one list, {among}",
             _median(chosen, "all"),
             "s",

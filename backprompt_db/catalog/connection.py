@@ -11,9 +11,10 @@ import errno
 import json
 import sqlite3
 import threading
+import weakref
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -92,6 +93,26 @@ def _hint(cause: BaseException) -> str:
     return _OTHER
 
 
+class _Connection(sqlite3.Connection):
+    """Closes its cursors with itself: one that an error left in the middle of a result would keep the file locked."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._cursors: weakref.WeakSet[sqlite3.Cursor] = weakref.WeakSet()
+
+    def cursor(self, *arguments: Any, **options: Any) -> Any:
+        """Return a new cursor."""
+        cursor = super().cursor(*arguments, **options)
+        self._cursors.add(cursor)
+        return cursor
+
+    def close(self) -> None:
+        """Close the cursors, then the connection."""
+        for cursor in list(self._cursors):
+            cursor.close()
+        super().close()
+
+
 class CatalogFile:
     """An existing SQLite file, to which every operation opens a connection of its own. Safe to use from any thread."""
 
@@ -138,7 +159,12 @@ class CatalogFile:
         # whose failure the connection would stay open.
         uri = f"{self._path.absolute().as_uri()}?mode={'ro' if self._readonly else 'rw'}"
         connection = sqlite3.connect(
-            uri, uri=True, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+            uri,
+            uri=True,
+            timeout=BUSY_TIMEOUT_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+            factory=_Connection,
         )
         connection.create_function("folded", 1, folded, deterministic=True)
         try:

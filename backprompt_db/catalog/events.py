@@ -65,10 +65,6 @@ class Events(CatalogFile):
             found = (connection.execute(chosen.where(Eviction.address.in_(some))) for some in chunks(addresses))
             return {row.address: row.at for rows in found for row in rows}
 
-    def evicted_at(self, address: Address) -> float | None:
-        """Return when something of one representation was evicted the last time, `None` if that is not known."""
-        return self.evictions([address]).get(address)
-
 
 _NEW = insert(Count)
 _COUNT = _NEW.on_conflict_do_update(index_elements=["name"], set_={"value": Count.value + _NEW.excluded.value})

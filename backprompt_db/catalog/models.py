@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, Delete, bindparam, delete, exists, select
+from sqlalchemy import Connection, Delete, RowMapping, bindparam, delete, exists, select
 from sqlalchemy.dialects.sqlite import insert
 
 from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
+from backprompt_db.catalog.records import (
+    CutsRecord,
+    GreedyPath,
+    Known,
+    ModelRecord,
+    Source,
+    TokenizerRecord,
+    are_cuts,
+)
 from backprompt_db.catalog.schema import (
     Base,
     Cuts,
@@ -21,6 +29,7 @@ from backprompt_db.catalog.schema import (
     SourceFiles,
     Tokenizer,
 )
+from backprompt_db.prompt.ids import ID_NBYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -87,19 +96,22 @@ class Models(CatalogFile):
         """Return the ids of unchanged files, `None` if they are unknown."""
         with self.reading() as connection:
             found = connection.execute(_SOURCES.where(SourceFiles.key == key)).mappings().one_or_none()
-            return None if found is None else Source(**found)
+            return Source(**found) if found is not None and _has_ids(found) else None
 
     def cuts(self, key: bytes) -> CutsRecord | None:
         """Return where a long string is cut, `None` if that is unknown."""
-        with self.reading() as connection:
-            found = connection.execute(_CUTS.where(Cuts.key == key)).one_or_none()
-            return None if found is None else CutsRecord(found.key, tuple(found.offsets), found.signature)
+        return self.cuts_of([key]).get(key)
 
     def cuts_of(self, keys: Iterable[bytes]) -> dict[bytes, CutsRecord]:
         """Return where strings are cut, of those for which that is known."""
         with self.reading() as connection:
             found = (connection.execute(_CUTS.where(Cuts.key.in_(some))) for some in chunks(keys))
-            return {row.key: CutsRecord(row.key, tuple(row.offsets), row.signature) for rows in found for row in rows}
+            return {
+                row.key: CutsRecord(row.key, tuple(row.offsets), row.signature)
+                for rows in found
+                for row in rows
+                if row.offsets is not None and are_cuts(row.offsets)
+            }
 
     def greedy_paths(self, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
         """Return how models go on after prompts that end with these representations, as far as that is known."""
@@ -109,7 +121,7 @@ class Models(CatalogFile):
                 row.address: GreedyPath(row.address, tuple(row.token_ids), row.signature)
                 for rows in found
                 for row in rows
-                if _are_tokens(row.token_ids)
+                if row.token_ids is not None and all(0 <= token < _MAX_TOKEN_ID for token in row.token_ids)
             }
 
 
@@ -122,8 +134,8 @@ def _replace(connection: Connection, table: type[Base], values: Mapping[str, obj
     )
 
 
-def _are_tokens(found: object) -> bool:
-    return isinstance(found, list) and all(type(token) is int and 0 <= token < _MAX_TOKEN_ID for token in found)
+def _has_ids(source: RowMapping) -> bool:
+    return all(len(source[name]) == ID_NBYTES for name in ("weights_id", "tokenizer_id"))
 
 
 def forget_greedy_paths(connection: Connection, addresses: Iterable[Address]) -> None:

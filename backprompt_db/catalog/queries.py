@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
     ColumnElement,
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from backprompt_db.prompt.representation import Part
     from backprompt_db.prompt.segments import Segment as PromptSegment
 
-_Group = TypeVar("_Group")
-
 MAX_FOUND = 50
 """How many rows a search by prefix returns at most."""
 
@@ -77,18 +75,11 @@ class Queries(CatalogFile):
 
     def totals_by_model(self) -> dict[WeightsId, GroupTotals]:
         """Return the sums of each model that has representations."""
-        return self._totals_by(Sums.weights_id)
-
-    def totals_by_namespace(self) -> dict[str, GroupTotals]:
-        """Return the sums of each namespace that has representations."""
-        return self._totals_by(Sums.namespace)
-
-    def _totals_by(self, column: InstrumentedAttribute[_Group]) -> dict[_Group, GroupTotals]:
-        sums = select(column, *(_sum(each) for each in (Sums.num_representations, *_NBYTES))).group_by(column)
+        sums = select(Sums.weights_id, *(_sum(each) for each in (Sums.num_representations, *_NBYTES)))
         with self.reading() as connection:
             return {
-                group: GroupTotals(count, dict(zip(NBYTES, nbytes, strict=True)))
-                for group, count, *nbytes in connection.execute(sums)
+                weights_id: GroupTotals(count, dict(zip(NBYTES, nbytes, strict=True)))
+                for weights_id, count, *nbytes in connection.execute(sums.group_by(Sums.weights_id))
             }
 
     def rows(
@@ -210,7 +201,7 @@ _LARGEST: dict[Order, list[ColumnElement[Any]]] = {
 _ROWS = (
     select(*(column for column in Representation.__table__.columns if column.key != "num_kv_children"))
     .add_columns(Segment.text, Segment.start)
-    .add_columns(func.nullif(Model.name, "").label("model_name"))
+    .add_columns(func.nullif(Model.name, "", type_=Model.name.type).label("model_name"))
     .select_from(Representation)
     .join(Segment, Segment.id == Representation.segment_id)
     .join(Model, Model.weights_id == Representation.weights_id)

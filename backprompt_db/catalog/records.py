@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
     from backprompt_db.prompt.representation import Origin, Part
 
@@ -66,6 +70,11 @@ class CutsRecord:
     offsets: tuple[int, ...]
     """Character offsets, ascending."""
     signature: bytes | None = None
+
+
+def are_cuts(offsets: Iterable[int], *, num_characters: float = math.inf) -> bool:
+    """Whether a string of this length can be cut at these offsets: they ascend, and lie inside it."""
+    return all(begin < end for begin, end in pairwise((0, *offsets, num_characters)))
 
 
 @dataclass(frozen=True, slots=True)

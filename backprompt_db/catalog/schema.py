@@ -4,21 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sqlalchemy import (
-    JSON,
-    CheckConstraint,
-    ColumnElement,
-    Float,
-    ForeignKey,
-    Integer,
-    LargeBinary,
-    MetaData,
-    func,
-    literal_column,
-    text,
-)
+from sqlalchemy import CheckConstraint, ColumnElement, ForeignKey, Integer, MetaData, func, literal_column, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from backprompt_db.catalog.columns import Blob, Number, Numbers, Real, Words
 from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Part
 
@@ -35,7 +24,13 @@ class Base(DeclarativeBase):
     """The base class of all tables. Ids are BLOBs; constraints have names, so that later revisions can drop them."""
 
     metadata = MetaData(naming_convention=_NAMES)
-    type_annotation_map: ClassVar = {**dict.fromkeys(_BLOBS, LargeBinary()), float: Float(), list[int]: JSON()}
+    type_annotation_map: ClassVar = {
+        **dict.fromkeys(_BLOBS, Blob()),
+        int: Number(),
+        float: Real(),
+        str: Words(),
+        list[int]: Numbers(),
+    }
 
 
 class Model(Base):

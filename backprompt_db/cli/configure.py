@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -147,18 +146,21 @@ def _limits(max_size: int | None, ttl: float | None) -> dict[str, Any]:
 
 
 def _require_room(directory: Path, limits: Config, *, before: Config) -> None:
-    """Raise `BadParameter` for a new limit for which the next writer would remove something."""
-    from backprompt_db.database.opening import open_store
+    """Raise `BadParameter` for a new limit for which the next writer would remove something, or nobody knows."""
+    from backprompt_db.operations.disk_usage import room_of
 
     if limits.max_nbytes is None or limits.max_nbytes == before.max_nbytes:
         return
-    with contextlib.closing(open_store(directory)) as store:
-        live_nbytes = store.usage().live_nbytes
-    most_nbytes = int(limits.high_water * limits.max_nbytes)
-    if live_nbytes > most_nbytes:
+    room = room_of(directory)
+    if room.live_nbytes is None:
         raise typer.BadParameter(
-            f"{size(live_nbytes)} are in use, and the next writer would remove what goes beyond {size(most_nbytes)}:"
-            " give a larger --max-size, or --force; `evict --dry-run` shows what goes first."
+            f"it cannot be told whether something must be removed: {room.store_problem}. Give --force to set it anyway."
+        )
+    most_nbytes = int(limits.high_water * limits.max_nbytes)
+    if room.live_nbytes > most_nbytes:
+        raise typer.BadParameter(
+            f"{size(room.live_nbytes)} are in use, and the next writer would remove what goes beyond"
+            f" {size(most_nbytes)}: give a larger --max-size, or --force; `evict --dry-run` shows what goes first."
         )
 
 

@@ -57,7 +57,7 @@ class Beginning:
         segments = ancestry([self.last])
         input_ids = tokenizer.encode(segments)
         starts = plan.positions(segments, {segment: len(ids) for segment, ids in input_ids.items()})
-        pack = Pack((self.last,), tuple(segments[:-1]))
+        pack = Pack((self.last,), tuple(segments[:-1]), is_scored=False)
         return Prefill(
             packs=[pack],
             input_ids=input_ids,

@@ -196,11 +196,13 @@ class Engine:
         began = time.monotonic()
         prefill = beginning.prefill(self._source.tokenizer, self._proven_runner(call.addresses))
         (pack,) = prefill.packs
-        call.found[beginning.rest, Part.KV] = first_tokens(kv, len(prefill.input_ids[beginning.rest]))
-        context = self._acquire_prefix(call, prefill, plan.Pack((), pack.context))
+        # In a call of its own, with which the tokens before the last word go: nobody has asked for them.
+        own = Call(self._db, self._source, call.addresses, wanted={}, keep={})
+        own.found[beginning.rest, Part.KV] = first_tokens(kv, len(prefill.input_ids[beginning.rest]))
+        context = self._acquire_prefix(own, prefill, pack)
         if context is None:
             return
-        result = prefill.compute(pack, context, {})
+        result = prefill.compute(pack, context, own.found)
         call.count(pack, result, prefill)
         parts = {
             Part.KV: first_tokens(kv, beginning.num_tokens),

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from backprompt_db.catalog.records import CutsRecord
+from backprompt_db.catalog.records import CutsRecord, are_cuts
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.segments import SeamRule, Segment, ancestry
 from backprompt_db.prompt.text import Text
@@ -53,7 +53,7 @@ class Healed:
     text: Text
     tips: tuple[Segment, ...]
     donors: Mapping[Segment, Segment] = field(default_factory=dict)
-    """Of each segment that ends before a seam, the segment that ends at it: both begin with the same tokens."""
+    """For each segment that ends before a seam, the one that ends at it: both begin with the same tokens."""
 
     @classmethod
     def as_written(cls, text: Text, *, namespace: str) -> Healed:
@@ -67,11 +67,12 @@ class Healed:
 
 
 class Ending(NamedTuple):
-    """A completion after a prompt: its log-probability is the sum over `segments` less the sum over `without`."""
+    """A completion after a prompt. Its log-probability is that of `segments`, minus that of `without`."""
 
     segments: tuple[Segment, ...]
+    """What prompt and completion end with together."""
     without: tuple[Segment, ...]
-    """What the prompt ends with where it is not continued, if a token of the completion crosses the seam."""
+    """What the prompt ends with alone: something only where a token crosses the seam between the two."""
     donors: Mapping[Segment, Segment]
 
 
@@ -134,9 +135,10 @@ class Healer:
         return endings
 
     def _recall(self, chains: Mapping[bytes, Sequence[Segment]]) -> dict[bytes, tuple[int, ...]]:
-        known = {key: self._remembered[key] for key in chains if key in self._remembered}
+        # Asked once for each: another thread may clear what is remembered at any time.
+        known = {key: cuts for key in chains if (cuts := self._remembered.get(key)) is not None}
         found = self._metadata.cuts(chains.keys() - known.keys()) if len(known) < len(chains) else {}
-        found = {key: cuts for key, cuts in found.items() if _are_cuts(cuts, chains[key])}
+        found = {key: cuts for key, cuts in found.items() if are_cuts(cuts, num_characters=_length(chains[key]))}
         self._remember(found)
         return known | found
 
@@ -148,8 +150,8 @@ class Healer:
     def _cuts(self, chain: Sequence[Segment], tokenizer_id: bytes) -> tuple[int, ...]:
         """Return where to cut the joined string of a chain, piece by piece from the left."""
         keys = [_key(tokenizer_id, segment) for segment in chain]
-        num_known = next((number for number in reversed(range(len(chain))) if keys[number] in self._remembered), 0)
-        cuts = self._remembered.get(keys[num_known], ())
+        known = ((number, self._remembered.get(key)) for number, key in reversed(list(enumerate(keys))))
+        num_known, cuts = next(((number, cuts) for number, cuts in known if cuts is not None), (0, ()))
         string = "".join(segment.string for segment in chain[: num_known + 1])
         for key, segment in zip(keys[num_known + 1 :], chain[num_known + 1 :], strict=True):
             cuts = _continued(self._source.tokenizer, string, cuts, segment.string)
@@ -228,10 +230,9 @@ def _ending(prompt: Healed, joined: Healed) -> Ending:
     return Ending(rest[1:], (tail,), joined.donors)
 
 
-def _are_cuts(cuts: Sequence[int], chain: Sequence[Segment]) -> bool:
-    """Whether a record can be that of a chain: its offsets ascend and lie inside the joined string."""
-    places = (0, *cuts, sum(len(segment.string) for segment in chain))
-    return all(begin < end for begin, end in itertools.pairwise(places))
+def _length(chain: Iterable[Segment]) -> int:
+    """Return how many characters the joined string has."""
+    return sum(len(segment.string) for segment in chain)
 
 
 def _key(tokenizer_id: bytes, tip: Segment) -> bytes:

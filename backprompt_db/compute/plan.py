@@ -50,6 +50,8 @@ class Pack:
     """Parents before children."""
     context: tuple[Segment, ...]
     """Every other segment that one of them sees, parents before children."""
+    is_scored: bool = True
+    """Whether the log-probabilities of its tokens are asked for, so that something must predict the first ones."""
 
     @property
     def needs(self) -> list[Need]:
@@ -59,6 +61,8 @@ class Pack:
     @property
     def predictors(self) -> tuple[Segment, ...]:
         """Segments of the context whose logits predict the first token of a segment of the pack."""
+        if not self.is_scored:
+            return ()
         inside = set(self.segments)
         single = (segment.parents[0] for segment in self.segments if len(segment.parents) == 1)
         return tuple(dict.fromkeys(parent for parent in single if parent not in inside))

@@ -72,11 +72,7 @@ class Prefill(Passes):
             input_ids=self.input_ids,
             starts=self.starts,
             context=context,
-            predictions={
-                segment: found[segment, Part.LOGITS]["logits"]
-                for segment in pack.predictors
-                if (segment, Part.LOGITS) in found
-            },
+            predictions={segment: found[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
             produce={segment: self.produced(segment) for segment in pack.segments},
         )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from backprompt_db.catalog.records import CutsRecord
+from backprompt_db.catalog.records import CutsRecord, are_cuts
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import utf8
@@ -87,7 +87,7 @@ def split_pieces(string: str, num_tokens: int, *, source: ModelSource, model_met
         return [string]
     key = hashlib.sha256(_CUTS + source.ids.tokenizer_id + num_tokens.to_bytes(8, "big") + utf8(string)).digest()
     known = model_metadata.recall(lambda catalog: catalog.cuts(key))
-    if known is None:
+    if known is None or not are_cuts(known.offsets, num_characters=len(string)):
         known = CutsRecord(key, tuple(source.tokenizer.cuts(string, num_tokens)))
         model_metadata.save(known)
     return [string[first:last] for first, last in pairwise((0, *known.offsets, len(string)))]

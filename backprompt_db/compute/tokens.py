@@ -143,10 +143,10 @@ class SegmentTokenizer:
 
     @property
     def separators(self) -> str:
-        """Those of space and newline that, between two words, part the tokens before from the others.
+        """Space, newline, both or neither: where one stands between two words, no token crosses.
 
-        Neither depend on the other ones then. A fast tokenizer with a pre-tokeniser has proven it on a sample of many
-        scripts, which has the same tokens when it is cut before any of its words.
+        What comes before it changes no token after it, nor the other way round. Found out on a sample of many scripts,
+        which must have the same tokens when it is cut before any of its words; only for fast tokenizers.
         """
         self._refresh()
         if self._separators is None:

@@ -9,12 +9,11 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import msgspec
+from typing import get_args, get_type_hints
 
 from backprompt_db.database.location import CONFIG
 from backprompt_db.errors import FormatError
-from backprompt_db.store.files import Modes, Sharing, replace_file
+from backprompt_db.store.files import Modes, Sharing, from_json, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def read_config(directory: Path) -> Config:
     """Return the configuration; one without limits for a database that has none. Raises `FormatError`."""
     path = directory / CONFIG
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Config)
+        return from_json(path.read_bytes(), Config)
     except FileNotFoundError:
         return Config()
     except (OSError, ValueError, RecursionError, FormatError) as error:
@@ -125,7 +124,11 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 
 
 def _problem(config: Config) -> str | None:
-    """Return what is wrong with the values. Their types are right: decoding checks them."""
+    """Return what is wrong with the values."""
+    for name, kind in get_type_hints(Config).items():
+        value = getattr(config, name)
+        if not _has_type(value, get_args(kind) or (kind,)):
+            return f"{name}={value!r} is not of the type {Config.__annotations__[name]}"
     if config.max_nbytes is not None and config.max_nbytes <= 0:
         return f"max_nbytes={config.max_nbytes} is not a positive number of bytes"
     if not 0 < config.low_water < config.high_water <= 1:
@@ -134,3 +137,8 @@ def _problem(config: Config) -> str | None:
         if seconds is not None and not 0 <= seconds < math.inf:
             return f"{name}={seconds} is not a length of time"
     return None
+
+
+def _has_type(value: object, kinds: tuple[type, ...]) -> bool:
+    """Whether a value has just one of the types: True is no number, but a whole number is one."""
+    return type(value) in kinds or (type(value) is int and float in kinds)

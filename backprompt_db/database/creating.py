@@ -46,7 +46,8 @@ def create_database(
     has. `limits` are fields of `Config` that differ from the default: a limit of 50 GB, or of a quarter of the free
     space if that is less. With a secret in the environment, digests are keyed with it.
 
-    Raises `UnsafeLocation` where no database can be, or may be made by this user.
+    Raises `UnsafeLocation` where no database can be, or may be made by this user, and `FormatError` for limits that are
+    none.
     """
     require_local(directory)
     gid = None if group is None else group_id(group)
@@ -91,6 +92,7 @@ def _give(directory: Path, sharing: Sharing, gid: int | None) -> None:
 
 def _make(directory: Path, sharing: Sharing, fidelity: Fidelity, limits: Mapping[str, Any]) -> Manifest:
     """Make everything in the directory, the manifest last: without it, creation starts over."""
+    config = replace(default_config(directory, sharing=sharing), **limits)
     secret = find_secret(directory)
     manifest = Manifest(fidelity=fidelity)
     if secret is not None:
@@ -98,7 +100,7 @@ def _make(directory: Path, sharing: Sharing, fidelity: Fidelity, limits: Mapping
     LmdbStore.create(directory / STORE, digest=digest_of(manifest, directory), modes=sharing.modes).close()
     reach("create.store")
     make_journal(directory, sharing.modes)
-    write_config(directory, replace(default_config(directory, sharing=sharing), **limits))
+    write_config(directory, config)
     reach("create.manifest")
     write_manifest(directory, manifest, mode=sharing.modes.file)
     return manifest

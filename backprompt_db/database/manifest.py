@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
 
 import msgspec
 
@@ -16,7 +15,7 @@ from backprompt_db.database.location import CACHE_TAG, CONFIG, JOURNAL, MANIFEST
 from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
 from backprompt_db.prompt.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
-from backprompt_db.store.files import replace_file
+from backprompt_db.store.files import from_json, replace_file
 from backprompt_db.store.records import CHUNK_NBYTES, Digest, keyed_blake3, xxh3_128
 from backprompt_db.system.platform import O_NOFOLLOW
 
@@ -69,9 +68,9 @@ class Manifest:
 class _Header(msgspec.Struct):
     """What tells whether this version can read the rest; a newer one may know other values, of any type."""
 
-    format: Annotated[int, msgspec.Meta(ge=1)]
-    fidelity: Any = Fidelity.EXACT
-    digest: Any = XXH3
+    format: int = 0
+    fidelity: object = Fidelity.EXACT
+    digest: object = XXH3
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -125,17 +124,20 @@ def _bytes_of(path: Path) -> bytes:
 
 
 def _from_json(content: bytes, directory: Path) -> Manifest:
-    header = msgspec.json.decode(content, type=_Header)
+    header = from_json(content, _Header)
+    if header.format < 1:
+        raise ValueError("it names no format")
     if header.format > FORMAT:
         raise FormatTooNew(
             f"{directory} has format {header.format}, this version reads up to {FORMAT}",
             hint="Upgrade backprompt-db, or use another directory.",
         )
     if header.fidelity not in tuple(Fidelity) or header.digest not in (XXH3, KEYED):
-        raise _unknown(directory, f"{header.fidelity} and {header.digest}")
-    manifest = msgspec.json.decode(content, type=Manifest)
+        raise _unknown(directory, f"fidelity {header.fidelity!r} and digest {header.digest!r}")
+    manifest = from_json(content, Manifest)
     if manifest.digest != (XXH3 if manifest.secret_id is None else KEYED) or manifest.lmdb != _OURS:
-        raise _unknown(directory, f"{manifest.digest} and {manifest.lmdb}")
+        store = f"LMDB's generation {manifest.lmdb.generation} with chunks of {manifest.lmdb.chunk_nbytes} bytes"
+        raise _unknown(directory, f"digest {manifest.digest!r} and {store}")
     return manifest
 
 

@@ -166,7 +166,6 @@ class Explanation:
 _COLUMNS = ("", "segment", "found", "tokens", "bytes", "seconds")
 _RIGHT = frozenset({"tokens", "bytes", "seconds"})
 _NUM_TEXT_CHARACTERS = 60
-_NUM_SEAM_CHARACTERS = 20
 _NUM_SEEN = 3
 _NUM_ID_DIGITS = 8
 _UNKNOWN = "?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import json
 import mmap
 import os
 import stat
@@ -11,12 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
 from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, reserve, set_mode, sync
+
+_T = TypeVar("_T")
 
 DATA, READER_TABLE = "data.mdb", "lock.mdb"
 """LMDB's two files: everything that is stored, and its table of readers."""
@@ -160,3 +165,13 @@ def identity_of(path: Path) -> Identity | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def from_json(content: bytes, kind: type[_T]) -> _T:
+    """Return what a JSON file says, in whichever encoding of Unicode. Raises `ValueError` for what is no such value."""
+    found = json.loads(content)
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a string in it has a lone surrogate") from None
+    return msgspec.convert(found, kind)

@@ -59,7 +59,7 @@ if sys.platform == "win32":
 
     stop_process = lock_file = unlock_file = try_lock_byte = unlock_bytes = _refuse
     set_mode = change_mode = give = give_open = sync = _refuse
-    is_superuser = user_id = group_ids = user_name = group_name = group_number = _refuse
+    user_id = group_ids = user_name = group_name = group_number = _refuse
 
     is_byte_locked: Callable[[int, int], bool] = _refuse
     is_mounted_readonly: Callable[[Path], bool] = _refuse

@@ -41,7 +41,7 @@ class PicturedSegment:
     """How wide it is, in the picture's unit."""
     num_tokens: int | None = None
     nbytes: int | None = None
-    """Of all its parts that are there."""
+    """The bytes of all its parts that are there."""
     seconds: float | None = None
     """What computing it took, or would take."""
     reason: str | None = None

@@ -43,7 +43,7 @@ class Figure:
     """Curves that are drawn together."""
 
     name: str
-    """Of its file."""
+    """The name of its file."""
     title: str
     what: str
     """How it was measured."""

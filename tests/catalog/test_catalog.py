@@ -216,7 +216,7 @@ def test_sources_and_cuts_are_remembered_until_they_change(catalog: Catalog) -> 
     key = b"k" * 32
     assert catalog.source(key) is None
     assert catalog.cuts(key) is None
-    for weights_id, cuts in ((WEIGHTS, (0, 10, 2**40)), (OTHER_WEIGHTS, ())):
+    for weights_id, cuts in ((WEIGHTS, (1, 10, 2**40)), (OTHER_WEIGHTS, ())):
         source = Source(key=key, name="org/model", weights_id=weights_id, tokenizer_id=TOKENIZER)
         catalog.save(source)
         catalog.save(CutsRecord(key, cuts))

@@ -18,7 +18,7 @@ from backprompt_db.catalog.records import Event
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Part
-from tests.support.catalogs import HOSTILE, MODEL, new_catalog, origin_of, stored, texts
+from tests.support.catalogs import HOSTILE, MODEL, evicted_at, new_catalog, origin_of, stored, texts
 
 PRIVATE = "the launch code is 0000-1234"
 
@@ -118,20 +118,20 @@ class TestEvictions:
         addresses = [Address(bytes([number]) * 32) for number in range(60)]
         catalog.evict([(address, Part.KV) for address in addresses[:10]], at=2.0)
         catalog.evict([(address, Part.KV) for address in addresses[10:25]], at=1.0)
-        assert [catalog.evicted_at(address) for address in addresses[:10]] == [2.0] * 10
-        assert [catalog.evicted_at(address) for address in addresses[10:25]].count(1.0) == 10
+        assert [evicted_at(catalog, address) for address in addresses[:10]] == [2.0] * 10
+        assert [evicted_at(catalog, address) for address in addresses[10:25]].count(1.0) == 10
 
     def test_equal_times_do_not_keep_more(self, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(events, "MAX_EVICTIONS", 20)
         addresses = [Address(bytes([number]) * 32) for number in range(60)]
         catalog.evict([(address, Part.KV) for address in addresses], at=1.0)
-        assert [catalog.evicted_at(address) for address in addresses].count(1.0) == 20
+        assert [evicted_at(catalog, address) for address in addresses].count(1.0) == 20
 
     def test_the_last_one_of_an_address_counts(self, catalog: Catalog) -> None:
         address = Address(b"a" * 32)
         for at in (5.0, 3.0):
             catalog.evict([(address, Part.SCORES), (address, Part.KV)], at=at)
-        assert catalog.evicted_at(address) == 3.0
+        assert evicted_at(catalog, address) == 3.0
 
 
 def holds(directory: Path, string: str) -> bool:

@@ -13,7 +13,7 @@ from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.catalog.records import EvictionCandidate, Selection, StoredPart
 from backprompt_db.prompt.ids import Address, TokenizerId
 from backprompt_db.prompt.representation import Origin, Part
-from tests.support.catalogs import OTHER_WEIGHTS, new_catalog, origin_of, stored
+from tests.support.catalogs import OTHER_WEIGHTS, evicted_at, new_catalog, origin_of, stored
 
 DAY = 86_400.0
 NOW = 1000 * DAY
@@ -303,13 +303,13 @@ def test_choosing_changes_nothing(catalog: Catalog) -> None:
 def test_when_something_was_evicted_is_remembered(catalog: Catalog) -> None:
     part = scores("text")
     record(catalog, part)
-    assert catalog.evicted_at(part.address) is None
+    assert evicted_at(catalog, part.address) is None
     catalog.evict([(part.address, Part.SCORES)], at=5.0)
-    assert (catalog.rows(), catalog.evicted_at(part.address)) == ([], 5.0)
+    assert (catalog.rows(), evicted_at(catalog, part.address)) == ([], 5.0)
     record(catalog, part)
     catalog.evict([(part.address, Part.SCORES)], at=7.0)
-    assert catalog.evicted_at(part.address) == 7.0
+    assert evicted_at(catalog, part.address) == 7.0
     catalog.erase([(part.address, Part.SCORES)])
-    assert catalog.evicted_at(part.address) is None
+    assert evicted_at(catalog, part.address) is None
     catalog.evict([], at=9.0)
-    assert catalog.evicted_at(part.address) is None
+    assert evicted_at(catalog, part.address) is None

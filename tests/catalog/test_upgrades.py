@@ -43,7 +43,7 @@ def fill(catalog: Catalog) -> None:
 def everything(catalog: Catalog) -> list[object]:
     """All that a catalog says of what is stored, and of what may go, round by round."""
     found: list[object] = [catalog.rows(), catalog.models(), catalog.tokenizers()]
-    found += [catalog.totals_by_model(), catalog.totals_by_namespace()]
+    found += [catalog.totals_by_model()]
     found += [catalog.totals(namespace=name) for name in (None, "", "tenant")]
     while candidates := catalog.eviction_order(2**62, at=9.0, grace_seconds=0.0):
         found.append(candidates)

@@ -217,6 +217,19 @@ class TestEvict:
         assert run("config", "--db", place, "--max-size", "2MB", "--force").exit_code == 0
         assert run_json("evict", "--db", place)["live_nbytes"] <= 0.85 * 2_000_000
 
+    def test_a_limit_needs_no_secret(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("BACKPROMPT_DB_SECRET", "of the owner, long enough")
+        place = make_limited(tmp_path / "secret", max_nbytes=None)
+        monkeypatch.delenv("BACKPROMPT_DB_SECRET")
+        assert run_json("config", "--db", place, "--max-size", "1GB")["max_nbytes"] == 10**9
+
+    def test_a_limit_must_be_forced_where_nobody_knows_what_is_in_use(self, place: Path) -> None:
+        (place / "store" / "data.mdb").write_bytes(b"damaged")
+        result = run("config", "--db", place, "--max-size", "1GB")
+        assert result.exit_code == 2
+        assert re.search(r"it cannot be told whether .*data\.mdb.* Give --force", " ".join(result.stderr.split()))
+        assert run("config", "--db", place, "--max-size", "1GB", "--force").exit_code == 0
+
     def test_a_limit_below_what_is_in_use_must_be_forced(self, place: Path) -> None:
         before = run_json("config", "--db", place)
         result = run("config", "--db", place, "--max-size", "2MB")

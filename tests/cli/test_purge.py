@@ -49,7 +49,7 @@ def assert_gone_and_the_rest_is_there(place: Path) -> None:
         assert_whole(db, [*STAYS, *LARGE])
         assert verify(db).is_clean
         assert db.catalog is not None
-        assert all(db.catalog.evicted_at(address_of(segment)) is None for segment in GONE[1:])
+        assert db.catalog.evictions(map(address_of, GONE[1:])) == {}
 
 
 def test_nothing_of_a_text_and_of_what_follows_it_is_left_and_the_rest_is(place: Path) -> None:

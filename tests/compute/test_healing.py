@@ -14,16 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import backprompt_db as bp
+from backprompt_db.compute.engine import Engine
 from backprompt_db.compute.healing import Healed, Healer
 from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD
+from backprompt_db.compute.plan import Wanted
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import TokenizerId
 from tests.conftest import plain_logprobs, tiny_gpt2
+from tests.support.catalogs import BAD_LISTS, put
 from tests.support.tokenizers import KINDS, TEXTS, tokenizer_of
 
 CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n\nThe answer: "
@@ -220,6 +223,21 @@ class TestShared:
         assert alone.num_computed_tokens == 0
         torch.testing.assert_close(alone.logits, plain(lm, donated.string)[2], atol=1e-3, rtol=1e-4)
 
+    def test_what_nobody_asked_for_is_not_kept_in_memory(
+        self, lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        represent, kept = Engine.represent, []
+
+        def noted(engine: Engine, wanted: Wanted, **options: Any) -> Any:
+            found, computed = represent(engine, wanted, **options)
+            kept.append(set(found) - {(segment, part) for segment, parts in wanted.items() for part in parts})
+            return found, computed
+
+        monkeypatch.setattr(Engine, "represent", noted)
+        lm(CONTEXT)
+        assert (lm.text(CONTEXT) + "list")().num_computed_tokens < 8
+        assert kept == [set(), set()]
+
     @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
     def test_in_one_call_it_is_computed_once_too(self, lm: bp.LanguageModel, order: list[int]) -> None:
         texts = [lm.text(CONTEXT), lm.text(CONTEXT) + "list"]
@@ -263,10 +281,46 @@ class TestShared:
             again = (make_lm(db=db).text(CONTEXT) + "list")()
             assert (again.segments, again.num_computed_tokens) == (tips, 0)
 
+    @given(found=BAD_LISTS)
+    @example(found="5")
+    @example(found="[4000]")
+    @example(found="[3, 2]")
+    def test_no_record_changes_a_text(
+        self, lm: bp.LanguageModel, make_lm: Callable[..., bp.LanguageModel], found: object
+    ) -> None:
+        def strings(lm: bp.LanguageModel) -> list[list[str]]:
+            texts = lm.text(CONTEXT) + "list", lm.text(CONTEXT * 2, split=8)
+            return [[segment.string for segment in result.segments] for result in lm(texts)]
+
+        expected = strings(lm)
+        assert lm.db.directory is not None
+        put(lm.db.directory / "catalog.sqlite", "cuts", "offsets", found)
+        assert strings(make_lm(db=lm.db)) == expected
+
     def test_what_is_scored_with_branches_is_scored_in_its_pieces(self, lm: bp.LanguageModel) -> None:
         prompt, completion = lm.text(CONTEXT) + "list", bp.Text(" users", start=200) + "?"
         kept = lm.score(lm.text("", seams="keep") + prompt, [completion])
         assert lm.score(prompt, [completion]) == pytest.approx(kept)
+
+
+class Forgetful(dict[bytes, tuple[int, ...]]):
+    """What another thread clears between any two looks."""
+
+    def __contains__(self, key: object) -> bool:
+        is_there = super().__contains__(key)
+        self.clear()
+        return is_there
+
+
+def test_what_another_thread_forgets_is_found_out_again(db: bp.Database, tokenizer: Any) -> None:
+    healer = Healer(Source(SegmentTokenizer(tokenizer)), db.model_metadata)
+    pieces = [CONTEXT, "list", " users", " and more"]
+    expected = [healed(healer, chain(pieces[:length])).tips for length in (2, 3, 4)]
+    with bp.open(":memory:") as other:
+        forgetting = Healer(Source(SegmentTokenizer(tokenizer)), other.model_metadata)
+        forgetting._remembered = Forgetful()
+        for length in (2, 2, 3, 4, 4):
+            assert healed(forgetting, chain(pieces[:length])).tips == expected[length - 2]
 
 
 @dataclass(frozen=True)

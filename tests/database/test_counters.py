@@ -1,4 +1,4 @@
-"""Counting: by tier in one handle, exactly over processes, threads and forks, and never twice."""
+"""Counting: by where a part was found in one handle, exactly over processes, threads and forks, and never twice."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 NEW = prompt(21, author="me")
-"""Of which the base has all but the end."""
+"""A prompt of which the base has all but the end."""
 
 
 class TestParts:

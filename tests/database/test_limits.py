@@ -20,6 +20,7 @@ import torch
 
 import backprompt_db as bp
 from backprompt_db.database.config import Config, read_config, write_config
+from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
 from backprompt_db.errors import CatalogError, FormatError, StoreFull
 from backprompt_db.operations.verify import verify
@@ -337,6 +338,29 @@ class TestConfiguration:
     def test_one_that_means_nothing_is_refused(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "config.json").write_bytes(content)
         with pytest.raises(FormatError, match=r"config\.json cannot be read .* config --max-size"):
+            read_config(tmp_path)
+
+    @pytest.mark.parametrize(
+        "limits",
+        [{"max_nbytes": 5e9}, {"max_nbytes": True}, {"max_nbytes": "5GB"}, {"ttl_seconds": "1"}, {"sharing": "group"}],
+    )
+    def test_one_that_could_not_be_read_is_never_made(self, tmp_path: Path, limits: dict[str, Any]) -> None:
+        ((name, value),) = limits.items()
+        with pytest.raises(FormatError, match=f"{name}={value!r} is not of the type") as caught:
+            create_database(tmp_path / "db", limits=limits)
+        assert caught.value.hint == "Give another value."
+        assert not (tmp_path / "db" / "config.json").exists()
+        with bp.open(tmp_path / "db") as db:
+            put(db, of_size(1))
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+    def test_one_is_read_in_any_encoding_that_an_editor_gives_it(self, tmp_path: Path, encoding: str) -> None:
+        (tmp_path / "config.json").write_text('{"max_nbytes": 5, "größe": 1}', encoding=encoding)
+        assert read_config(tmp_path) == Config(max_nbytes=5)
+
+    def test_a_lone_surrogate_in_one_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"sharing": "\\ud800"}')
+        with pytest.raises(FormatError, match="a string in it has a lone surrogate"):
             read_config(tmp_path)
 
     def test_what_a_newer_version_adds_is_ignored_and_what_an_older_one_lacks_has_its_default(

@@ -22,79 +22,79 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_it_is_a_dict_that_forgets_what_was_used_longest_ago(steps: list[tuple[str, int, int]]) -> None:
-    tier, model = MemoryCache(100), dict[int, int]()  # a dict keeps the order of insertion: here, that of use
+    cache, model = MemoryCache(100), dict[int, int]()  # a dict keeps the order of insertion: here, that of use
     for step, key, nbytes in steps:
         if step == "get":
-            assert tier.get(key) == model.get(key)
+            assert cache.get(key) == model.get(key)
             if key in model:
                 model[key] = model.pop(key)
         else:
             model.pop(key, None)
-            tier.put(key, nbytes, nbytes=nbytes) if step == "put" else tier.discard(key)
+            cache.put(key, nbytes, nbytes=nbytes) if step == "put" else cache.discard(key)
         if step == "put" and nbytes <= 100:
             model[key] = nbytes
             while sum(model.values()) > 100:
                 del model[next(iter(model))]
-        assert tier.nbytes == sum(model.values()) <= 100
-    assert {key: tier.get(key) for key in range(7) if tier.get(key) is not None} == model
+        assert cache.nbytes == sum(model.values()) <= 100
+    assert {key: cache.get(key) for key in range(7) if cache.get(key) is not None} == model
 
 
 def test_the_best_of_a_group_is_taken_out() -> None:
-    tier = MemoryCache(100)
+    cache = MemoryCache(100)
     for number in (3, 9, 4):
-        tier.put(number, number, nbytes=number, group="numbers")
-    tier.put("other", 50, nbytes=1, group="others")
-    tier.put("none", 60, nbytes=1)
-    assert tier.take_best("numbers", lambda value: (value,)) == 9
-    assert tier.take_best("numbers", lambda value: (value,) if value < 4 else None) == 3
-    assert tier.take_best("numbers", lambda value: None) is None
-    assert tier.take_best("unknown", lambda value: (value,)) is None
-    assert (tier.get(4), tier.get("other"), tier.nbytes, tier.room_nbytes) == (4, 50, 6, 94)
-    tier.clear()
-    assert (tier.get(4), tier.nbytes) == (None, 0)
-    assert tier.take_best("others", lambda value: (value,)) is None
+        cache.put(number, number, nbytes=number, group="numbers")
+    cache.put("other", 50, nbytes=1, group="others")
+    cache.put("none", 60, nbytes=1)
+    assert cache.take_best("numbers", lambda value: (value,)) == 9
+    assert cache.take_best("numbers", lambda value: (value,) if value < 4 else None) == 3
+    assert cache.take_best("numbers", lambda value: None) is None
+    assert cache.take_best("unknown", lambda value: (value,)) is None
+    assert (cache.get(4), cache.get("other"), cache.nbytes, cache.room_nbytes) == (4, 50, 6, 94)
+    cache.clear()
+    assert (cache.get(4), cache.nbytes) == (None, 0)
+    assert cache.take_best("others", lambda value: (value,)) is None
 
 
 def test_the_later_numbers_of_a_rank_decide_between_equals() -> None:
-    tier = MemoryCache(100)
+    cache = MemoryCache(100)
     for key, value in (("a", (1, 2)), ("b", (1, 3)), ("c", (0, 9))):
-        tier.put(key, value, nbytes=1, group="pairs")
-    assert tier.take_best("pairs", lambda value: value) == (1, 3)
+        cache.put(key, value, nbytes=1, group="pairs")
+    assert cache.take_best("pairs", lambda value: value) == (1, 3)
 
 
 def test_a_group_holds_only_what_is_still_there() -> None:
-    tier = MemoryCache(10)
-    tier.put("gone", 9, nbytes=5, group="numbers")
-    tier.put("moved", 8, nbytes=1, group="numbers")
-    tier.put("moved", 7, nbytes=1, group="others")
-    tier.put("big", "it drives out the oldest", nbytes=8)
-    assert tier.take_best("numbers", lambda value: (value,)) is None
-    assert tier.take_best("others", lambda value: (value,)) == 7
+    cache = MemoryCache(10)
+    cache.put("gone", 9, nbytes=5, group="numbers")
+    cache.put("moved", 8, nbytes=1, group="numbers")
+    cache.put("moved", 7, nbytes=1, group="others")
+    cache.put("big", "it drives out the oldest", nbytes=8)
+    assert cache.take_best("numbers", lambda value: (value,)) is None
+    assert cache.take_best("others", lambda value: (value,)) == 7
 
 
 def test_taking_looks_at_nothing_outside_the_group() -> None:
-    tier, seen = MemoryCache(10_000), list[int]()
+    cache, seen = MemoryCache(10_000), list[int]()
     for number in range(1_000):
-        tier.put(number, number, nbytes=1, group=number % 500)
-    assert tier.take_best(7, lambda value: seen.append(value) or (value,)) == 507  # type: ignore[func-returns-value]
+        cache.put(number, number, nbytes=1, group=number % 500)
+    assert cache.take_best(7, lambda value: seen.append(value) or (value,)) == 507  # type: ignore[func-returns-value]
     assert seen == [7, 507]
 
 
 def test_a_closed_tier_keeps_nothing() -> None:
-    tier = MemoryCache(100)
-    tier.put("key", "value", nbytes=1, group="group")
-    tier.close()
-    tier.put("late", "value", nbytes=1, group="group")
-    tier.put("empty", "value", nbytes=0, group="group")
-    assert tier.nbytes == 0
-    assert [tier.get(key) for key in ("key", "late", "empty")] == [None] * 3
-    assert tier.take_best("group", lambda value: (1,)) is None
+    cache = MemoryCache(100)
+    cache.put("key", "value", nbytes=1, group="group")
+    cache.close()
+    cache.put("late", "value", nbytes=1, group="group")
+    cache.put("empty", "value", nbytes=0, group="group")
+    assert cache.nbytes == 0
+    assert [cache.get(key) for key in ("key", "late", "empty")] == [None] * 3
+    assert cache.take_best("group", lambda value: (1,)) is None
 
 
 def test_nothing_is_kept_without_a_budget() -> None:
-    tier = MemoryCache(0)
-    tier.put("key", "value", nbytes=1)
-    assert tier.get("key") is None
+    cache = MemoryCache(0)
+    cache.put("key", "value", nbytes=1)
+    assert cache.get("key") is None
 
 
 def container(place: Path, limit: str, usage: str, *, version: int = 2, cached: int = 0) -> Path:

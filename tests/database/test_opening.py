@@ -120,6 +120,32 @@ def test_a_manifest_that_cannot_be_followed_is_refused(
     assert type(caught.value) is error
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 0}, "it names no format"),
+        ({"created_at": "\ud800"}, "a string in it has a lone surrogate"),
+        ({"fidelity": "int4"}, "uses fidelity 'int4' and digest 'xxh3-128'"),
+        ({"lmdb": {"generation": 1, "chunk_nbytes": 7}}, "LMDB's generation 1 with chunks of 7 bytes"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said_in_words(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | change))
+    with pytest.raises(FormatError, match=words):
+        read_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(FormatError, match="it names no format"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_manifest_is_read_in_any_encoding_that_an_editor_gives_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST), encoding=encoding)
+    found = read_manifest(tmp_path)
+    assert found is not None
+    assert found.digest == "xxh3-128"
+
+
 @pytest.mark.parametrize("fidelity", Fidelity)
 def test_a_manifest_says_how_keys_and_values_are_kept(tmp_path: Path, fidelity: Fidelity) -> None:
     write_manifest(tmp_path, Manifest(fidelity=fidelity))

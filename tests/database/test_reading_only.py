@@ -116,7 +116,7 @@ class TestNothingIsWritten:
         assert snapshot(place) == before
 
     def test_where_marks_were_left(self, place: Path) -> None:
-        (place / "pending" / "1-killed-0").write_bytes(b"a mark")
+        (place / "pending" / "1-killed-0").write_bytes(b"an entry")
         before, files = snapshot(place), names(place)
         with reader(place) as db:
             assert_whole(db, prompt(0))

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:Deprecati
 
 PAGE_NBYTES = 4096
 NUMBERS = [2, 5, 8]
-"""Of prompts that take a few pages each."""
+"""The numbers of prompts that take a few pages each."""
 
 NUMS_FREE_PAGES = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 512]
 

@@ -35,7 +35,7 @@ ASSETS = Path(page_module.__file__).parent / "page_assets"
 
 
 class TestBrowser:
-    """Of the tests that need one."""
+    """The tests that need one."""
 
     def outcome(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         monkeypatch.setattr(browser_parts, "CHROMEDRIVER", tmp_path / "chromedriver")

@@ -193,6 +193,22 @@ def test_each_path_that_documentation_once_named_works_first(name: str) -> None:
     assert "backprompt_db" in loaded_after(f"from backprompt_db.{module} import {member}")
 
 
+@pytest.mark.parametrize(
+    "name", ["demo.smollm2.smollm2_directory", "keys.Address", "opening.open_database", "representation.ModelRepr"]
+)
+def test_each_of_them_is_imported_in_any_way(name: str) -> None:
+    module, _, member = name.rpartition(".")
+    for statement, used in (
+        (f"import backprompt_db.{module}", f"backprompt_db.{name}"),
+        (f"import backprompt_db.{module} as old", f"old.{member}"),
+        (f"from backprompt_db.{module} import {member}", member),
+        ("import importlib.util, backprompt_db", f"importlib.util.find_spec('backprompt_db.{module}').name"),
+    ):
+        loaded_after(f"{statement}\nassert {used}")
+    with pytest.raises(AttributeError, match="nothing"):
+        importlib.import_module(f"backprompt_db.{module}").nothing  # noqa: B018
+
+
 def test_paths_that_documentation_once_named_go_on_to_work() -> None:
     script = (
         "from backprompt_db.keys import Address\nfrom backprompt_db.representation import Part\n"

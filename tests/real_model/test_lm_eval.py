@@ -15,7 +15,7 @@ from backprompt_db.integrations.lm_eval import BackpromptLM
 from tests.support.harness import DATA, hf_model, requests
 
 TOLERANCE = 1e-4
-"""Of the log-probability of a token."""
+"""By how much the log-probability of a token may differ."""
 
 
 def rows(name: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from tests.conftest import plain_logprobs
 from tests.support.tokenizers import TEXTS
 
 TOLERANCE = 1e-4
-"""Of log-probabilities, in float32."""
+"""By how much log-probabilities may differ, in float32."""
 
 CONTEXT = "The shop opens at nine in the morning and closes at six. On Sundays it stays closed all day.\n"
 OTHER_CONTEXT = "The shop is open around the clock, even on holidays, and nobody has ever found it closed.\n"

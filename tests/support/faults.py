@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 300
 WEIGHTS, TOKENIZER = WeightsId(b"w" * 32), TokenizerId(b"t" * 32)
 
 NUMS_TOKENS = (1, 3, 20, 100, 4500)
-"""Of segments. The keys and values of the longest do not fit into one chunk of the store."""
+"""How many tokens segments have. The keys and values of the longest do not fit into one chunk of the store."""
 
 PREAMBLE = """
 import logging, os, signal, sys, threading, time

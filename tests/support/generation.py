@@ -11,7 +11,7 @@ import backprompt_db as bp
 from tests.conftest import VOCAB_SIZE
 
 TOLERANCE = 1e-4
-"""Of log-probabilities, in float32."""
+"""By how much log-probabilities may differ, in float32."""
 
 
 def plain(model: Any, input_ids: Sequence[int], **arguments: Any) -> tuple[list[int], torch.Tensor]:

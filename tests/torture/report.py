@@ -25,7 +25,7 @@ _SHOWN = {
     "verifications": "verifications",
     "reindexings": "reindexings",
     "compactions": "compactions",
-    "collections": "collections",
+    "evictions": "evictions",
     "full": "writes refused at the limit",
     "wrong": "wrong values",
     "lost": "lost writes",

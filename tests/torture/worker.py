@@ -187,7 +187,7 @@ def _compact(worker: Worker) -> None:
     worker.db.store.compact()
 
 
-def _collect(worker: Worker) -> None:
+def _evict(worker: Worker) -> None:
     live_nbytes = worker.db.store.usage().live_nbytes
     worker.db.evictor.evict(to_nbytes=int(live_nbytes * worker.dice.uniform(0.5, 1.0)))
 
@@ -199,7 +199,7 @@ CHORES: dict[str, Callable[[Worker], object]] = {
     "statistics": lambda worker: gather(worker.place),
     "openings in a row": _open_and_close,
 }
-CHORES_THAT_LOSE: dict[str, Callable[[Worker], object]] = {"collections": _collect}
+CHORES_THAT_LOSE: dict[str, Callable[[Worker], object]] = {"evictions": _evict}
 ROLES = {"writer": write, "reader": read, "janitor": tidy}
 
 

@@ -32,14 +32,14 @@ class PlainResult:
     num_computed_tokens: int
     num_model_calls: int
     scores: list[list[float]]
-    """[num_sampled, num_completions], of the first requests."""
+    """The log-probabilities after the first requests: [num_sampled, num_completions]."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
     context: list[int]
     endings: list[list[int]]
-    """Of the sampled requests."""
+    """The tokens after the context, of each sampled request."""
     completions: list[list[int]]
 
 

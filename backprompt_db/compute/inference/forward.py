@@ -177,10 +177,9 @@ class _PackScores:
     def read_outside(self, predictions: Mapping[Segment, Array]) -> None:
         """Read the log-probabilities of first tokens from stored logits of the segments before them."""
         for parent, segments in self._outside.items():
-            if parent in predictions:
-                firsts = np.array([self._input_ids[segment][0] for segment in segments])
-                for segment, logprob in zip(segments, first_logprobs(predictions[parent].torch(), firsts), strict=True):
-                    self._logprobs[segment][0] = logprob
+            firsts = np.array([self._input_ids[segment][0] for segment in segments])
+            for segment, logprob in zip(segments, first_logprobs(predictions[parent].torch(), firsts), strict=True):
+                self._logprobs[segment][0] = logprob
 
     def part(self, segment: Segment, part: Part) -> Arrays:
         """Return the scores or the logits of a segment as they are stored."""

@@ -41,7 +41,7 @@ _SURELY_LIKELIEST = math.log(0.501)
 """A token with more than half of the probability is the likeliest. The rest is a margin for rounding."""
 
 Paths = Mapping[Segment, tuple[int, ...]]
-"""What is known of greedy paths, their beginnings, by the last segment of the prompt; empty where nothing is known."""
+"""The tokens that are known to follow, by the last segment of the prompt; empty where none are."""
 
 
 class GreedyPaths:
