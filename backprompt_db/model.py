@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from backprompt_db.compute.adopt.adopt import Adopted, Check
+    from backprompt_db.compute.generations import GenerationMemory
     from backprompt_db.views.scene import Vocabulary
 
 
@@ -138,6 +139,12 @@ class LanguageModel:
     @cached_property
     def _keeper(self) -> Keeper:
         return Keeper(self._answering_db)
+
+    @cached_property
+    def _generations(self) -> GenerationMemory:
+        from backprompt_db.compute.generations import GenerationMemory
+
+        return GenerationMemory(self._answering_db)
 
     @cached_property
     def _healer(self) -> Healer:
@@ -311,6 +318,7 @@ class LanguageModel:
         num_return_sequences: int | None = None,
         streamer: Any = None,
         store: bool = True,
+        seed: int | None = None,
         keep: _Keep | None = None,
         **arguments: Any,
     ) -> Generated | list[Generated] | list[list[Generated]]:
@@ -318,15 +326,20 @@ class LanguageModel:
 
         The prompt's keys and values come from the database; what is missing is computed and kept. `arguments` are those
         of `generate` that say which tokens are chosen, such as `do_sample`, `top_p`, `num_beams` or `stop_strings`; the
-        result is what a plain call gives, with the same seed. `num_return_sequences` gives a list for each prompt.
+        result is what a plain call gives, with `seed` what it gives after `torch.manual_seed(seed)`.
+        `num_return_sequences` gives a list for each prompt.
+
+        What was generated before, with the same arguments and without random numbers or with a `seed`, is found
+        again: nothing is loaded. What was cut short by `max_new_tokens` then is gone on with now.
+
         `streamer` is one of transformers', for a single prompt. Unless `store` is false, a continuation that is
         tokenised as it was generated is kept like any text. `keep` has the parts to keep of prompt and continuation.
 
         Raises `PromptError` for arguments that cannot be used here and for a prompt that ends in parallel branches,
         `ContextLengthExceeded` where prompt and `max_new_tokens` need more positions than the model has.
         """
-        from backprompt_db.compute.generate import generate
-        from backprompt_db.compute.inference.decoding import GenerateArguments
+        from backprompt_db.compute.generate_arguments import GenerateArguments
+        from backprompt_db.compute.generations import Generator
 
         prompts = [prompt] if isinstance(prompt, Text | str) else prompt
         is_one = prompts is not prompt
@@ -335,17 +348,18 @@ class LanguageModel:
             num_return_sequences=num_return_sequences,
             streamer=streamer,
             store=store,
+            seed=seed,
             others=arguments,
         )
         texts = self._healed(prompts)
-        results = generate(
+        generator = Generator(
             self._engine,
             self._source,
-            texts,
-            generate_arguments,
+            self._generations,
             heal=lambda text: self._healed([text])[0],
             keep=self._kept(keep),
         )
+        results = generator.generate(texts, generate_arguments)
         if num_return_sequences is not None:
             return results[0] if is_one else results
         firsts = [several[0] for several in results]

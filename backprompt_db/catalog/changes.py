@@ -16,6 +16,7 @@ from backprompt_db.catalog.schema import (
     NBYTES,
     USED_AT,
     Base,
+    GenerationRow,
     GreedyPathRow,
     Model,
     Parent,
@@ -109,7 +110,7 @@ class Changes(CatalogFile):
         if gone := list(keys):
             addresses = {address for address, _ in gone}
             with self.writing() as connection:
-                models.forget_greedy_paths(connection, addresses)  # first: it needs to know what they follow
+                models.forget_continuations(connection, addresses)  # first: it needs to know what they follow
                 forget(connection, gone)
                 search.clear(connection)
                 events.forget_events(connection, addresses)
@@ -235,7 +236,8 @@ def _delete_empty(connection: Connection, addresses: Sequence[Address]) -> None:
     is_empty = and_(Representation.address.in_(addresses), *(column.is_(None) for column in NBYTES.values()))
     ids = connection.execute(select(Representation.segment_id).where(is_empty)).scalars().all()
     gone = select(Representation.address).where(is_empty)
-    connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.in_(gone)))
+    for table in (GreedyPathRow, GenerationRow):
+        connection.execute(delete(table).where(table.address.in_(gone)))
     connection.execute(delete(Representation).where(is_empty))
     if unneeded := _unneeded(connection, ids):
         connection.execute(

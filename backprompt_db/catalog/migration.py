@@ -14,7 +14,7 @@ from backprompt_db.system.platform import set_mode
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0004"
+HEAD = "0005"
 """The newest revision in `migrations/versions`. Revisions are numbers of four digits; a newer one is greater."""
 
 LOCK_TIMEOUT_SECONDS = 60.0

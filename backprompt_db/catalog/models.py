@@ -12,6 +12,7 @@ from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import (
     CutsRecord,
+    GenerationRecord,
     GreedyPath,
     Known,
     ModelRecord,
@@ -22,6 +23,7 @@ from backprompt_db.catalog.records import (
 from backprompt_db.catalog.schema import (
     Base,
     Cuts,
+    GenerationRow,
     GreedyPathRow,
     Model,
     Parent,
@@ -42,12 +44,15 @@ _TABLES: dict[type, type[Base]] = {
     Source: SourceFiles,
     CutsRecord: Cuts,
     GreedyPath: GreedyPathRow,
+    GenerationRecord: GenerationRow,
 }
 _MODELS = select(*Model.__table__.columns)
 _TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 _SOURCES = select(*SourceFiles.__table__.columns)
 _CUTS = select(Cuts.key, Cuts.offsets, Cuts.signature)
 _MAX_TOKEN_ID = 2**32
+_LOGPROB_NBYTES = 4
+_GENERATIONS = select(*GenerationRow.__table__.columns)
 _PATHS = select(GreedyPathRow.address, GreedyPathRow.token_ids, GreedyPathRow.signature)
 
 
@@ -124,6 +129,30 @@ class Models(CatalogFile):
                 if row.token_ids is not None and all(0 <= token < _MAX_TOKEN_ID for token in row.token_ids)
             }
 
+    def generations(self, keys: Iterable[bytes]) -> dict[bytes, GenerationRecord]:
+        """Return what was generated, of those for which that is known."""
+        with self.reading() as connection:
+            found = (
+                connection.execute(_GENERATIONS.where(GenerationRow.key.in_(some))).mappings() for some in chunks(keys)
+            )
+            return {
+                row["key"]: GenerationRecord(**{**row, "token_ids": tuple(row["token_ids"])})
+                for rows in found
+                for row in rows
+                if _is_whole(row)
+            }
+
+
+def _is_whole(row: RowMapping) -> bool:
+    """Whether what is said to have been generated can have been."""
+    ids = row["token_ids"]
+    return (
+        ids is not None
+        and all(0 <= token < _MAX_TOKEN_ID for token in ids)
+        and len(row["token_logprobs"]) == _LOGPROB_NBYTES * len(ids)
+        and len(ids) - 1 <= row["num_kept"] <= len(ids)
+    )
+
 
 def _replace(connection: Connection, table: type[Base], values: Mapping[str, object]) -> None:
     """Write one row, over the one with the same primary key if there is one."""
@@ -138,23 +167,26 @@ def _has_ids(source: RowMapping) -> bool:
     return all(len(source[name]) == ID_NBYTES for name in ("weights_id", "tokenizer_id"))
 
 
-def forget_greedy_paths(connection: Connection, addresses: Iterable[Address]) -> None:
+def forget_continuations(connection: Connection, addresses: Iterable[Address]) -> None:
     """Remove the greedy paths of representations, of all that these follow, and of prompts that are not listed.
 
     The path of a prompt that stays may contain what goes: it was followed as far as it agreed with what was there.
+    Generations go likewise, with what they end with.
     """
     for some in chunks(addresses):
-        connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.in_(some)))
-        connection.execute(_FORGET_BEFORE, {"addresses": some})
-    connection.execute(delete(GreedyPathRow).where(GreedyPathRow.address.not_in(select(Representation.address))))
+        for table in (GreedyPathRow, GenerationRow):
+            connection.execute(delete(table).where(table.address.in_(some)))
+            connection.execute(_FORGET_BEFORE[table], {"addresses": some})
+    for table in (GreedyPathRow, GenerationRow):
+        connection.execute(delete(table).where(table.address.not_in(select(Representation.address))))
 
 
-def _forget_before() -> Delete:
+def _forget_before(table: type[GreedyPathRow] | type[GenerationRow]) -> Delete:
     of = Representation.address.in_(bindparam("addresses", expanding=True))
     reached = select(Representation.segment_id.label("id")).where(of).cte("reached", recursive=True)
     reached = reached.union(select(Parent.parent_id).join(reached, Parent.segment_id == reached.c.id))
     before = select(Representation.address).where(Representation.segment_id.in_(select(reached.c.id)))
-    return delete(GreedyPathRow).where(GreedyPathRow.address.in_(before))
+    return delete(table).where(table.address.in_(before))
 
 
-_FORGET_BEFORE = _forget_before()
+_FORGET_BEFORE = {table: _forget_before(table) for table in (GreedyPathRow, GenerationRow)}

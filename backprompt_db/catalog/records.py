@@ -88,6 +88,27 @@ class GreedyPath:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerationRecord:
+    """What a model has generated after a prompt, with certain arguments."""
+
+    key: bytes
+    """32-byte digest of the prompt, the model and the arguments."""
+    address: Address
+    """The address of the representation that prompt and continuation end with."""
+    string: str
+    """The continuation, without the end-of-sequence token that may have ended it."""
+    token_ids: tuple[int, ...]
+    """The generated tokens, the end-of-sequence token included."""
+    token_logprobs: bytes
+    """float32 [T], little-endian: natural log-probability of each of them under the model itself."""
+    num_kept: int
+    """Tokens of the continuation: all but the end-of-sequence token."""
+    is_finished: bool
+    """Whether it ended by itself; else more tokens would have followed."""
+    signature: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """The ids of a model whose files have not changed, so that they need not be digested again."""
 
@@ -99,7 +120,7 @@ class Source:
     signature: bytes | None = None
 
 
-Known = ModelRecord | TokenizerRecord | Source | CutsRecord | GreedyPath
+Known = ModelRecord | TokenizerRecord | Source | CutsRecord | GreedyPath | GenerationRecord
 """Something to save: about a model, a tokenizer, a model's files, a long string or a prompt."""
 
 

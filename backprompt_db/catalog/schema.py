@@ -152,6 +152,23 @@ class GreedyPathRow(Base):
     signature: Mapped[bytes | None]
 
 
+class GenerationRow(Base):
+    """What a model has generated after a prompt. Its representation may not be listed yet."""
+
+    __tablename__ = "generations"
+
+    key: Mapped[bytes] = mapped_column(primary_key=True)
+    address: Mapped[Address] = mapped_column(index=True)
+    """The representation that prompt and continuation end with."""
+    string: Mapped[str]
+    token_ids: Mapped[list[int]]
+    token_logprobs: Mapped[bytes]
+    """float32, little-endian."""
+    num_kept: Mapped[int]
+    is_finished: Mapped[bool]
+    signature: Mapped[bytes | None]
+
+
 class Count(Base):
     """How often something happened, over all processes since the catalog was made."""
 

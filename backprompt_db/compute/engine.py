@@ -117,6 +117,17 @@ class Engine:
         """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
         return self._proven_runner(self.addresses())
 
+    def find(self, wanted: Wanted, addresses: Addresses) -> Call:
+        """Return the call with those of the wanted parts that are stored; nothing is computed."""
+        call = Call(self._db, self._source, addresses, wanted=wanted, keep={})
+        self._count(call)
+        return call
+
+    def count_decoded(self, num_tokens: int, *, seconds: float) -> None:
+        """Count tokens that were generated."""
+        self.num_decoded_tokens += num_tokens
+        self.seconds += seconds
+
     @property
     def keeps(self) -> bool:
         """Whether computed parts are stored: a database that is opened read-only drops them."""

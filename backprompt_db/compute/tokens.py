@@ -81,6 +81,11 @@ class SegmentTokenizer:
         if signature != self._signature:
             self._learn(signature)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the string of tokens, special ones included, with nothing tidied up."""
+        string: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return string
+
     def encode(self, segments: Iterable[Segment]) -> dict[Segment, list[int]]:
         """Return the token ids of each segment; a segment without parents begins with the start tokens.
 

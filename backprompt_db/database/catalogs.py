@@ -21,14 +21,22 @@ from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.catalog.catalog import Catalog
-    from backprompt_db.catalog.records import CutsRecord, GreedyPath, Known, ModelRecord, Source, TokenizerRecord
+    from backprompt_db.catalog.records import (
+        CutsRecord,
+        GenerationRecord,
+        GreedyPath,
+        Known,
+        ModelRecord,
+        Source,
+        TokenizerRecord,
+    )
     from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
     from backprompt_db.store.records import Digest
 
     _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
     _Read = TypeVar("_Read")
 
-    Signed = ModelRecord | Source | CutsRecord | GreedyPath
+    Signed = ModelRecord | Source | CutsRecord | GreedyPath | GenerationRecord
     """What has a signature, because it decides what is computed and what is found.
 
     Whoever could forge it could have one model answer with another one's values.
@@ -134,6 +142,14 @@ class ModelMetadata:
             found = _read(catalog, lambda catalog: catalog.cuts_of(keys))
             cuts |= {record.key: record.offsets for record in (found or {}).values() if self._is_genuine(record)}
         return cuts
+
+    def generations(self, keys: Collection[bytes]) -> dict[bytes, GenerationRecord]:
+        """Return what was generated under these keys, as far as that is known."""
+        records: dict[bytes, GenerationRecord] = {}
+        for catalog in reversed(list(self._catalogs)):
+            found = _read(catalog, lambda catalog: catalog.generations(keys))
+            records |= {key: record for key, record in (found or {}).items() if self._is_genuine(record)}
+        return records
 
     def save(self, *records: Known) -> None:
         """Save records, all in one transaction."""

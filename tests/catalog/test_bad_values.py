@@ -53,7 +53,7 @@ READERS: list[Callable[[Catalog], object]] = [
     Catalog.counts,
     Catalog.events,
     lambda catalog: catalog.evictions([KEY]),
-    lambda catalog: catalog.seconds_per_token(WEIGHTS),
+    lambda catalog: catalog.generations([KEY]),
 ]
 
 

@@ -229,9 +229,9 @@ class TestShared:
         represent, kept = Engine.represent, []
 
         def noted(engine: Engine, wanted: Wanted, **options: Any) -> Any:
-            found, computed = represent(engine, wanted, **options)
-            kept.append(set(found) - {(segment, part) for segment, parts in wanted.items() for part in parts})
-            return found, computed
+            call = represent(engine, wanted, **options)
+            kept.append(set(call.found) - {(segment, part) for segment, parts in call.taken.items() for part in parts})
+            return call
 
         monkeypatch.setattr(Engine, "represent", noted)
         lm(CONTEXT)

@@ -7,7 +7,8 @@ where a plain call computes the prompt. Prompts of different lengths are padded 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
 from backprompt_db.compute import plan
+from backprompt_db.compute.generate_arguments import GenerateArguments
 from backprompt_db.compute.healing import Healed
 from backprompt_db.compute.inference.forward import evaluation
 from backprompt_db.compute.inference.kv_cache import CACHE_KEYWORD, cache_argument, cache_of_rows
@@ -32,44 +34,6 @@ if TYPE_CHECKING:
     from backprompt_db.compute.inference.runner import ModelRunner
     from backprompt_db.compute.tokens import SegmentTokenizer
 
-_READ_PADDING = frozenset({
-    "bad_words_ids", "encoder_no_repeat_ngram_size", "guidance_scale", "logits_processor", "min_length",
-    "no_repeat_ngram_size", "prefix_allowed_tokens_fn", "sequence_bias", "stopping_criteria", "watermarking_config",
-})  # fmt: skip
-"""Arguments that depend on the order or the number of a prompt's tokens, which padding changes."""
-
-_ALLOWED = _READ_PADDING | {
-    "begin_suppress_tokens", "do_sample", "early_stopping", "encoder_repetition_penalty", "eos_token_id",
-    "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty", "forced_eos_token_id", "length_penalty",
-    "max_time", "min_new_tokens", "min_p", "num_beams", "pad_token_id", "remove_invalid_values", "renormalize_logits",
-    "repetition_penalty", "stop_strings", "suppress_tokens", "temperature", "top_h", "top_k", "top_p", "typical_p",
-}  # fmt: skip
-"""Any other argument changes what a token sees or what is returned, belongs to other models, or is misspelt."""
-
-_PROMPT = "The prompt is all that the model is given."
-_CACHE = "The stored keys and values are the cache."
-_RESULT = "A result has token_ids and token_logprobs; for more, call model.generate with lm.past_key_values(text)."
-_SPECULATION = "Speculative decoding is not supported."
-_HINTS = {
-    **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
-    **dict.fromkeys(
-        (
-            *("past_key_values", "cache", "use_cache", "cache_implementation", "cache_config", "max_cache_len"),
-            "prefill_chunk_size",
-        ),
-        _CACHE,
-    ),
-    **dict.fromkeys(
-        ("return_dict_in_generate", "output_logits", "output_scores", "output_attentions", "output_hidden_states"),
-        _RESULT,
-    ),
-    **dict.fromkeys(("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp"), _SPECULATION),
-    "generation_config": "Give its values by name, or set lm.model.generation_config.",
-    "max_length": "Give max_new_tokens, which does not count the prompt.",
-    "tokenizer": "Stop strings are read with the tokenizer of the language model.",
-    "token_healing": "It changes the tokens of the prompt, which are those of its pieces.",
-}  # fmt: skip
-
 NEUTRAL: Mapping[str, Any] = {
     "use_cache": True, "cache_implementation": None, "prefill_chunk_size": None, "token_healing": False,
     "prompt_lookup_num_tokens": None, "use_mtp": None, "return_dict_in_generate": True, "output_logits": True,
@@ -78,55 +42,13 @@ NEUTRAL: Mapping[str, Any] = {
 """Values of arguments that nobody may give: the model's own generation configuration may have others."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateArguments:
-    """The arguments of `generate`. Raises `PromptError` for those that cannot be used."""
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The beginning of a continuation, which was generated before and was cut short."""
 
-    max_new_tokens: int
-    num_return_sequences: int | None
-    """Continuations of each prompt; None for one, without a list around it."""
-    streamer: Any
-    store: bool
-    others: Mapping[str, Any]
-    """The other arguments, by the names that transformers gives them."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("num_return_sequences", self.num_sequences)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PromptError(f"{name}={value!r} is not a number of that kind", hint="Give an int of 1 or more.")
-        for name in self.others:
-            if name not in _ALLOWED:
-                hint = _HINTS.get(name, "It is no argument that changes which tokens are chosen, or it is misspelt.")
-                raise PromptError(f"generate takes no {name}=", hint=hint)
-
-    @property
-    def num_sequences(self) -> int:
-        """Continuations of each prompt."""
-        return 1 if self.num_return_sequences is None else self.num_return_sequences
-
-    def value(self, name: str, model: Any) -> Any:
-        """Return an argument, or where it was not given that of the model's own generation configuration."""
-        return self.others[name] if name in self.others else getattr(model.generation_config, name, None)
-
-    def num_rows(self, model: Any) -> int:
-        """Return how many sequences are generated at a time for each prompt: its beams, or the sequences to return."""
-        return max(self.num_beams(model), self.num_sequences)
-
-    def num_beams(self, model: Any) -> int:
-        """Return the number of beams; 1 without beam search."""
-        return int(self.value("num_beams", model) or 1)
-
-    def admits_padding(self, model: Any) -> bool:
-        """Return whether prompts of different lengths may be generated together, with the shorter ones padded."""
-        return not any(self.value(name, model) for name in _READ_PADDING)
-
-    def eos_ids(self, model: Any) -> frozenset[int]:
-        """Return the token ids that end a sequence."""
-        given = self.value("eos_token_id", model)
-        given = getattr(given, "tolist", lambda: given)()  # a tensor, in newer checkpoints
-        if given is None:
-            return frozenset()
-        return frozenset(given if isinstance(given, list | tuple) else [given])
+    segment: Segment
+    token_ids: Sequence[int]
+    token_logprobs: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,27 +61,34 @@ class Prompt:
     """Tokens of each segment."""
     input_ids: list[int]
     position_ids: list[int]
+    begun: Begun | None = None
+    """What was generated before, and is the last segment."""
 
     @classmethod
-    def of(cls, healed: Healed, tokenizer: SegmentTokenizer) -> Prompt:
+    def of(cls, healed: Healed, tokenizer: SegmentTokenizer, begun: Begun | None = None) -> Prompt:
         """Tokenise a text. Raises `PromptError` for one that ends in parallel branches."""
         if len(healed.tips) != 1:
             raise PromptError(
                 "the prompt ends in parallel branches, where nothing predicts what follows",
                 hint="Put the text that asks for the continuation after the branches.",
             )
-        segments = healed.segments
+        segments = [*healed.segments, *([begun.segment] if begun else [])]
         ids = tokenizer.encode(segments)
         num_tokens = {segment: len(ids[segment]) for segment in segments}
         starts = plan.positions(segments, num_tokens)
         places = [starts[segment] + index for segment in segments for index in range(num_tokens[segment])]
         joined = [token for segment in segments for token in ids[segment]]
-        return cls(healed.text, segments, list(num_tokens.values()), joined, places)
+        return cls(healed.text, segments, list(num_tokens.values()), joined, places, begun)
 
     @property
     def tip(self) -> Segment:
-        """The segment that the continuation follows; it sees all others."""
-        return self.segments[-1]
+        """The segment that the whole continuation follows; it sees all before it."""
+        return self.segments[-2 if self.begun else -1]
+
+    @property
+    def num_begun(self) -> int:
+        """How many tokens of the continuation are there already."""
+        return len(self.begun.token_ids) if self.begun else 0
 
     @property
     def is_plain(self) -> bool:
@@ -205,6 +134,13 @@ class Row:
     """float32 [T]: natural log-probability of each token under the model itself."""
     num_kept: int
     """Tokens of the continuation: all but the end-of-sequence token."""
+    is_finished: bool
+    """Whether it ended by itself, and not because no more tokens were asked for."""
+
+    @property
+    def num_decoded(self) -> int:
+        """How many of its tokens were generated now."""
+        return len(self.token_ids) - self.prompt.num_begun
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,9 +161,11 @@ class Decoding:
         began = time.perf_counter()
         stops = _Stops(self._stop_criteria(tokenizer), self.padding)
         cache = self._cache(found)
-        with evaluation(model):
+        with _seeded(self.arguments.seed), evaluation(model):
             output = model.generate(**self.inputs, **{CACHE_KEYWORD: cache}, **self._call_arguments(stops))
-        return Outcome(self, output, stops.lengths, cache, time.perf_counter() - began)
+        outcome = Outcome(self, output, stops.lengths, cache, time.perf_counter() - began)
+        self.runner.num_calls += outcome.num_steps
+        return outcome
 
     @property
     def num_rows(self) -> int:
@@ -291,6 +229,15 @@ class Decoding:
         }
 
 
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Take random numbers that follow from a seed, and leave those of the process as they are."""
+    with torch.random.fork_rng() if seed is not None else nullcontext():
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 class _Stops(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
     """Stopping criteria that see each prompt without its padding, and how long each row was when it first met one.
 
@@ -352,9 +299,10 @@ class Outcome:
         for index, ids in enumerate(generated.tolist()):
             end = self._end(index, ids, eos_ids)
             num_kept = end - (end > 0 and ids[end - 1] in eos_ids)
-            rows.append(
-                Row(self.decoding.prompts[index // num_sequences], ids[:end], logprobs[index, :end].copy(), num_kept)
-            )
+            is_finished = num_kept < end or index in self.stopped or end < arguments.max_new_tokens
+            prompt = self.decoding.prompts[index // num_sequences]
+            row = Row(prompt, ids[:end], logprobs[index, :end].copy(), num_kept, is_finished)
+            rows.append(row if prompt.begun is None else _joined(prompt.begun, row))
         return rows
 
     def _end(self, row: int, ids: Sequence[int], eos_ids: frozenset[int]) -> int:
@@ -391,6 +339,7 @@ class Outcome:
         with evaluation(decoding.runner.model):
             model = decoding.runner.model
             output = model(**step, **cache_argument(model, self.cache), use_cache=True, return_dict=True)
+        decoding.runner.num_calls += 1
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
@@ -399,3 +348,14 @@ class Outcome:
         logits = self.output.logits[num_tokens] if num_tokens < len(self.output.logits) else self.last_logits
         own: torch.Tensor = logits[row].clone()
         return own
+
+
+def _joined(begun: Begun, row: Row) -> Row:
+    """Return the whole continuation, of which the row has generated the rest."""
+    return Row(
+        row.prompt,
+        [*begun.token_ids, *row.token_ids],
+        np.concatenate([begun.token_logprobs, row.token_logprobs]),
+        len(begun.token_ids) + row.num_kept,
+        row.is_finished,
+    )

@@ -36,6 +36,7 @@ _TOKENIZER_ARGUMENTS = (
 )
 
 _SOURCE = b"backprompt-db/source/1\0"
+_DEFAULTS = b"backprompt-db/generation defaults/1\0"
 _SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".gguf", ".model", ".txt", ".jinja", ".py", ".tiktoken"})
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 _ELSEWHERE = ("adapter_config.json",)
@@ -71,6 +72,10 @@ class ModelSource(Protocol):
     def is_loaded(self) -> bool:
         """Whether the model is in memory."""
 
+    @property
+    def defaults_id(self) -> bytes | None:
+        """What names the model's generation configuration; None where only loading the model tells it."""
+
     def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape alone; `record` is the result of a self-check, if there is one."""
 
@@ -97,6 +102,11 @@ class GivenModel:
         """The id of the tokenizer as it is now."""
         return self.tokenizer.id
 
+    @property
+    def defaults_id(self) -> bytes:
+        """A digest of the model's generation configuration as it is now."""
+        return _defaults_digest(self.runner.model)
+
     def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape alone."""
         from backprompt_db.compute.inference.spec import spec_of
@@ -107,10 +117,15 @@ class GivenModel:
 class PretrainedModel:
     """A model in files. If the ids of exactly these files are known, nothing is loaded until it is needed."""
 
-    def __init__(self, name: str, arguments: dict[str, Any], *, known_ids: ModelIds | None) -> None:
+    def __init__(
+        self, name: str, arguments: dict[str, Any], *, known_ids: ModelIds | None, key: bytes | None = None
+    ) -> None:
         self.name = name
         self._arguments = arguments
         self._known_ids = known_ids
+        self.key = key
+        """The digest of its files that `source_key` makes."""
+        self._loaded_defaults: bytes | None = None
 
     @property
     def ids(self) -> ModelIds:
@@ -144,7 +159,20 @@ class PretrainedModel:
         """The model, loaded at the first access."""
         from backprompt_db.compute.inference.runner import ModelRunner
 
-        return ModelRunner.load(self.name, self._arguments)
+        runner = ModelRunner.load(self.name, self._arguments)
+        self._loaded_defaults = _defaults_digest(runner.model)
+        return runner
+
+    @property
+    def defaults_id(self) -> bytes | None:
+        """The digest of the files, one of which has the configuration; that of the configuration once it was changed.
+
+        None where the files have no digest and the model is not loaded.
+        """
+        if not self.is_loaded:
+            return self.key
+        now = _defaults_digest(self.runner.model)
+        return self.key if self.key is not None and now == self._loaded_defaults else now
 
     def spec(self, record: ModelRecord | None) -> ModelSpec:
         """Return what follows from the model's shape alone; loads the model only if its configuration is not enough."""
@@ -163,12 +191,13 @@ def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: Mo
     key = source_key(name, arguments)
     known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
     known_ids = ModelIds(known.weights_id, known.tokenizer_id) if known else None
-    model = PretrainedModel(name, arguments, known_ids=known_ids)
+    model = PretrainedModel(name, arguments, known_ids=known_ids, key=key)
     if known is None:
         ids = model.ids  # loads the model, and downloads it if need be
         after = source_key(name, arguments)
         if after and key in (None, after):  # else the files have changed meanwhile
             model_metadata.save(Source(after, name, *ids))
+            model.key = after
     return model
 
 
@@ -204,6 +233,13 @@ def locate(name_or_path: str, arguments: dict[str, Any]) -> Path | None:
     except ValueError:  # not a repository name
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def _defaults_digest(model: Any) -> bytes:
+    """Return a digest of a model's generation configuration, and of the version of the library that reads it."""
+    values = {} if model.generation_config is None else model.generation_config.to_dict()
+    facts = [version("transformers"), {name: value for name, value in values.items() if name != "transformers_version"}]
+    return hashlib.sha256(_DEFAULTS + json.dumps(facts, sort_keys=True, default=str).encode()).digest()
 
 
 def _file_identity(path: Path) -> str:

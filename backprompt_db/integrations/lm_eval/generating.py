@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from backprompt_db.compute.inference.decoding import GenerateArguments
+from backprompt_db.compute.generate_arguments import GenerateArguments
 from backprompt_db.integrations.lm_eval.token_pieces import text_of
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Generator:
     def _call(
         self, texts: Sequence[Text], settings: GenerationSettings, stops: Mapping[str, Any]
     ) -> list[Sequence[int]]:
-        from backprompt_db.compute.generate import generate
+        from backprompt_db.compute.generate import Decoder
         from backprompt_db.compute.healing import Healed
         from backprompt_db.compute.keeping import AUTO, Keep
 
@@ -128,9 +128,9 @@ class Generator:
         def as_written(text: Text) -> Healed:
             return Healed.as_written(text, namespace=self._namespace)
 
-        healed = list(map(as_written, texts))
-        results = generate(self._engine, self._source, healed, arguments, heal=as_written, keep=Keep.named(AUTO))
-        return [each.token_ids.tolist() for (each,) in results]
+        decoder = Decoder(self._engine, self._source, arguments, as_written, Keep.named(AUTO))
+        results, _ = decoder.decode(list(map(as_written, texts)), [None] * len(texts))
+        return [each.ids for (each,) in results]
 
     def _run(self, ids: list[int], settings: GenerationSettings) -> Sequence[int]:
         """Run the model on token ids that no string has; nothing is stored."""
