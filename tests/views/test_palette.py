@@ -13,6 +13,7 @@ from backprompt_db.views.page import html_page
 from backprompt_db.views.palette import DARK, LIGHT, Theme
 
 DOCS = Path(__file__).parents[2] / "docs"
+PICTURES = sorted(path for kind in ("svg", "html", "ipynb") for path in DOCS.rglob(f"*.{kind}"))
 ACCENTS = {
     *(palette.BLUE, palette.AMBER, palette.VERMILION, palette.GREEN, palette.PINK, palette.GREY),
     *(palette.VIOLET, palette.OLIVE, palette.TEAL),
@@ -88,12 +89,13 @@ def test_the_interactive_page_has_no_other_colours() -> None:
     assert used <= set(palette.page_properties(LIGHT))
 
 
-@pytest.mark.parametrize(
-    "path", sorted([*DOCS.rglob("*.svg"), *DOCS.rglob("*.html")]), ids=lambda path: str(path.relative_to(DOCS))
-)
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: str(path.relative_to(DOCS)))
 def test_a_picture_of_the_documentation_has_no_other_colours(path: Path) -> None:
     themed = {colour for theme in (LIGHT, DARK) for colour in (theme.card, theme.ink, theme.pale, theme.hairline)}
-    assert colours_in(path.read_text(encoding="utf-8")) <= ACCENTS | themed
+    shown = path.read_text(encoding="utf-8")
+    assert colours_in(shown) <= ACCENTS | themed
+    tints = {tuple(map(int, each)) for each in re.findall(r"rgba\((\d+),(\d+),(\d+),", shown)}
+    assert tints <= {palette.channels(palette.SURPRISE), palette.channels(palette.PROBABILITY)}
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.svg")), ids=lambda path: str(path.relative_to(DOCS)))
