@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backprompt_db.views import palette
+
 _ASSETS = Path(__file__).parent / "page_assets"
 _SCRIPTS = (
     *("words", "elements", "contents", "tree", "view", "boxes", "segments", "colours"),
@@ -26,7 +28,7 @@ _PLACE = re.compile(r"\{\{ ([a-z ]+) \}\}")
 
 def html_page(contents: Mapping[str, Any], *, title: str) -> str:
     """Return the page; `operations.graph_page.page_contents` makes its `contents`. Markup in texts is shown as text."""
-    style, script = _read("page.css"), _script()
+    style, script = palette.page_colours() + _read("page.css"), _script()
     values = {
         "title": html.escape(title),
         "style": style,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from backprompt_db.views import palette
 from backprompt_db.views.formatting import plural, visible
 from backprompt_db.views.scene import ScoredSegment, Vocabulary
 
@@ -22,14 +23,14 @@ NUM_TOKENS = 10_000
 _MOST_NATS = 8.0
 """The surprise with the deepest colour."""
 _DEEPEST = 0.75
-_SURPRISE = "230,100,0"
-_PROBABILITY = "0,114,178"
+_SURPRISE = ",".join(map(str, palette.channels(palette.SURPRISE)))
+_PROBABILITY = ",".join(map(str, palette.channels(palette.PROBABILITY)))
 _BLOCK = (
     "font-family:ui-monospace,Menlo,Consolas,monospace;font-size:13px;line-height:1.9;max-height:32em;overflow:auto"
 )
 _WRAP = "white-space:pre-wrap;overflow-wrap:anywhere"
 _NAMES = {False: "cached", True: "computed"}
-_LINES = {False: "2px solid #0072b2", True: "2px dashed #e69f00"}
+_LINES = {False: f"2px solid {palette.STORED}", True: f"2px dashed {palette.COMPUTED}"}
 """The line below the tokens of a segment. Its form differs, too, not only its colour."""
 _UNDEFINED = "outline:1px dotted;outline-offset:-1px"
 _NOTHING = "◌"

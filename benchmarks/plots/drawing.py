@@ -9,26 +9,34 @@ import matplotlib as mpl
 import numpy as np
 from cycler import cycler
 
+from backprompt_db.views.palette import DARK, GREY, LIGHT, SERIES
 from benchmarks.plots.curves import Figure
 
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 
 _STYLE = {
+    "axes.edgecolor": LIGHT.ink,
+    "axes.facecolor": LIGHT.card,
     "axes.grid": True,
-    "axes.prop_cycle": cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000"]),
+    "axes.labelcolor": LIGHT.ink,
+    "axes.prop_cycle": cycler(color=SERIES),
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "figure.facecolor": "white",
+    "figure.facecolor": LIGHT.card,
     "font.size": 10,
     "grid.alpha": 0.25,
+    "grid.color": GREY,
     "legend.frameon": False,
     "savefig.bbox": "tight",
     "svg.fonttype": "none",
     "svg.hashsalt": "backprompt-db",
+    "text.color": LIGHT.ink,
+    "xtick.color": LIGHT.ink,
+    "ytick.color": LIGHT.ink,
 }
-"""Colours that those who see few of them can tell apart (Okabe and Ito, 2008); markers differ too."""
 
-_MARKERS = "osD^v"
+_MARKERS = "osD^v<"
+"""Colour never stands alone."""
 
 
 def draw(figure: Figure, directory: Path = PICTURES) -> Path:
@@ -46,7 +54,19 @@ def draw(figure: Figure, directory: Path = PICTURES) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{figure.name}.svg"
         canvas.savefig(path, metadata={"Date": None, "Creator": None, "Title": figure.title})
+    path.write_text(_with_dark_theme(path.read_text(encoding="utf-8")), encoding="utf-8")
     return path
+
+
+def _with_dark_theme(svg: str) -> str:
+    """Return what matplotlib has drawn in light, with rules that change card and ink where the reader has it dark."""
+    changes = ((LIGHT.card, DARK.card), (LIGHT.ink, DARK.ink))
+    rules = "".join(
+        f'[style*="{kind}: {light}"]{{{kind}: {dark} !important}}'
+        for light, dark in changes
+        for kind in ("fill", "stroke")
+    )
+    return svg.replace("</style>", f"@media (prefers-color-scheme: dark){{{rules}}}</style>", 1)
 
 
 def _name_axes(axes: Any, figure: Figure) -> None:

@@ -22,10 +22,11 @@ CONTEXT = (
 )
 NOTICES = (
     "Opening hours: The shop opens at nine in the morning and closes at six. On Sundays it stays closed all day.\n",
-    "Returns: Whatever you buy can be returned within thirty days with the receipt, except food and books.\n",
+    "Returns: Thirty days with the receipt, for whatever you buy except food and books.\n",
     "Parking: Twelve places behind the house are free for two hours.\n",
 )
 QUESTION = "Question: When does the shop open on a Monday?\nAnswer:"
+EDIT = "The third piece said Thirty before. What stands before it is found, it and what follows it are computed again."
 ENDPOINTS = "Pick the endpoint for the request.\nGET /users lists users. POST /orders creates an order.\n"
 REQUESTS = ("Request: who signed up this week?", "Request: buy two of these", "Request: show me everyone")
 LABELS = (" GET /users", " POST /orders")
@@ -47,11 +48,11 @@ def save(picture: Picture, name: str) -> None:
 
 
 def prompt(lm: bp.LanguageModel) -> Picture:
-    """Return a prompt of which the beginning was stored, the middle has just been computed, and the end is missing."""
-    context = lm.text(CONTEXT)
-    (context + NOTICES[0])()
-    result = (context + bp.parallel(*NOTICES))()
-    return (result.text + QUESTION).picture(after=result)
+    """Return a prompt that was stored before a piece in its middle was edited, and has just been run again."""
+    hours, returns, parking = NOTICES
+    (lm.text(CONTEXT) + hours + returns + parking + QUESTION)()
+    result = (lm.text(CONTEXT) + hours + returns.replace("Thirty", "Sixty") + parking + QUESTION)()
+    return replace(result.text.picture(after=result), remarks=(EDIT,))
 
 
 def tree(lm: bp.LanguageModel) -> Picture:

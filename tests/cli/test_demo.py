@@ -24,6 +24,7 @@ from backprompt_db.cli.demo.run import run_demo
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from backprompt_db.errors import BackpromptError, PromptError, UnsafeLocation, UnsupportedModel
 from tests.conftest import tiny_gpt2
+from tests.support.cli import run
 
 
 def test_every_endpoint_has_five_requests_of_its_own() -> None:
@@ -98,6 +99,12 @@ def test_gpt2_is_taken_from_the_local_cache_without_asking(hub: Path, monkeypatc
     (repository / "snapshots/abc/model.safetensors").write_bytes(b"")
     choice = choose.choose_model("gpt2")
     assert (choice.model, choice.is_local) == ("openai-community/gpt2", True)
+
+
+def test_the_help_says_which_model_runs_where_gpt2_cannot_be_had() -> None:
+    [line] = [line for line in run("demo", "--help", columns=200).stdout.splitlines() if "--model" in line]
+    assert "SmolLM2-135M-Instruct where gpt2 cannot be had" in line
+    assert "[default: gpt2]" in line
 
 
 def test_any_other_model_is_used_as_named(hub: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Docstring examples run, and the README names every command. Its own examples run in `test_docs.py`."""
+"""Docstring examples run, and the links of the README lead somewhere. Its own examples run in `test_docs.py`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ import pkgutil
 import re
 from pathlib import Path
 
+import markdown  # type: ignore[import-untyped]
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
+
 import backprompt_db
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def links_of(text: str) -> list[str]:
+    """All addresses that a Markdown text leads to or shows."""
+    page = markdown.markdown(text, extensions=["fenced_code", "tables"])
+    return re.findall(r'(?:href|src)="([^"]+)"', page)
+
+
+def headings_of(text: str) -> set[str]:
+    """The anchors of a Markdown text's headings."""
+    return set(re.findall(r'<h\d id="([^"]+)"', markdown.markdown(text, extensions=["toc", "fenced_code"])))
 
 
 def modules() -> list[str]:
@@ -27,11 +42,21 @@ def test_the_examples_of_docstrings_run() -> None:
         assert failures == 0, name
 
 
-def test_the_readme_names_every_command() -> None:
-    from typer.main import get_command
+def test_every_link_of_the_readme_leads_to_a_file_and_to_a_heading_there() -> None:
+    links = [link for link in links_of(README) if not link.startswith("https:")]
+    assert len(links) > 20
+    for link in links:
+        name, _, anchor = link.partition("#")
+        assert (ROOT / name).exists(), link
+        assert not anchor or anchor in headings_of((ROOT / name).read_text(encoding="utf-8")), link
 
-    from backprompt_db.cli.app import app
 
-    commands = getattr(get_command(app), "commands")  # noqa: B009 - click's types do not know groups here
-    visible = {name for name, command in commands.items() if not command.hidden}
-    assert visible == set(re.findall(r"^\$ backprompt-db (\w+)", README, flags=re.MULTILINE))
+def test_a_package_index_shows_the_readme_with_links_into_the_repository() -> None:
+    project = ProjectMetadata(str(ROOT), PluginManager()).core
+    source = project.urls["Source"]
+    assert all(link.startswith("https:") for link in links_of(project.readme))
+    assert project.readme_content_type == "text/markdown"
+    assert project.readme.replace(f"{source}/blob/main/", "").replace(f"{source}/raw/main/", "") == README
+    pictures = re.findall(r'<img [^>]*src="([^"]+)"', markdown.markdown(project.readme))
+    assert pictures
+    assert all(picture.startswith(f"{source}/raw/main/") for picture in pictures)

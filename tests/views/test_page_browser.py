@@ -155,7 +155,9 @@ class TestPanel:
             "with all below": "7 segments, 32 tokens",
         }
 
-    def test_tokens_are_the_darker_the_less_they_were_expected(self, page: PageInBrowser, found: Forest) -> None:
+    def test_tokens_are_the_stronger_in_colour_the_less_they_were_expected(
+        self, page: PageInBrowser, found: Forest
+    ) -> None:
         page.click_box(page.items()[node_of(found, CONTEXT)])
         tokens = page.driver.find_elements("css selector", "#text .token")
         assert "".join(str(token.get_property("textContent")) for token in tokens) == CONTEXT
@@ -166,7 +168,8 @@ class TestPanel:
             ".map(each => parseFloat(getComputedStyle(each).backgroundColor.match(/[0-9.]+(?=\\))/)[0]))"
         )
         assert alphas == pytest.approx([0.75 * 0.5 * number / 8 for number in range(1, len(tokens))], abs=0.01)
-        assert "Mean log-probability -2.00, perplexity 7.39" in page.text("#panel")
+        remark = "The stronger a token's colour, the less it was expected. Mean log-probability -2.00, perplexity 7.39."
+        assert remark in page.text("#panel"), "in a dark theme, no token is the darker for it"
 
     def test_without_log_probabilities_there_is_the_text(self, page: PageInBrowser, found: Forest) -> None:
         page.click_box(page.items()[node_of(found, JOIN)])

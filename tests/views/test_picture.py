@@ -288,7 +288,7 @@ class TestOutput:
         assert not any(character in string for character in "\x1b\u202e")
 
 
-@pytest.mark.parametrize(("name", "states"), [("prompt", {"stored", "computed", "missing"}), ("tree", {"stored"})])
+@pytest.mark.parametrize(("name", "states"), [("prompt", {"stored", "computed"}), ("tree", {"stored"})])
 def test_pictures_of_the_documentation_are_drawn_as_pictures_are_drawn_now(name: str, states: set[str]) -> None:
     path = Path(__file__).parents[2] / "docs" / "pictures" / f"{name}.svg"
     svg = path.read_text(encoding="utf-8")

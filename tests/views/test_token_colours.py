@@ -40,7 +40,9 @@ class TestTokens:
             known = "undefined" if logprob.isnan() else f"log-probability {logprob:.3f}, {math.exp(logprob):.2%}"
             assert token.title == f"token {token_id}: {known}"
 
-    def test_what_surprises_more_is_darker_and_what_nothing_predicts_has_a_frame(self, lm: bp.LanguageModel) -> None:
+    def test_what_surprises_more_has_more_colour_and_what_nothing_predicts_has_a_frame(
+        self, lm: bp.LanguageModel
+    ) -> None:
         result = run(lm)
         first, *others = read(result).tokens
         assert "dotted" in first.style

@@ -19,7 +19,14 @@ RequestsOption = Annotated[
 
 def demo(
     *,
-    model: ModelOption = "gpt2",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="NAME",
+            help="A causal language model's name or path; SmolLM2-135M-Instruct where gpt2 cannot be had.",
+        ),
+    ] = "gpt2",
     directory: Annotated[
         Path | None,
         typer.Option(

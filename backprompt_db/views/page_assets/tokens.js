@@ -1,9 +1,9 @@
-// A text as its tokens, the darker the less each was expected.
+// A text as its tokens, the stronger in colour the less each was expected.
 
 import { element } from "./elements.js";
 import { counted, number } from "./words.js";
 
-const DARKEST = 8; // nats: less than one in 2980
+const MOST_NATS = 8; // nats: less than one in 2980
 const STRONGEST = 0.75;
 const MOST_NAMES = 4; // of start tokens
 
@@ -40,7 +40,7 @@ function spansOf({ ids, logprobs }, shown) {
 function tokenOf(piece, id, logprob) {
   const token = element("span", { class: "token", title: titleOf(piece, id, logprob) }, piece);
   if (logprob === null) token.classList.add("undefined");
-  else token.style.backgroundColor = `rgb(var(--unexpected) / ${(Math.min(-logprob / DARKEST, 1) * STRONGEST).toFixed(3)})`;
+  else token.style.backgroundColor = `rgb(var(--unexpected) / ${(Math.min(-logprob / MOST_NATS, 1) * STRONGEST).toFixed(3)})`;
   return token;
 }
 
@@ -54,5 +54,5 @@ export function remarkOn({ ids, logprobs }) {
   const known = logprobs.filter((logprob) => logprob !== null);
   if (!known.length) return `${counted(ids.length, "token")}, which nothing predicts`;
   const mean = known.reduce((sum, logprob) => sum + logprob, 0) / known.length;
-  return `The darker a token, the less it was expected. Mean log-probability ${mean.toFixed(2)}, perplexity ${number(Math.exp(-mean))}.`;
+  return `The stronger a token's colour, the less it was expected. Mean log-probability ${mean.toFixed(2)}, perplexity ${number(Math.exp(-mean))}.`;
 }
