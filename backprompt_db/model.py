@@ -60,7 +60,7 @@ class LanguageModel:
     computed for the second time. `"all"` stores all three parts, `["scores"]` and the like only these.
 
     The model is used in evaluation mode; its training mode is restored after each call. Raises `PromptError` for names
-    in place of objects, see `from_pretrained`.
+    in place of objects, see `from_pretrained` and `bp.open`.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class LanguageModel:
                 "a LanguageModel is made of a model and a tokenizer, not of their names",
                 hint="Use LanguageModel.from_pretrained(name), or load both with transformers.",
             )
+        _require_database(db)
         self._build(
             GivenModel(model, tokenizer), db, deterministic=deterministic, exact=exact, progress=progress, keep=keep
         )
@@ -98,7 +99,9 @@ class LanguageModel:
         """Return the model of that name or directory; `arguments` go to transformers' `from_pretrained`.
 
         If the database knows the ids of exactly these files, nothing is loaded until something must be computed.
+        Raises `ModelMismatch` for a path at which no model is.
         """
+        _require_database(db)
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
         source = pretrained_model(str(name_or_path), arguments, model_metadata=database.model_metadata)
@@ -540,3 +543,9 @@ def language_model_of(model: Any, tokenizer: Any) -> LanguageModel:
     if lm is None:
         lm = _models_of_pairs[pair] = LanguageModel(model, tokenizer)
     return lm
+
+
+def _require_database(db: object) -> None:
+    """Raise `PromptError` for the place of a database where the database is wanted."""
+    if isinstance(db, str | PathLike):
+        raise PromptError(f"db={db!r} is not a database", hint=f"Give db=bp.open({str(db)!r}).")

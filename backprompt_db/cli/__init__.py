@@ -16,5 +16,6 @@ def main() -> None:
         from backprompt_db.cli.app import app
 
         app(prog_name="backprompt-db")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the command began
+        sys.stderr.write("interrupted\nhint: The same command may be run again.\n")
         sys.exit(130)

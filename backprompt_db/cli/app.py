@@ -30,6 +30,7 @@ from backprompt_db.views.formatting import visible
 ERROR = 2
 """The exit code of a command that failed; `verify` and `doctor` have others for what they found."""
 
+_INTERRUPTED = 130
 _CLOSED_PIPE = 128 + 13
 """What shells say of a program that SIGPIPE has ended, which has this number on all systems that have it."""
 
@@ -38,12 +39,15 @@ class Commands(TyperGroup):
     """The group of all commands. An error is printed as one line and a hint; a closed pipe is no error."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command and turn what the library raises into an exit code."""
+        """Run the command and turn what the library raises, and an interrupt, into an exit code."""
         try:
             return super().invoke(ctx)
         except BackpromptError as error:
             typer.echo(f"error: {visible(error.message)}\nhint: {visible(error.hint)}", err=True)
             raise typer.Exit(ERROR) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted\nhint: The same command may be run again.", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
         except BrokenPipeError:
             # What is still buffered would fail once more when the interpreter exits.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
 
 import typer
 
-from backprompt_db.cli.location import DbOption, directory_of, open_quietly
+from backprompt_db.cli.location import DbOption, directory_of, named_directory, open_quietly
 from backprompt_db.cli.options import (
     LabelOption,
     LargerThanOption,
@@ -96,7 +96,10 @@ def import_(
 
 
 def merge(
-    other: Annotated[Path, typer.Argument(metavar="DIR", help="The other database's directory; it is only read.")],
+    other: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", parser=named_directory, help="The other database's directory; it is only read."),
+    ],
     *,
     db: DbOption = None,
     as_json: JsonOption = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from backprompt_db.cli.location import DbOption, directory_of, open_quietly
+from backprompt_db.cli.location import DbOption, directory_of, named_directory, open_quietly
 from backprompt_db.cli.options import duration_seconds, size_nbytes
 from backprompt_db.cli.output import JsonOption, emit, emit_json
 from backprompt_db.views.console import grid, literal
@@ -57,7 +57,9 @@ TimeToLiveOption = Annotated[
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty directory.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=named_directory, help="A new or an empty directory.")
+    ],
     *,
     shared: Annotated[str, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = "private",
     max_size: MaxSizeOption = None,

@@ -14,11 +14,20 @@ import typer
 if TYPE_CHECKING:
     from backprompt_db.database.database import Database
 
+
+def named_directory(given: str) -> Path:
+    """Return a directory that was given. An empty name is refused: it would mean the current directory."""
+    if not given:
+        raise typer.BadParameter("an empty name is no directory: give one, or . for the current one.")
+    return Path(given)
+
+
 DbOption = Annotated[
     Path | None,
     typer.Option(
         "--db",
         metavar="DIR",
+        parser=named_directory,
         help="The database's directory. Without it: $BACKPROMPT_DB, else the user cache directory.",
         show_default=False,
     ),

@@ -135,6 +135,8 @@ def _look_at(directory: Path, asked: Fidelity | None) -> _Base:
 
 
 def _absolute(location: str | os.PathLike[str]) -> Path:
+    if not os.fspath(location):
+        raise UnsafeLocation("an empty string is no directory", hint='Give a directory; "." is the current one.')
     return Path(location).expanduser().absolute()
 
 
@@ -205,15 +207,15 @@ def _fidelity(name: str) -> Fidelity:
         raise FormatError(f"there is no fidelity {name!r}", hint=f"Give one of {known}.") from None
 
 
-def manifest_of(directory: Path) -> Manifest:
-    """Return the manifest of the database in `directory`; raises `UnsafeLocation` where there is none."""
+_MAKE_ONE = "Give another directory with --db, or run a prompt there: that makes one."
+
+
+def manifest_of(directory: Path, *, hint: str = _MAKE_ONE) -> Manifest:
+    """Return the manifest of the database in `directory`; raises `UnsafeLocation`, with `hint`, where there is none."""
     require_directories(directory)
     manifest = read_manifest(directory)
     if manifest is None:
-        raise UnsafeLocation(
-            f"there is no database in {directory}",
-            hint="Give another directory with --db, or run a prompt there: that makes one.",
-        )
+        raise UnsafeLocation(f"there is no database in {directory}", hint=hint)
     return manifest
 
 

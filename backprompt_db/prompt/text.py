@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
 
 from backprompt_db.errors import BackpromptError, InvalidText, PromptError
 from backprompt_db.prompt.ids import ModelIds, SegmentId, TokenizerId, segment_id
@@ -483,8 +483,8 @@ class ModelRepr:
         `PromptError` where there are no logits, see `logits`, and for a `k` that is not from 1 to vocab_size.
         """
         array = self._asked_logits
-        if not 1 <= k <= array.shape[0]:
-            raise PromptError(f"k={k} is not a number of tokens", hint=f"Give an int from 1 to {array.shape[0]}.")
+        if not isinstance(k, SupportsIndex) or not 1 <= k <= array.shape[0]:
+            raise PromptError(f"k={k!r} is not a number of tokens", hint=f"Give an int from 1 to {array.shape[0]}.")
         from backprompt_db.prompt.representation import likeliest
 
         return likeliest(array, k)

@@ -137,6 +137,9 @@ def test_says_what_it_cannot_read(tmp_path: Path, other: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         result = run("import", path, "--db", other)
         assert (result.exit_code, "cannot be used" in result.stderr) == (2, True)
+    result = run("merge", tmp_path / "nowhere", "--db", other)
+    assert f"there is no database in {tmp_path / 'nowhere'}" in result.stderr
+    assert "--db" not in result.stderr
     assert "there is no database" in run("import", tmp_path / "none", "--db", tmp_path / "nowhere").stderr
 
 

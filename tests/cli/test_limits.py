@@ -101,6 +101,15 @@ class TestInit:
         assert message in result.stderr
         assert not (tmp_path / "db" / "manifest.json").exists()
 
+    def test_refuses_an_empty_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for arguments in (["init", ""], ["stats", "--db", ""], ["merge", "", "--db", "there"]):
+            result = run(*arguments)
+            assert result.exit_code == 2
+            assert "an empty name is no directory" in result.stderr
+        assert list(tmp_path.iterdir()) == []
+        assert run("init", ".").exit_code == 0
+
     def test_refuses_a_directory_of_something_else(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         result = run("init", tmp_path)

@@ -19,6 +19,8 @@ from tests.support.database_files import copies_after
 
 original, directory = copies_after(run_prompts)
 
+SAID_OF_AN_INTERRUPT = "interrupted\nhint: The same command may be run again.\n"
+
 
 def run_process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *options.pop("python", []), "-m", "backprompt_db", *map(str, arguments)]
@@ -57,16 +59,19 @@ class TestFailure:
         assert run("ls", "--limit", "0").exit_code == 2
         assert run("unknown").exit_code == 2
 
-    def test_ctrl_c_is_exit_code_130(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ctrl_c_is_exit_code_130(
+        self, directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(stats_module, "gather", interrupt)
-        assert run("stats", "--db", directory).exit_code == 130
+        result = run("stats", "--db", directory)
+        assert (result.exit_code, result.stderr) == (130, SAID_OF_AN_INTERRUPT)
         monkeypatch.setitem(sys.modules, "backprompt_db.cli.app", SimpleNamespace(app=interrupt))
         with pytest.raises(SystemExit) as caught:
             main()
-        assert caught.value.code == 130
+        assert (caught.value.code, capsys.readouterr().err) == (130, SAID_OF_AN_INTERRUPT)
 
     @pytest.mark.parametrize("command", [["ls", "--json"], ["ls"], ["stats"], ["path"]])
     def test_a_reader_that_stops_reading_is_no_error(self, directory: Path, command: list[str]) -> None:

@@ -259,7 +259,7 @@ class TestModel:
     def test_what_is_no_model_is_an_error(self, jsonl: Path, tmp_path: Path) -> None:
         result = run("warm", "--db", tmp_path / "db", tmp_path / "none", jsonl)
         assert result.exit_code == 2
-        assert "cannot be loaded" in result.stderr
+        assert "is not a directory with the files of a model" in result.stderr
 
     def test_a_dtype_is_another_model(self, warm_json: Callable[..., Any], jsonl: Path) -> None:
         warm_json(jsonl, "--template", TEMPLATE)
@@ -292,6 +292,16 @@ class TestInterrupts:
         assert "Traceback" not in told.decode()
         path = write(tmp_path / "all.txt", "".join(lines))
         assert warm_json(path)["num_stored_texts"] >= 4
+
+    def test_an_interrupt_before_the_first_batch_says_that_it_was_one(
+        self, model: Path, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(bp.LanguageModel, "from_pretrained", interrupt)
+        result = run("warm", "--db", tmp_path / "db", model, jsonl)
+        assert (result.exit_code, result.stderr) == (130, "interrupted\nhint: The same command may be run again.\n")
 
     def test_a_terminal_sees_how_far_it_is(self, model: Path, tmp_path: Path) -> None:
         path = write(tmp_path / "all.txt", "".join(f"Request: number {each}\n" for each in range(6)))

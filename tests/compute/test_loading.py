@@ -233,3 +233,31 @@ def test_names_in_place_of_objects_are_told_of_from_pretrained(gpt2: Any, tokeni
     for model, other in (("gpt2", tokenizer), (gpt2, "gpt2"), (tmp_path, tokenizer)):
         with pytest.raises(bp.errors.PromptError, match=r"not of their names.*from_pretrained"):
             bp.LanguageModel(model, other)
+
+
+def test_the_place_of_a_database_is_told_of_open(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
+    place: Any
+    for place in (str(tmp_path / "db"), tmp_path / "db"):
+        with pytest.raises(PromptError, match=r"is not a database\. Give db=bp\.open\('"):
+            bp.LanguageModel(gpt2, tokenizer, db=place)
+        with pytest.raises(PromptError, match=r"is not a database\. Give db=bp\.open\('"):
+            bp.LanguageModel.from_pretrained("gpt2", db=place)
+
+
+@pytest.mark.parametrize("name", ["{}/none", "{}", "{}/config.json", "./none", "../none", "~/none", "there", "folder"])
+def test_a_path_where_no_model_is_is_refused_at_once(
+    db: bp.Database, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "elsewhere" / "folder").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "there").write_bytes((model_directory / "config.json").read_bytes())
+    (tmp_path / "elsewhere" / "config.json").touch()
+    (tmp_path / "elsewhere" / "folder" / "weights.bin").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = name.format(tmp_path / "elsewhere" if name.endswith(".json") else tmp_path)
+    with pytest.raises(ModelMismatch, match="is not a directory with the files of a model"):
+        bp.LanguageModel.from_pretrained(path, db=db)
+
+
+def test_a_model_in_a_folder_of_a_directory_is_found(db: bp.Database, model_directory: Path) -> None:
+    lm = bp.LanguageModel.from_pretrained(str(model_directory.parent), db=db, subfolder=model_directory.name)
+    assert lm("The quick").num_computed_tokens > 0

@@ -179,6 +179,7 @@ def test_the_likeliest_tokens_are_those_of_the_logits(lm: bp.LanguageModel) -> N
     top = result.top_k(5)
     assert [token for token, _ in top] == best.indices.tolist()
     assert torch.allclose(torch.tensor([logprob for _, logprob in top]), best.values, atol=1e-5)
-    for wrong in (0, len(logprobs) + 1):
+    wrong: list[Any] = [0, len(logprobs) + 1, "a", 1.5, None]
+    for each in wrong:
         with pytest.raises(bp.errors.PromptError, match="number of tokens"):
-            result.top_k(wrong)
+            result.top_k(each)

@@ -75,6 +75,14 @@ def test_a_file_is_no_place_for_a_database(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["location", "base"])
+def test_an_empty_string_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsafeLocation, match="an empty string is no directory"):
+        bp.open(**{"location": ":memory:"} | {name: ""})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(UnsafeLocation, match="not a backprompt-db database"):

@@ -15,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from backprompt_db.catalog.records import Source
 from backprompt_db.compute.tokens import SegmentTokenizer
+from backprompt_db.errors import ModelMismatch
 from backprompt_db.prompt.ids import ModelIds, TokenizerId
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ _SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".gguf", ".model", ".txt
 _HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 _ELSEWHERE = ("adapter_config.json",)
 """Files that point to weights in another place, whose changes would not be seen here."""
+
+_CONFIG = "config.json"
+_PATH_BEGINS = ("/", "./", "../", "~")
+"""What the name of no model on the hub begins with."""
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -187,7 +192,15 @@ class PretrainedModel:
 
 
 def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: ModelMetadata) -> PretrainedModel:
-    """Return the model of that name or directory. It is loaded, unless the ids of exactly these files are known."""
+    """Return the model of that name or directory. It is loaded, unless the ids of exactly these files are known.
+
+    Raises `ModelMismatch` for a path at which no model is; transformers would ask the hub for it.
+    """
+    if _is_path(name) and "config" not in arguments and not _has_config(Path(name), arguments):
+        raise ModelMismatch(
+            f"{name} is not a directory with the files of a model",
+            hint="Give the directory in which its config.json is, without ~, or its name on the hub.",
+        )
     key = source_key(name, arguments)
     known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
     known_ids = ModelIds(known.weights_id, known.tokenizer_id) if known else None
@@ -199,6 +212,16 @@ def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: Mo
             model_metadata.save(Source(after, name, *ids))
             model.key = after
     return model
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(_PATH_BEGINS) or Path(name).exists()
+
+
+def _has_config(directory: Path, arguments: dict[str, Any]) -> bool:
+    """Whether the file is there that transformers reads first."""
+    folder = directory / (arguments.get("subfolder") or "")
+    return any((folder / name).is_file() for name in (arguments.get("gguf_file") or _CONFIG, *_ELSEWHERE))
 
 
 def source_key(name_or_path: str, arguments: dict[str, Any]) -> bytes | None:
@@ -228,7 +251,7 @@ def locate(name_or_path: str, arguments: dict[str, Any]) -> Path | None:
         return Path(name_or_path)
     try:
         config = try_to_load_from_cache(
-            name_or_path, "config.json", cache_dir=arguments.get("cache_dir"), revision=arguments.get("revision")
+            name_or_path, _CONFIG, cache_dir=arguments.get("cache_dir"), revision=arguments.get("revision")
         )
     except ValueError:  # not a repository name
         return None

@@ -142,7 +142,7 @@ def _lacking(theirs: Store, ours: Store) -> Iterator[Address]:
 
 
 def _require_fidelity(db: Database, directory: Path) -> None:
-    found = manifest_of(directory).fidelity
+    found = manifest_of(directory, hint="Give the directory of the database to merge.").fidelity
     if found is not db.fidelity:
         raise FormatError(
             f"{directory} keeps keys and values {found}, the database {db.fidelity}",
