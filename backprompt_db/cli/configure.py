@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, open_quietly
-from backprompt_db.cli.options import duration_seconds, size_nbytes
+from backprompt_db.cli.options import ForceOption, duration_seconds, size_nbytes
 from backprompt_db.cli.output import JsonOption, emit, emit_json
 from backprompt_db.views.console import grid, literal
 from backprompt_db.views.formatting import duration, size
@@ -111,9 +111,7 @@ def config(
         typer.Option("--low-water", metavar="SHARE", help="Make room until this share of the limit is reached."),
     ] = None,
     shared: Annotated[str | None, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Set a --max-size for which something must be removed.")
-    ] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what may be changed about a database, and change what is given. Processes that have it open follow.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
+from backprompt_db.cli.options import NamespaceOption
 from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
 from backprompt_db.views.console import bare_table, grid, literal
 from backprompt_db.views.formatting import age, duration, plural, size
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 _NUM_ID_DIGITS = 12
 _NUM_GROUPS = 10
 
-_Namespace = Annotated[
-    str | None, typer.Option("--namespace", metavar="NAME", help="Sum up one namespace alone; '' is the default one.")
-]
 _OpenMetrics = Annotated[bool, typer.Option("--openmetrics", help="Print OpenMetrics text, for Prometheus.")]
 _Watch = Annotated[
     bool, typer.Option("--watch", help="Show it again and again until Ctrl-C; with --json, one line each time.")
@@ -39,7 +37,7 @@ _Interval = Annotated[float, typer.Option("--interval", metavar="SECONDS", min=0
 def stats(
     *,
     db: DbOption = None,
-    namespace: _Namespace = None,
+    namespace: NamespaceOption = None,
     watch: _Watch = False,
     interval: _Interval = 2.0,
     openmetrics: _OpenMetrics = False,
@@ -47,7 +45,8 @@ def stats(
 ) -> None:
     """Show what the database holds and what it saved: representations, models, tokens, bytes, hits, failures.
 
-    The numbers come from the catalog. Where it cannot be used, what the store holds is counted instead.
+    With --namespace, what one namespace holds. The numbers come from the catalog. Where it cannot be used, what the
+    store holds is counted instead.
     """
     from backprompt_db.operations.stats import gather
 
