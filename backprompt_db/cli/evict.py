@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backprompt_db.catalog.records import EXPIRED, ROOM, SELECTED, VALUE
 from backprompt_db.cli.location import DbOption, open_quietly
 from backprompt_db.cli.options import (
     AddressOption,
@@ -184,4 +185,4 @@ def _table(candidates: Sequence[EvictionCandidate]) -> Table:
     return table
 
 
-_WHY = {"expired": "expired", "value": "worth least"}
+_WHY = {EXPIRED: "expired", VALUE: "worth least", ROOM: "nothing older is left", SELECTED: "selected"}
