@@ -41,7 +41,7 @@ _STANDARD_STREAM = "-"
 
 
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, or - for stdout.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", readable=False, help="The file to write, or - for stdout.")],
     *,
     db: DbOption = None,
     text_prefix: PrefixOption = None,
@@ -81,7 +81,7 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to read, or - for stdin.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", readable=False, help="The bundle to read, or - for stdin.")],
     *,
     db: DbOption = None,
     as_json: JsonOption = False,
@@ -98,7 +98,9 @@ def import_(
 
 
 def merge(
-    other: Annotated[Path, typer.Argument(metavar="DIR", help="The other database's directory; it is only read.")],
+    other: Annotated[
+        Path, typer.Argument(metavar="DIR", readable=False, help="The other database's directory; it is only read.")
+    ],
     *,
     db: DbOption = None,
     as_json: JsonOption = False,

@@ -60,7 +60,7 @@ TimeToLiveOption = Annotated[
 
 
 def init(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or an empty directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", readable=False, help="A new or an empty directory.")],
     *,
     shared: Annotated[str, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = "private",
     max_size: MaxSizeOption = None,

@@ -25,7 +25,8 @@ _FILE = "\0"
 _STDIN = "-"
 
 FileOption = Annotated[
-    Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
+    Path | None,
+    typer.Option("--file", metavar="FILE", readable=False, help="A piece that is the content of a UTF-8 file."),
 ]
 
 

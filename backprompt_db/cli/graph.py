@@ -38,7 +38,9 @@ _MODE = 0o600
 def graph(
     *,
     db: DbOption = None,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write. An older one is replaced.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", readable=False, help="The page to write. An older one is replaced.")
+    ],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     max_text: Annotated[
         int, typer.Option("--max-text", metavar="N", min=1, help="Characters of each text, from its beginning.")

@@ -47,7 +47,9 @@ _By = Annotated[
 ]
 _Depth = Annotated[int | None, typer.Option("--depth", metavar="N", min=0, help="Follow at most N branchings.")]
 _Limit = Annotated[int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help=LIMIT)]
-_Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file, too.")]
+_Svg = Annotated[
+    Path | None, typer.Option("--svg", metavar="FILE", readable=False, help="Write a picture to this file, too.")
+]
 
 
 class _Answer(NamedTuple):

@@ -50,7 +50,7 @@ class LeftOut:
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help=LOADED_MODEL)]
 _Files = Annotated[
     list[Path],
-    typer.Argument(metavar="FILE", help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
+    typer.Argument(metavar="FILE", readable=False, help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
 ]
 _Template = Annotated[
     list[str] | None,
@@ -65,7 +65,12 @@ _Completion = Annotated[
 ]
 _Completions = Annotated[
     Path | None,
-    typer.Option("--completions", metavar="FILE", help="A file of completions, in a format that prompts can have."),
+    typer.Option(
+        "--completions",
+        metavar="FILE",
+        readable=False,
+        help="A file of completions, in a format that prompts can have.",
+    ),
 ]
 _Form = Annotated[
     Form | None,

@@ -184,7 +184,7 @@ def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
         _mend(faults(directory, sharing))
     except PermissionError as error:
         raise StoreReadOnly(
-            f"{error.filename or directory} cannot be given other permissions",
+            f"{directory} and its files cannot be given other permissions",
             hint="Only its owner may, and only for a group of which they are a member; or root.",
         ) from error
 

@@ -25,7 +25,10 @@ def demo(
     directory: Annotated[
         Path | None,
         typer.Option(
-            "--dir", metavar="DIR", help="A new directory to keep the demo's database in; a temporary one without it."
+            "--dir",
+            metavar="DIR",
+            readable=False,
+            help="A new directory to keep the demo's database in; a temporary one without it.",
         ),
     ] = None,
     requests: RequestsOption = None,
@@ -42,7 +45,7 @@ def demo(
 def demo_run(
     *,
     model: ModelOption = "gpt2",
-    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="The demo's database.")],
+    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", readable=False, help="The demo's database.")],
     requests: RequestsOption = None,
 ) -> None:
     """Run the demo's requests once, in this process, and print what it took."""
