@@ -355,7 +355,8 @@ class LanguageModel:
     ) -> RunPlan:
         """Return what `warm` with these arguments would find, compute, write and need. Printed, it is a table.
 
-        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, but not the weights.
+        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, but not the weights;
+        where everything is stored, neither.
         """
         from backprompt_db.compute.batch.forecast import forecast
 
