@@ -32,6 +32,7 @@ from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr, Text, as_text
+from backprompt_db.views.console import grid, html_text
 
 if TYPE_CHECKING:
     import torch
@@ -441,6 +442,18 @@ class LanguageModel:
         if not own:
             raise PromptError("the prompt is empty", hint="Give at least one character.")
         return own.on(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the model, where its representations are kept, and what it did."""
+        counters = self.counters
+        facts = {
+            "model": self._source.name + ("" if self.is_loaded else " (not loaded)"),
+            "database": str(self.db.directory or MEMORY),
+            "namespace": self.namespace or "(default)",
+            "passes": f"{counters.num_model_calls:,}",
+            "tokens": f"{counters.num_computed_tokens:,} computed, {counters.num_cached_tokens:,} cached",
+        }
+        return html_text(grid(facts, name_style="bold"))
 
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backprompt_db.views.console import grid, html_text, literal, plain_text
@@ -118,6 +118,12 @@ class RunPlan:
     def __str__(self) -> str:
         return plain_text(self)
 
+    def __repr__(self) -> str:
+        return (
+            f"<RunPlan of {plural(self.num_texts, 'text')}: {self.num_missing_tokens:,} tokens to compute,"
+            f" {self.num_cached_tokens:,} cached, by {self.model_name} ({self.weights_id.hex()[:_NUM_ID_DIGITS]})>"
+        )
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         return html_text(self)
@@ -135,7 +141,7 @@ class Warmed:
     """Calls of the model."""
     seconds: float
     num_too_long: int
-    too_long: tuple[TooLong, ...]
+    too_long: tuple[TooLong, ...] = field(repr=False)
     """The first thousand of them."""
 
     @property
