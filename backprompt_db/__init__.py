@@ -15,9 +15,12 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from backprompt_db.database.statistics import register_gatherer
 from backprompt_db.prompt.text import Runner, register_pair_runner
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from backprompt_db import errors as errors
     from backprompt_db.compute.adopt.adopt import Adopted as Adopted
     from backprompt_db.compute.batch.run_plan import RunPlan as RunPlan
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from backprompt_db.database.counters import Counters as Counters
     from backprompt_db.database.database import Database as Database
     from backprompt_db.database.opening import open_database
+    from backprompt_db.database.statistics import Stats as Stats
     from backprompt_db.errors import BackpromptError as BackpromptError
     from backprompt_db.model import LanguageModel as LanguageModel
     from backprompt_db.prompt.explanation import Explanation as Explanation
@@ -56,6 +60,7 @@ _HOMES = {
     "Seam": "prompt.segments",
     "SegmentExplanation": "prompt.explanation",
     "Template": "prompt.template",
+    "Stats": "database.statistics",
     "Text": "prompt.text",
     "Warmed": "compute.batch.run_plan",
     "open": "database.opening",
@@ -86,7 +91,14 @@ def _runner_of_pair(model: Any, tokenizer: Any) -> Runner:
     return language_model_of(model, tokenizer)
 
 
+def _gathered(directory: Path, namespace: str | None) -> Stats:
+    from backprompt_db.operations.stats import gather
+
+    return gather(directory, namespace=namespace)
+
+
 register_pair_runner(_runner_of_pair)
+register_gatherer(_gathered)
 
 
 _MOVED = {

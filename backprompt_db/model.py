@@ -33,6 +33,7 @@ from backprompt_db.prompt.model_counters import ModelCounters
 from backprompt_db.prompt.representation import Array
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr, Text, as_text
+from backprompt_db.views.console import grid, html_text
 
 if TYPE_CHECKING:
     import torch
@@ -419,7 +420,8 @@ class LanguageModel:
     ) -> RunPlan:
         """Return what `warm` with these arguments would find, compute, write and need. Printed, it is a table.
 
-        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, but not the weights.
+        Texts that are too long are listed. Nothing is computed or written. Loads the tokenizer, but not the weights;
+        where everything is stored, neither.
         """
         from backprompt_db.compute.batch.forecast import forecast
 
@@ -527,6 +529,18 @@ class LanguageModel:
         if not own:
             raise PromptError("the prompt is empty", hint="Give at least one character.")
         return own.on(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the model, where its representations are kept, and what it did."""
+        counters = self.counters
+        facts = {
+            "model": self._source.name + ("" if self.is_loaded else " (not loaded)"),
+            "database": str(self.db.directory or MEMORY),
+            "namespace": self.namespace or "(default)",
+            "passes": f"{counters.num_model_calls:,}",
+            "tokens": f"{counters.num_computed_tokens:,} computed, {counters.num_cached_tokens:,} cached",
+        }
+        return html_text(grid(facts, name_style="bold"))
 
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Connection, Integer, and_, case, false, fu
 from backprompt_db.catalog.changes import forget
 from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.records import EvictionCandidate, Selection
+from backprompt_db.catalog.records import EXPIRED, ROOM, VALUE, EvictionCandidate, Selection
 from backprompt_db.catalog.schema import NBYTES, USED_AT, Representation
 from backprompt_db.catalog.selection import conditions
 from backprompt_db.prompt.representation import Part
@@ -35,7 +35,7 @@ _HALVING_SECONDS = 86_400.0
 _EXPIRED, _OLD, _YOUNG = range(3)
 """In which order the groups go, whatever their parts are worth."""
 
-_REASONS = {_EXPIRED: "expired", _OLD: "value", _YOUNG: "value"}
+_REASONS = {_EXPIRED: EXPIRED, _OLD: VALUE, _YOUNG: ROOM}
 
 _SAMPLE_SHARE = 256
 _SAMPLE_END = b"\1"

@@ -200,6 +200,16 @@ class Order(enum.Enum):
     """The most seconds of computation."""
 
 
+EXPIRED = "expired"
+"""Why a part may be evicted: it was not used for longer than the time to live."""
+VALUE = "value"
+"""It is worth least: few seconds per byte, and old."""
+ROOM = "room"
+"""It was used within the grace, and room is needed for which nothing else is left."""
+SELECTED = "selected"
+"""It was asked for, whatever it is worth."""
+
+
 class EvictionCandidate(NamedTuple):
     """A part that may be evicted, and what decides when."""
 
@@ -211,7 +221,7 @@ class EvictionCandidate(NamedTuple):
     used_at: float
     """When it was last used, or made if it was never used."""
     reason: str
-    """`"expired"`: not used for longer than the time to live; `"value"`: few seconds per byte, and old."""
+    """One of the four above."""
 
     @property
     def key(self) -> tuple[Address, Part]:

@@ -14,6 +14,7 @@ from backprompt_db.cli.options import (
     ModelOption,
     NamespaceOption,
     PrefixOption,
+    RemoveMarkOption,
     selected,
 )
 from backprompt_db.cli.output import JsonOption, emit, emit_json
@@ -29,7 +30,7 @@ def pin(
     label: LabelOption = None,
     model: ModelOption = None,
     namespace: NamespaceOption = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Unpin them instead.")] = False,
+    remove: RemoveMarkOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Protect representations, and all that they follow, from eviction. With --remove, stop protecting them."""
@@ -57,10 +58,13 @@ def label(
     contains: ContainsOption = None,
     model: ModelOption = None,
     namespace: NamespaceOption = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove the label NAME from them instead.")] = False,
+    remove: RemoveMarkOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Label what the options select, so that other commands can select it by --label. Each has one label at most."""
+    """Label what the options select, so that other commands can select it by --label. Each has one label at most.
+
+    With --remove, the label NAME is taken off what the options select.
+    """
     from backprompt_db.operations import annotate
 
     if not name:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from backprompt_db.cli.doctor import doctor
 from backprompt_db.cli.evict import compact, evict, purge
 from backprompt_db.cli.explain import PiecesCommand, explain
 from backprompt_db.cli.graph import graph
+from backprompt_db.cli.help import Command, unwrapped, without_types
 from backprompt_db.cli.location import path
 from backprompt_db.cli.ls import ls
 from backprompt_db.cli.show import show
@@ -37,6 +39,14 @@ _CLOSED_PIPE = 128 + 13
 
 class Commands(TyperGroup):
     """The group of all commands. An error is printed as one line and a hint; a closed pipe is no error."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.help = unwrapped(self.help)
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of the group, `--help` included."""
+        return without_types(super().get_params(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command and turn what the library raises, and an interrupt, into an exit code."""
@@ -62,29 +72,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command("demo")(demo)
-app.command("demo-run", hidden=True)(demo_run)
-app.command("init")(init)
-app.command("config")(config)
-app.command("path")(path)
-app.command("stats")(stats)
-app.command("ls")(ls)
-app.command("show")(show)
-app.command("explain", cls=PiecesCommand)(explain)
-app.command("tree", cls=PiecesCommand)(tree)
-app.command("graph")(graph)
-app.command("warm")(warm)
-app.command("verify")(verify)
-app.command("reindex")(reindex)
-app.command("doctor")(doctor)
-app.command("export")(export)
-app.command("import")(import_)
-app.command("merge")(merge)
-app.command("pin")(pin)
-app.command("label")(label)
-app.command("evict")(evict)
-app.command("compact")(compact)
-app.command("purge")(purge)
+command = partial(app.command, cls=Command)
+command("demo")(demo)
+command("demo-run", hidden=True)(demo_run)
+command("init")(init)
+command("config")(config)
+command("path")(path)
+command("stats")(stats)
+command("ls")(ls)
+command("show")(show)
+command("explain", cls=PiecesCommand)(explain)
+command("tree", cls=PiecesCommand)(tree)
+command("graph")(graph)
+command("warm")(warm)
+command("verify")(verify)
+command("reindex")(reindex)
+command("doctor")(doctor)
+command("export")(export)
+command("import")(import_)
+command("merge")(merge)
+command("pin")(pin)
+command("label")(label)
+command("evict")(evict)
+command("compact")(compact)
+command("purge")(purge)
 
 
 def _print_version(is_asked: bool) -> None:  # noqa: FBT001 - typer calls it

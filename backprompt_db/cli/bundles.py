@@ -15,6 +15,7 @@ import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, named_directory, open_quietly
 from backprompt_db.cli.options import (
+    ForceOption,
     LabelOption,
     LargerThanOption,
     ModelOption,
@@ -40,8 +41,9 @@ _STANDARD_STREAM = "-"
 
 
 def export(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write, or - for stdout.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", readable=False, help="The file to write, or - for stdout.")],
     *,
+    db: DbOption = None,
     text_prefix: PrefixOption = None,
     label: LabelOption = None,
     model: ModelOption = None,
@@ -50,14 +52,14 @@ def export(
     older_than: OlderThanOption = None,
     larger_than: LargerThanOption = None,
     smaller_than: SmallerThanOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file if there is one.")] = False,
-    db: DbOption = None,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write representations to one file, a bundle: everything, or what all given options select.
 
     What a representation follows is exported with it, so that another database can continue from it. Everything is
-    checked when it is read. With -, the bundle goes to stdout and the report to stderr.
+    checked when it is read. A file that is there is only overwritten with --force. With -, the bundle goes to stdout,
+    and the report to stderr.
     """
     selection = selected(
         text_prefix=text_prefix,
@@ -79,7 +81,7 @@ def export(
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The bundle to read, or - for stdin.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", readable=False, help="The bundle to read, or - for stdin.")],
     *,
     db: DbOption = None,
     as_json: JsonOption = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, named_directory, open_quietly
-from backprompt_db.cli.options import duration_seconds, size_nbytes
+from backprompt_db.cli.options import ForceOption, duration_seconds, size_nbytes
 from backprompt_db.cli.output import JsonOption, emit, emit_json
 from backprompt_db.views.console import grid, literal
 from backprompt_db.views.formatting import duration, size
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _Number = TypeVar("_Number", int, float)
 
 _NONE = "none"
+_NUM_MEMBERS = 5
+"""So many members of a group are named; of the others there is a count."""
 _SHARED_HELP = "Who may use it: private, group[:NAME] or readers[:NAME]."
 
 
@@ -88,7 +90,7 @@ def init(
     create_database(place, sharing=sharing, group=group, fidelity=Fidelity(fidelity), limits=limits)
     with open_quietly(place) as database:
         _ = database.catalog  # made now, so that other commands find one
-    emit(literal(f"Made {place}: {sharing.value}."), wrap=False)
+    emit(literal(f"Made {place}: {sharing.value}."), literal(_who(place, sharing)), wrap=False)
     config(db=directory)
 
 
@@ -112,9 +114,7 @@ def config(
         typer.Option("--low-water", metavar="SHARE", help="Make room until this share of the limit is reached."),
     ] = None,
     shared: Annotated[str | None, typer.Option("--shared", metavar="WITH", help=_SHARED_HELP)] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Set a --max-size for which something must be removed.")
-    ] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what may be changed about a database, and change what is given. Processes that have it open follow.
@@ -138,6 +138,8 @@ def config(
     if as_json:
         emit_json(found)
     else:
+        if shared is not None:
+            emit(literal(_who(directory, found.sharing)), wrap=False)
         emit(grid(_facts(found)))
 
 
@@ -196,6 +198,27 @@ def _share(directory: Path, shared: str) -> Sharing:
     sharing, group = _parse_shared(shared)
     share(directory, sharing, group=group)
     return sharing
+
+
+def _who(directory: Path, sharing: Sharing) -> str:
+    """Return a sentence about who can read and write a database."""
+    from backprompt_db.store.files import Sharing
+    from backprompt_db.system.platform import group_members, group_name, user_name
+
+    status = directory.stat()
+    owner, members = user_name(status.st_uid), _listed(group_members(status.st_gid))
+    group = f"the members of the group {group_name(status.st_gid)} ({members})"
+    if sharing is Sharing.PRIVATE:
+        return f"Only {owner} can read and write it."
+    if sharing is Sharing.GROUP:
+        return f"{owner} and {group} can read and write it."
+    return f"{owner} can read and write it, and {group} can read it."
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) > _NUM_MEMBERS:
+        return f"{', '.join(names[:_NUM_MEMBERS])} and {len(names) - _NUM_MEMBERS:,} more"
+    return ", ".join(names) or "none are listed"
 
 
 def _facts(found: Config) -> dict[str, str]:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backprompt_db.catalog.records import EXPIRED, ROOM, SELECTED, VALUE
 from backprompt_db.cli.location import DbOption, open_quietly
 from backprompt_db.cli.options import (
     AddressOption,
     ContainsOption,
+    DryRunOption,
     LabelOption,
     LargerThanOption,
     ModelOption,
@@ -38,7 +40,6 @@ _To = Annotated[
     int | None,
     typer.Option("--to", metavar="SIZE", parser=size_nbytes, help="Evict until at most this much is in use."),
 ]
-_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would go, and why, and remove nothing.")]
 
 
 def evict(
@@ -53,13 +54,14 @@ def evict(
     older_than: OlderThanOption = None,
     larger_than: LargerThanOption = None,
     smaller_than: SmallerThanOption = None,
-    dry_run: _DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove what is expired, then what is worth least: seconds of computation per byte, less the longer it is unused.
 
     With --to, removal stops when SIZE is in use. Without it, everything that the options select is removed, and without
     any option what is above the low water mark. Pinned representations stay, and keys and values that others need.
+    --dry-run prints what would go, in order, and why.
     """
     from backprompt_db.operations import evict
 
@@ -183,4 +185,4 @@ def _table(candidates: Sequence[EvictionCandidate]) -> Table:
     return table
 
 
-_WHY = {"expired": "expired", "value": "worth least"}
+_WHY = {EXPIRED: "expired", VALUE: "worth least", ROOM: "nothing older is left", SELECTED: "selected"}

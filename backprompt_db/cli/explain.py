@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from backprompt_db.cli.help import Command
 from backprompt_db.cli.location import DbOption, directory_of, quietly
+from backprompt_db.cli.options import ModelOption, RunNamespaceOption
 from backprompt_db.cli.output import JsonOption, emit, emit_json
 from backprompt_db.errors import InvalidText, PromptError
 
@@ -24,11 +25,12 @@ _FILE = "\0"
 _STDIN = "-"
 
 FileOption = Annotated[
-    Path | None, typer.Option("--file", metavar="FILE", help="A piece that is the content of a UTF-8 file.")
+    Path | None,
+    typer.Option("--file", metavar="FILE", readable=False, help="A piece that is the content of a UTF-8 file."),
 ]
 
 
-class PiecesCommand(TyperCommand):
+class PiecesCommand(Command):
     """A command that takes `--file FILE` among its texts, and keeps them in the order in which they were given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -53,29 +55,21 @@ def _in_order(arguments: Iterable[str]) -> Iterator[str]:
 def explain(
     pieces: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of the prompt; - is stdin."),
+        typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of a prompt; - is stdin."),
     ] = None,
     *,
     db: DbOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="A name, a directory, or at least 8 digits of a weights id; needed if there are several models.",
-        ),
-    ] = None,
+    model: ModelOption = None,
     file: FileOption = None,
-    namespace: Annotated[
-        str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompt is run in.")
-    ] = "",
+    namespace: RunNamespaceOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Show where each segment of a prompt would be found, or why it would have to be computed.
 
-    The pieces are run as their joined string, as in a concatenation. Nothing is computed, and no model is loaded. Where
-    the catalog does not have the tokenizer, what was never computed has a number of tokens only if MODEL is a
-    directory, or a name whose files are on this machine, with a tokenizer.json.
+    The pieces are run as their joined string, as in a concatenation. Nothing is computed, and no model is loaded.
+    --model says which one is meant where the database has several; it may also be a directory. Where the catalog does
+    not have the tokenizer, what was never computed has a number of tokens only if MODEL is a directory, or a name whose
+    files are on this machine, with a tokenizer.json.
     """
     del file  # it is among the pieces
     text = text_of(pieces or [])

@@ -11,6 +11,7 @@ import typer
 
 from backprompt_db.cli.location import DbOption, directory_of
 from backprompt_db.cli.options import (
+    LIMIT,
     ContainsOption,
     LabelOption,
     ModelOption,
@@ -36,15 +37,16 @@ _MODE = 0o600
 
 def graph(
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write. An older one is replaced.")],
+    db: DbOption = None,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", readable=False, help="The page to write. An older one is replaced.")
+    ],
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     max_text: Annotated[
         int, typer.Option("--max-text", metavar="N", min=1, help="Characters of each text, from its beginning.")
     ] = 2_000,
     no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Leave out log-probabilities of tokens.")] = False,
-    limit: Annotated[
-        int, typer.Option("--limit", metavar="N", min=1, help="How many representations: the newest.")
-    ] = 100_000,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help=LIMIT)] = 100_000,
     text_prefix: PrefixOption = None,
     contains: ContainsOption = None,
     label: LabelOption = None,
@@ -52,10 +54,9 @@ def graph(
     namespace: NamespaceOption = None,
     used_within: UsedWithinOption = None,
     older_than: OlderThanOption = None,
-    db: DbOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write an HTML page that shows all prompts as a tree, or those that all given options select.
+    """Write an HTML page that shows the newest prompts as a tree, or those that all given options select.
 
     It is one file that needs no network: zoom by clicks, keys and wheel, search all texts, and look at a segment's
     text, the log-probabilities of its tokens, its facts, parents and children. The width of a segment stands for

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backprompt_db.errors import StoreReadOnly
+
 if TYPE_CHECKING:
     from backprompt_db.database.database import Database
 
@@ -62,8 +64,17 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_quietly(db: Path | None) -> Iterator[Database]:
-    """Open an existing database, `quietly`."""
+    """Open an existing database, `quietly`.
+
+    Where nothing may be written because a file is not as it should be, the error says which, as the library would log.
+    """
+    from backprompt_db.database.config import sharing_of
+    from backprompt_db.database.location import access_problem
     from backprompt_db.database.opening import open_existing
 
-    with quietly(), open_existing(directory_of(db)) as database:
-        yield database
+    directory = directory_of(db)
+    with quietly(), open_existing(directory) as database:
+        try:
+            yield database
+        except StoreReadOnly as error:
+            raise (access_problem(directory, sharing_of(directory), readonly=False) or error) from error

@@ -14,6 +14,7 @@ import typer
 from backprompt_db.catalog.records import Order
 from backprompt_db.cli.location import DbOption, directory_of
 from backprompt_db.cli.options import (
+    LIMIT,
     GrepOption,
     LabelOption,
     LargerThanOption,
@@ -56,7 +57,10 @@ class Sort(enum.StrEnum):
 
 
 _SortOption = Annotated[
-    Sort, typer.Option("--sort", help="What comes first: the newest, largest, most used, last used, or most computed.")
+    Sort,
+    typer.Option(
+        "--sort", metavar="BY", help="What comes first: newest, size, hits, used (last), seconds (of computation)."
+    ),
 ]
 _IndexOption = Annotated[
     bool, typer.Option("--index", help="First make an index of all texts, which makes --grep fast in large databases.")
@@ -66,7 +70,7 @@ _IndexOption = Annotated[
 def ls(
     *,
     db: DbOption = None,
-    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help="How many representations.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", metavar="N", min=1, help=LIMIT)] = 20,
     grep: GrepOption = None,
     namespace: NamespaceOption = None,
     label: LabelOption = None,

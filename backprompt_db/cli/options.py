@@ -1,4 +1,4 @@
-"""Options that several commands share: what selects representations, and how lengths of time and sizes are given."""
+"""Options that several commands share, each with one help text, and how lengths of time and sizes are given."""
 
 from __future__ import annotations
 
@@ -60,9 +60,11 @@ LabelOption = Annotated[str | None, typer.Option("--label", metavar="LABEL", hel
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="A model's name, or at least 8 digits of its weights id.")
 ]
-NamespaceOption = Annotated[
-    str | None, typer.Option("--namespace", metavar="NAME", help="One namespace; '' is the default one.")
-]
+_namespace = typer.Option("--namespace", metavar="NAME", help="One namespace; '' is the default one.")
+NamespaceOption = Annotated[str | None, _namespace]
+RunNamespaceOption = Annotated[str, _namespace]
+"""The namespace that prompts are run in, which is the default one if none is given."""
+
 UsedWithinOption = Annotated[
     float | None,
     typer.Option(
@@ -81,6 +83,17 @@ SmallerThanOption = Annotated[
     int | None,
     typer.Option("--smaller-than", metavar="SIZE", parser=size_nbytes, help="Stored in fewer bytes than this."),
 ]
+
+LOADED_MODEL = "A causal language model's name or directory."
+"""What names a model that a command loads; `ModelOption` names one that the database knows."""
+
+DTYPE = "The dtype to use the model in, if not its own."
+
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print what this would do, and do nothing.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Do it although something is overwritten or removed.")]
+RemoveMarkOption = Annotated[bool, typer.Option("--remove", help="Take the mark off instead.")]
+
+LIMIT = "Take no more than N of them."
 
 
 def selected(

@@ -35,7 +35,9 @@ _TopOption = Annotated[
 
 
 def show(
-    prefix: Annotated[str, typer.Argument(help="The first hex digits of an address or of a segment id.")],
+    prefix: Annotated[
+        str, typer.Argument(metavar="PREFIX", help="The first hex digits of an address or of a segment id.")
+    ],
     *,
     db: DbOption = None,
     top: _TopOption = 10,

@@ -12,7 +12,7 @@ import typer
 
 from backprompt_db.cli.explain import FileOption, explanation_of, text_of
 from backprompt_db.cli.location import DbOption, directory_of, quietly
-from backprompt_db.cli.options import LabelOption, ModelOption, NamespaceOption, selected
+from backprompt_db.cli.options import LIMIT, LabelOption, ModelOption, NamespaceOption, selected
 from backprompt_db.cli.output import JsonOption, emit, emit_json, short_name
 from backprompt_db.errors import PromptError
 from backprompt_db.operations.forest import Branch, Measure, forest, prune
@@ -42,11 +42,14 @@ _Pieces = Annotated[
     typer.Argument(metavar="TEXT | --file FILE | -", help="The pieces of a prompt; - is stdin."),
 ]
 _By = Annotated[
-    Measure | None, typer.Option("--by", help="Tokens, bytes, seconds saved, or how recently used: 1 for now.")
+    Measure | None,
+    typer.Option("--by", metavar="MEASURE", help="tokens, bytes, seconds (saved), or recency (of use: 1 for now)."),
 ]
 _Depth = Annotated[int | None, typer.Option("--depth", metavar="N", min=0, help="Follow at most N branchings.")]
-_Limit = Annotated[int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help="Show at most N representations.")]
-_Svg = Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a picture to this file, too.")]
+_Limit = Annotated[int, typer.Option("--limit", metavar="N", min=MIN_ROWS, help=LIMIT)]
+_Svg = Annotated[
+    Path | None, typer.Option("--svg", metavar="FILE", readable=False, help="Write a picture to this file, too.")
+]
 
 
 class _Answer(NamedTuple):

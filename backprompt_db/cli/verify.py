@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from backprompt_db.cli.location import DbOption, open_quietly
+from backprompt_db.cli.options import DTYPE, LOADED_MODEL
 from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value, progress_bar
 from backprompt_db.views.console import literal
 from backprompt_db.views.formatting import plural, size
@@ -64,10 +65,8 @@ _Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", min=0, help="Choose the same sample as a run that printed this seed."),
 ]
-_Model = Annotated[str | None, _of_recompute("--model", metavar="NAME", help="The model's name or path.")]
-_Dtype = Annotated[
-    str | None, _of_recompute("--dtype", metavar="NAME", help="The dtype that the model was used in, if not its own.")
-]
+_Model = Annotated[str | None, _of_recompute("--model", metavar="MODEL", help=LOADED_MODEL)]
+_Dtype = Annotated[str | None, _of_recompute("--dtype", metavar="NAME", help=DTYPE)]
 _MaxError = Annotated[
     float | None,
     _of_recompute("--max-error", metavar="X", min=0, help="The largest error with which values count as the same."),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backprompt_db.cli.location import DbOption, directory_of, quietly
+from backprompt_db.cli.options import DTYPE, LIMIT, LOADED_MODEL, DryRunOption, RunNamespaceOption
 from backprompt_db.cli.output import JsonOption, emit, emit_json, json_value
 from backprompt_db.cli.prompts import Prompts, template_of, unescaped
 from backprompt_db.cli.rows import Form, num_lines, rows
@@ -46,10 +47,10 @@ class LeftOut:
         return cls(place.file, place.line, problem)
 
 
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help="A causal language model's name or directory.")]
+_Model = Annotated[str, typer.Argument(metavar="MODEL", help=LOADED_MODEL)]
 _Files = Annotated[
     list[Path],
-    typer.Argument(metavar="FILE...", help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
+    typer.Argument(metavar="FILE", readable=False, help="JSON lines, CSV, TSV, or a prompt on each line; - is stdin."),
 ]
 _Template = Annotated[
     list[str] | None,
@@ -64,28 +65,28 @@ _Completion = Annotated[
 ]
 _Completions = Annotated[
     Path | None,
-    typer.Option("--completions", metavar="FILE", help="A file of completions, in a format that prompts can have."),
+    typer.Option(
+        "--completions",
+        metavar="FILE",
+        readable=False,
+        help="A file of completions, in a format that prompts can have.",
+    ),
 ]
-_Form = Annotated[Form | None, typer.Option("--format", help="The format of the files, if their names do not say it.")]
+_Form = Annotated[
+    Form | None,
+    typer.Option("--format", metavar="FORM", help="jsonl, csv, tsv or lines, if the files' names do not say it."),
+]
 _Keep = Annotated[
     list[str] | None,
     typer.Option("--keep", metavar="PART", help="Keep this part of prompts: scores, logits or kv. Repeatable."),
 ]
-_Namespace = Annotated[
-    str, typer.Option("--namespace", metavar="NAME", help="The namespace that the prompts are run in.")
-]
-_Dtype = Annotated[
-    str | None, typer.Option("--dtype", metavar="NAME", help="The dtype to use the model in, if not its own.")
-]
-_Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Take only the first N prompts.")]
+_Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help=DTYPE)]
+_Limit = Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help=LIMIT)]
 _BatchSize = Annotated[
     int, typer.Option("--batch-size", metavar="N", min=1, help="How many prompts are computed together.")
 ]
 _SkipErrors = Annotated[
     bool, typer.Option("--skip-errors", help="Leave out rows that cannot be used, and exit with 0 all the same.")
-]
-_DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print what it would take: time, memory, bytes. Nothing is computed.")
 ]
 
 
@@ -100,17 +101,18 @@ def warm(
     completions: _Completions = None,
     form: _Form = None,
     keep: _Keep = None,
-    namespace: _Namespace = "",
+    namespace: RunNamespaceOption = "",
     dtype: _Dtype = None,
     limit: _Limit = None,
     batch_size: _BatchSize = 64,
     skip_errors: _SkipErrors = False,
-    dry_run: _DryRun = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     r"""Compute and store what running many prompts needs; with completions, what scoring them after each prompt needs.
 
-    What is stored already is skipped: after Ctrl-C, the same command goes on where it was.
+    What is stored already is skipped: after Ctrl-C, the same command goes on where it was. --dry-run prints the time,
+    memory and bytes that it would take.
 
     A template is cut into segments before each {column}, with the white space before it, so that prompts share all up
     to the first column in which they differ: put columns that vary least first. Each of several --template is a

@@ -255,6 +255,21 @@ def num_chained(pack: Pack, num_whole: int) -> int:
     return number
 
 
+def fed_lengths(
+    pack: Pack, lengths: Mapping[Segment, int], produce: Mapping[Segment, frozenset[Part]]
+) -> dict[Segment, int]:
+    """Return how many tokens of each segment go through the model.
+
+    The last token of a segment predicts what comes after it. If nothing does and only scores are wanted, the token is
+    not computed: the score of a label of one token is read from the logits before it.
+    """
+    followed = {parent for segment in ancestry(pack.segments) for parent in segment.parents}
+    return {
+        segment: lengths[segment] - (segment not in followed and produce[segment] <= {Part.SCORES})
+        for segment in pack.segments
+    }
+
+
 def token_offsets(pack: Pack, num_tokens: Mapping[Segment, int]) -> Iterator[tuple[int, Segment]]:
     """Yield each segment of a pack with the index of its first token among the pass's new tokens."""
     begin = 0

@@ -23,8 +23,10 @@ from backprompt_db.database.counters import Counters, Tally
 from backprompt_db.database.eviction import Evictor
 from backprompt_db.database.memory_cache import MemoryCache, default_budget_nbytes
 from backprompt_db.database.single_flight import SingleFlight
+from backprompt_db.database.statistics import gathered
 from backprompt_db.database.writer import NewPart, Writer, at_end_of_forked_process
 from backprompt_db.errors import (
+    BackpromptError,
     BlobFormat,
     CatalogError,
     FormatError,
@@ -39,9 +41,11 @@ from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.layered import own_store
 from backprompt_db.store.records import Digest
 from backprompt_db.system.platform import register_at_fork
+from backprompt_db.views.console import html_text, literal
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.database.statistics import Stats
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,9 @@ _Taken = TypeVar("_Taken")
 
 MEMORY = ":memory:"
 """The location of a database that is kept in memory and leaves nothing behind."""
+
+_PATIENCE_SECONDS = 2.0
+"""How long `stats` waits for what is being written."""
 
 _OVERHEAD_NBYTES = 2048
 """What a part costs in memory beside its bytes, roughly."""
@@ -110,6 +117,23 @@ class Database:
     def counters(self) -> Counters:
         """What this handle did since it was opened."""
         return self.tally.counters
+
+    def stats(self, *, namespace: str | None = None) -> Stats:
+        """Return what the database holds and what it saved, as `backprompt-db stats` shows it; printed, it is a table.
+
+        With `namespace`, what one namespace holds. Waits a moment for what is still being written. Raises
+        `CatalogError` for a database in memory.
+        """
+        self._check_open()
+        if self.directory is None:
+            raise CatalogError(
+                "a database in memory has no statistics", hint="Open one in a directory; `counters` are there always."
+            )
+        is_written = threading.Event()
+        self.when_written(is_written.set)
+        is_written.wait(_PATIENCE_SECONDS)
+        self._resources.record_uses()
+        return gathered(self.directory, namespace=namespace)
 
     def fetch(self, wanted: Mapping[Address, Iterable[Part]]) -> dict[Key, Arrays]:
         """Return the wanted parts that are there. Arrays are not to be written to; a miss is absent."""
@@ -238,6 +262,17 @@ class Database:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __dir__(self) -> list[str]:
+        """What is offered at a prompt: what users need, and not what the library itself uses."""
+        return ["close", "counters", "flush", "stats"]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the numbers about it, where there are any."""
+        try:
+            return self.stats()._repr_html_()
+        except BackpromptError:
+            return html_text(literal(repr(self)))
 
     def __repr__(self) -> str:
         return f"<Database {self.directory or MEMORY}{' (read-only)' if self.readonly else ''}>"

@@ -16,7 +16,7 @@ from backprompt_db.database.database import MEMORY, Database
 from backprompt_db.database.location import CATALOG, FLIGHTS_LOCK, STORE, access_problem, require_local
 from backprompt_db.database.manifest import Manifest, digest_of, read_manifest
 from backprompt_db.database.single_flight import SingleFlight
-from backprompt_db.errors import BackpromptError, CatalogError, FormatError, PromptError, UnsafeLocation
+from backprompt_db.errors import BackpromptError, CatalogError, FormatError, PromptError, StoreReadOnly, UnsafeLocation
 from backprompt_db.store.contract import Store
 from backprompt_db.store.files import DATA
 from backprompt_db.store.layered import LayeredStore
@@ -228,13 +228,17 @@ def open_existing(directory: Path) -> Database:
 def open_store(directory: Path) -> LmdbStore:
     """Open the store of the database in `directory` for reading; damaged parts are counted and stay where they are."""
     manifest = manifest_of(directory)
-    return LmdbStore(directory / STORE, readonly=True, digest=digest_of(manifest, directory))
+    try:
+        return LmdbStore(directory / STORE, readonly=True, digest=digest_of(manifest, directory))
+    except StoreReadOnly as error:
+        raise (access_problem(directory, sharing_of(directory), readonly=True) or error) from error
 
 
 def open_catalog(directory: Path) -> Catalog:
     """Open the catalog of the database in `directory` for reading.
 
-    Raises `CatalogError` for one that is missing, damaged or of an older schema; `reindex` mends each of these.
+    Raises `CatalogError` for one that is missing, damaged or of an older schema, each of which `reindex` mends, and for
+    one that this user may not read.
     """
     from backprompt_db.catalog.catalog import Catalog
 
@@ -244,5 +248,11 @@ def open_catalog(directory: Path) -> Catalog:
         raise CatalogError(
             f"the catalog {path} is missing",
             hint="Run `backprompt-db reindex`: it rebuilds the catalog from the store.",
+        )
+    if not os.access(path, os.R_OK):
+        problem = access_problem(directory, sharing_of(directory), readonly=False)
+        raise CatalogError(
+            f"the catalog {path} cannot be read",
+            hint="Ask its owner for permission to read it." if problem is None else problem.hint,
         )
     return Catalog.open(path, readonly=True)

@@ -35,6 +35,7 @@ from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION, release, shared_environment
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
 from backprompt_db.system.platform import UNKNOWN, change_mode, filesystem_of, give
+from backprompt_db.views.formatting import size
 
 _NEEDED = ("backprompt-db", "lmdb", "sqlalchemy", "safetensors", "numpy", "xxhash", "blake3")
 _NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
@@ -131,7 +132,7 @@ def free_space(subject: Subject) -> Finding:
     """Check that the disk has room up to the limit."""
     free, room = shutil.disk_usage(subject.directory).free, room_of(subject.directory)
     to_come = None if room.max_nbytes is None else room.max_nbytes - (room.live_nbytes or 0)
-    what = f"{free:,} bytes are free" + ("." if to_come is None else f", {max(0, to_come):,} may still be added.")
+    what = f"{size(free)} are free" + ("." if to_come is None else f", {size(max(0, to_come))} may still be added.")
     if free < min(_LITTLE_NBYTES, _LITTLE_NBYTES if to_come is None else to_come):
         return Finding(
             Status.WARNING, what, "Free some space, or lower the limit: `backprompt-db config --max-size SIZE`."
@@ -183,7 +184,7 @@ def share(directory: Path, sharing: Sharing, *, group: str | None) -> None:
         _mend(faults(directory, sharing))
     except PermissionError as error:
         raise StoreReadOnly(
-            f"{error.filename or directory} cannot be given other permissions",
+            f"{directory} and its files cannot be given other permissions",
             hint="Only its owner may, and only for a group of which they are a member; or root.",
         ) from error
 
@@ -282,7 +283,7 @@ def limit(subject: Subject) -> Finding:
         return Finding(Status.PROBLEM, f"{room.config_problem}.", remedy)
     if room.max_nbytes is None:
         return fine("There is no limit; `backprompt-db config --max-size SIZE` sets one.")
-    what = f"{room.live_nbytes or 0:,} of {room.max_nbytes:,} bytes are in use."
+    what = f"{size(room.live_nbytes or 0)} of {size(room.max_nbytes)} are in use."
     if room.fullness is not None and room.fullness > 1:
         return Finding(Status.WARNING, what, "The next write evicts; or run `backprompt-db evict`.")
     return fine(what)

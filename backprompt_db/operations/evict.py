@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from backprompt_db.catalog.records import EXPIRED, SELECTED
 from backprompt_db.database.database import writable_catalog
 from backprompt_db.database.eviction import Eviction
 from backprompt_db.errors import StoreReadOnly
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 def eviction_order(db: Database, *, to_nbytes: int | None, selection: Selection) -> Sequence[EvictionCandidate]:
     """Return what `evict` would remove now, in order, and why. Nothing is removed.
 
+    Where no size is to be reached, what is selected goes because it is selected, whatever it is worth.
     Sizes are those of the parts; the pages that become free may have a little more or less. Raises the same errors as
     `evict`.
     """
@@ -27,13 +29,19 @@ def eviction_order(db: Database, *, to_nbytes: int | None, selection: Selection)
     config = db.evictor.limits.config
     goal = _goal_nbytes(db, to_nbytes, selection)
     excess = 0 if goal is None else max(0, db.store.usage().live_nbytes - goal)
-    return catalog.rehearse(
+    candidates = catalog.rehearse(
         excess,
         at=time.time(),
         grace_seconds=config.grace_seconds,
         ttl_seconds=config.ttl_seconds,
         selection=selection,
     )
+    is_all_selected = to_nbytes is None and not selection.is_everything
+    return [_for_being_selected(candidate) for candidate in candidates] if is_all_selected else candidates
+
+
+def _for_being_selected(candidate: EvictionCandidate) -> EvictionCandidate:
+    return candidate if candidate.reason == EXPIRED else candidate._replace(reason=SELECTED)
 
 
 def evict(db: Database, *, to_nbytes: int | None, selection: Selection) -> Eviction:

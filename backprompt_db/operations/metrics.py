@@ -11,7 +11,7 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 if TYPE_CHECKING:
-    from backprompt_db.operations.stats import Activity, Stats
+    from backprompt_db.database.statistics import Activity, Stats
 
 _PREFIX = "backprompt_db_"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from backprompt_db.catalog.records import GroupTotals, Totals
 from backprompt_db.database.counters import NAMES_IN_CATALOG
 from backprompt_db.database.location import CATALOG
 from backprompt_db.database.opening import manifest_of, open_store
+from backprompt_db.database.statistics import Activity, Incident, ModelUsage, NamespaceUsage, Stats
 from backprompt_db.errors import CatalogError
 from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.prompt.ids import Address, WeightsId
@@ -38,104 +39,6 @@ _TOTALS = f"""
 _BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
 
 _Group = TypeVar("_Group")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activity:
-    """What all processes have counted since the catalog was made. Parts that were found count where they were found."""
-
-    num_memory_hits: int
-    num_disk_hits: int
-    num_base_hits: int
-    num_part_misses: int
-    """Parts that were asked for and not found anywhere."""
-    num_computed_tokens: int
-    computed_seconds: float
-    num_evicted: int
-    """Parts."""
-    num_evicted_nbytes: int
-    num_quarantined: int
-    """Parts that were damaged or malformed."""
-    num_read_failures: int
-    num_write_failures: int
-    num_waits: int
-    """Computations of other processes that were waited for instead of being repeated."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelUsage:
-    """What is stored of one model."""
-
-    weights_id: WeightsId
-    name: str
-    """`""` where only its representations are known."""
-    num_representations: int
-    nbytes: Mapping[Part, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NamespaceUsage:
-    """What is stored in one namespace."""
-
-    namespace: str
-    """`""` for the default one."""
-    num_representations: int
-    nbytes: Mapping[Part, int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Incident:
-    """One thing that went wrong."""
-
-    at: float
-    """POSIX seconds."""
-    age_seconds: float
-    """0 for a time in the future, which a clock that was fast has left."""
-    kind: str
-    address: Address | None
-    detail: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """Sums over a database, or over one namespace of it. What cannot be known at the moment is None."""
-
-    directory: Path
-    namespace: str | None
-    """The namespace that sums are restricted to; None for all."""
-    format: int
-    fidelity: str
-    created_at: str
-    """UTC, ISO 8601."""
-    num_representations: int
-    num_segments: int | None
-    """Segments that have at least one representation."""
-    num_models: int | None
-    num_tokens: int | None
-    nbytes: Mapping[Part, int]
-    """Stored bytes of every part, 0 where there are none."""
-    num_hits: int | None
-    """Uses of what is stored now; those of what was evicted do not count any more."""
-    saved_seconds: float | None
-    """These uses times what the computation had taken."""
-    by_model: Sequence[ModelUsage] | None
-    """The largest first; None also when sums are restricted to a namespace."""
-    by_namespace: Sequence[NamespaceUsage] | None
-    live_nbytes: int | None
-    """Bytes of the store's pages in use, to which the limit applies."""
-    file_nbytes: int
-    """Bytes of all files in the directory."""
-    max_nbytes: int | None
-    """The limit."""
-    fullness: float | None
-    """Live bytes as a share of the limit."""
-    activity: Activity | None
-    incidents: Sequence[Incident] | None
-    """The newest 10, the last one first."""
-    catalog_problem: str | None
-    """Why the sums were counted in the store instead of being read from the catalog; None when they were read."""
-    store_problem: str | None
-    config_problem: str | None
 
 
 def gather(directory: Path, *, namespace: str | None = None) -> Stats:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Part
 from backprompt_db.views.console import bare_table, html_text, literal, plain_text
-from backprompt_db.views.formatting import age, duration, shortened, size
+from backprompt_db.views.formatting import age, duration, plural, shortened, size
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -61,6 +61,10 @@ class SeenUnder:
     dtype: str | None
     weights_id: WeightsId
     tokenizer_id: TokenizerId
+
+    def __repr__(self) -> str:
+        ids = f"{self.weights_id.hex()[:_NUM_ID_DIGITS]}, {self.tokenizer_id.hex()[:_NUM_ID_DIGITS]}"
+        return f"<SeenUnder {self.model_name or '?'} ({self.dtype or 'unknown dtype'}, {ids})>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,12 @@ class SegmentExplanation:
         """Whether nothing of it needs to be computed."""
         return self.miss is None
 
+    def __repr__(self) -> str:
+        state = "found" if self.miss is None else f"to compute: {self.miss.reason.value}"
+        tokens = "tokens unknown" if self.num_tokens is None else plural(self.num_tokens, "token")
+        text = shortened(self.text, num_characters=_NUM_REPR_CHARACTERS)
+        return f"<SegmentExplanation {self.segment_id.hex()[:_NUM_ID_DIGITS]} {text!r}: {tokens}, {state}>"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
@@ -158,6 +168,13 @@ class Explanation:
     def __str__(self) -> str:
         return plain_text(self)
 
+    def __repr__(self) -> str:
+        cached, missing = _number(self.num_cached_tokens), _number(self.num_missing_tokens)
+        return (
+            f"<Explanation of {plural(len(self.segments), 'segment')}: {cached} tokens cached, {missing} to compute,"
+            f" by {self.model_name or '?'} ({self.weights_id.hex()[:_NUM_ID_DIGITS]})>"
+        )
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         return html_text(self)
@@ -167,6 +184,7 @@ _COLUMNS = ("", "segment", "found", "tokens", "bytes", "seconds")
 _RIGHT = frozenset({"tokens", "bytes", "seconds"})
 _NUM_TEXT_CHARACTERS = 60
 _NUM_SEEN = 3
+_NUM_REPR_CHARACTERS = 60
 _NUM_ID_DIGITS = 8
 _UNKNOWN = "?"
 

@@ -97,3 +97,11 @@ class Generated:
 
     def __str__(self) -> str:
         return self.string
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the prompt, and after it the continuation, bold."""
+        from rich.text import Text as Shown
+
+        from backprompt_db.views.console import html_text
+
+        return html_text(Shown(str(self.prompt), "dim").append(self.string, "not dim bold"))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from backprompt_db.prompt.ids import SegmentId, namespace_id, segment_id
+from backprompt_db.views.formatting import shortened
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +40,12 @@ class Segment:
 
     def __hash__(self) -> int:
         return hash(self.id)
+
+    def __repr__(self) -> str:
+        start = "" if self.start is None else f", start={self.start}"
+        namespace = f", namespace={self.namespace!r}" if self.namespace else ""
+        string = shortened(self.string, num_characters=_NUM_REPR_CHARACTERS)
+        return f"<Segment {self.id.hex()[:_NUM_ID_DIGITS]} {string!r}{start}{namespace}>"
 
 
 def ancestry(tips: Iterable[Segment], *, without: Iterable[Segment] = ()) -> list[Segment]:
@@ -104,6 +111,8 @@ class Seam:
 
 
 _NUM_SHOWN = 20
+_NUM_ID_DIGITS = 12
+_NUM_REPR_CHARACTERS = 60
 
 
 def _shown(tokens: Sequence[str]) -> str:

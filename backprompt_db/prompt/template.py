@@ -39,12 +39,22 @@ class Template:
         self.columns = tuple(dict.fromkeys(columns))
         """Names of the columns, in the order written."""
 
+    def __repr__(self) -> str:
+        return f"Template({', '.join(repr(_written(piece)) for piece in self._pieces)})"
+
     def text(self, values: Mapping[str, str]) -> Text:
         """Return the text of one row, without a model. Raises `PromptError` for a column that the row does not have."""
         text = Text("")
         for piece in self._pieces:
             text += "".join(part if isinstance(part, str) else _value(values, part.name) for part in piece)
         return text
+
+
+def _written(piece: _Piece) -> str:
+    """Return a segment as a template writes it."""
+    return "".join(
+        part.replace("{", "{{").replace("}", "}}") if isinstance(part, str) else f"{{{part.name}}}" for part in piece
+    )
 
 
 def _parsed(piece: str) -> Iterator[str | _Column]:

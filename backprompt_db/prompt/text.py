@@ -6,6 +6,7 @@ segments that it directly follows. That graph alone decides who attends to whom 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -16,6 +17,7 @@ from backprompt_db.errors import BackpromptError, InvalidText, PromptError
 from backprompt_db.prompt.ids import ModelIds, SegmentId, TokenizerId, segment_id
 from backprompt_db.prompt.model_counters import ModelCounters
 from backprompt_db.prompt.segments import Seam, SeamRule, Segment, ancestry
+from backprompt_db.views.formatting import plural, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -531,6 +533,20 @@ class ModelRepr:
         from backprompt_db.prompt.pictures import picture_result
 
         return picture_result(self.segments, self.scores, self.is_computed)
+
+    def __str__(self) -> str:
+        """What `print` shows: the text, its tokens and how likely they are, and under what model. Loads nothing."""
+        logprobs = [float(logprob) for part in self.scores for logprob in part["token_logprobs"].numpy()]
+        predicted = [logprob for logprob in logprobs if not math.isnan(logprob)]
+        return "\n".join(
+            (
+                repr(shortened(str(self.text), num_characters=_REPR_CHARS)),
+                f"{plural(len(logprobs), 'token')} in {plural(len(self.segments), 'segment')}:"
+                f" {self.num_cached_tokens:,} cached, {self.num_computed_tokens:,} computed",
+                f"log-probability {sum(predicted):.3f}, of {plural(len(predicted), 'token')}",
+                f"{self.ids}, {self.fidelity}",
+            )
+        )
 
     def computed_ids(self) -> frozenset[SegmentId]:
         """Return the ids of the segments whose tokens count as computed."""

@@ -22,6 +22,7 @@ from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import check_length, number_transactions
 from backprompt_db.system.failpoints import reach
 from backprompt_db.system.platform import give_open, set_mode, sync
+from backprompt_db.views.formatting import size
 
 _PREFIX = ".compact-"
 
@@ -61,7 +62,7 @@ def _check_room(directory: Path, nbytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise StoreFull(
-            f"compacting {directory} needs room for a copy of {nbytes:,} bytes, and {free:,} are free",
+            f"compacting {directory} needs room for a copy of {size(nbytes)}, and {size(free)} are free",
             hint="Free some space, or evict something first: `backprompt-db evict --to SIZE`.",
         )
 

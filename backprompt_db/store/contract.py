@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from backprompt_db.errors import StoreFull
 from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Origin, Part
+from backprompt_db.views.formatting import size
 
 
 class Key(NamedTuple):
@@ -54,7 +55,7 @@ class Usage(NamedTuple):
 def beyond_limit(max_nbytes: int) -> StoreFull:
     """Return the error for parts with which more than the limit would be live."""
     return StoreFull(
-        f"more than {max_nbytes:,} bytes would be in use",
+        f"more than {size(max_nbytes)} would be in use",
         hint="Evict or unpin something, or raise the limit: `backprompt-db config --max-size SIZE`.",
     )
 

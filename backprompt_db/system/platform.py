@@ -59,7 +59,7 @@ if sys.platform == "win32":
 
     stop_process = lock_file = unlock_file = try_lock_byte = unlock_bytes = _refuse
     set_mode = change_mode = give = give_open = sync = _refuse
-    user_id = group_ids = user_name = group_name = group_number = _refuse
+    user_id = group_ids = user_name = group_name = group_number = group_members = _refuse
 
     is_byte_locked: Callable[[int, int], bool] = _refuse
     is_mounted_readonly: Callable[[Path], bool] = _refuse
@@ -184,6 +184,15 @@ else:
     def group_number(name: str) -> int:
         """Return the number of a group. Raises `KeyError` for an unknown name."""
         return grp.getgrnam(name).gr_gid
+
+    def group_members(gid: int) -> list[str]:
+        """Return the names of a group's members that the system lists, those whose own group it is included."""
+        own = [user.pw_name for user in pwd.getpwall() if user.pw_gid == gid]
+        try:
+            others = grp.getgrgid(gid).gr_mem
+        except KeyError:
+            others = []
+        return sorted({*own, *others})
 
     def is_mounted_readonly(path: Path) -> bool:
         """Whether a path is on a filesystem that nobody can write to, whatever the modes."""

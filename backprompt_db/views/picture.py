@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from backprompt_db.errors import PromptError
 from backprompt_db.views.console import plain_text
+from backprompt_db.views.formatting import plural
 from backprompt_db.views.scene import Scene
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ class Picture(Scene):
 
     def __str__(self) -> str:
         return plain_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Picture of {plural(len(self.segments), 'segment')} in {self.unit.value}>"
 
     def _repr_svg_(self) -> str:
         """What a notebook shows where it shows no HTML."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 import backprompt_db as bp
 from backprompt_db.cli.app import app
@@ -64,6 +68,33 @@ class TestHelp:
         options = [line for line in result.stdout.splitlines() if re.search(r"\s--[a-z]", line) and "│" in line]
         assert options
         assert all(re.search(r"[a-z]{3,}.*\.\s*(\[.*\]\s*)?│$", line) for line in options), options
+
+    @pytest.mark.parametrize("columns", [80, 110, 200])
+    def test_help_fills_the_terminal(self, columns: int) -> None:
+        for command in ["", *COMMANDS]:
+            text = run(*command.split(), "--help", columns=columns).stdout
+            assert max(map(len, text.splitlines())) <= columns
+            lines = [line.strip() for line in text.partition("╭")[0].splitlines()]
+            for line, following in itertools.pairwise(lines):
+                first = following.partition(" ")[0]
+                assert not line or not first or len(f" {line} {first} ") > columns, line
+
+    def test_flags_have_no_type_and_choices_are_words_of_the_help(self) -> None:
+        for command in ["", *COMMANDS]:
+            options = run(*command.split(), "--help", columns=80).stdout.partition("╭─ Options")[2]
+            assert "--help" in options
+            assert not re.search("<[a-z]", options), command
+
+    def test_an_option_has_one_help_text_in_all_commands(self) -> None:
+        group: Any = get_command(app)
+        found = defaultdict(set)
+        for command in group.commands.values():
+            for option in command.params:
+                if option.param_type_name == "option" and not command.hidden:
+                    found[tuple(option.opts)].add((option.metavar, option.help))
+        several = {spellings: len(texts) for spellings, texts in found.items() if len(texts) > 1}
+        # A model that the database knows or one to load, marks or parts, requests or a share.
+        assert several == {("--model",): 2, ("--remove",): 2, ("--sample",): 2}
 
     def test_without_a_command_the_help_is_shown(self) -> None:
         assert "Usage" in run().output

@@ -255,6 +255,31 @@ class TestEvict:
         assert {candidate["reason"] for candidate in candidates} == {"value"}
         assert list(run_json("evict", "--db", place, "--to", "0")) == ["num_parts", "nbytes", "live_nbytes"]
 
+    @pytest.mark.parametrize(
+        ("options", "reason", "why"),
+        [
+            (["--contains", "Section 3"], "selected", "selected"),
+            (["--contains", "Section 3", "--to", "0"], "value", "worth least"),
+            (["--to", "0"], "value", "worth least"),
+        ],
+    )
+    def test_gives_the_reason_for_which_each_part_goes(
+        self, place: Path, options: list[str], reason: str, why: str
+    ) -> None:
+        assert {each["reason"] for each in run_json("evict", "--db", place, *options, "--dry-run")} == {reason}
+        _, *lines = run("evict", "--db", place, *options, "--dry-run", columns=120).stdout.splitlines()
+        assert {line.rpartition("ago  ")[2] for line in lines if " ago  " in line} == {why}
+
+    def test_what_is_selected_and_expired_goes_because_it_is_expired(self, place: Path) -> None:
+        assert run("config", "--db", place, "--ttl", "0.001s").exit_code == 0
+        found = run_json("evict", "--db", place, "--contains", "Section 3", "--dry-run")
+        assert {each["reason"] for each in found} == {"expired"}
+
+    def test_what_was_just_used_goes_because_nothing_older_is_left(self, place: Path) -> None:
+        assert run("config", "--db", place, "--grace", "1h").exit_code == 0
+        assert {each["reason"] for each in run_json("evict", "--db", place, "--to", "0", "--dry-run")} == {"room"}
+        assert "nothing older is left" in run("evict", "--db", place, "--to", "0", "--dry-run", columns=120).stdout
+
     def test_tells_people_what_would_go_and_why(self, place: Path) -> None:
         shown = run("evict", "--db", place, "--to", "0", "--dry-run", columns=120).stdout
         assert "worth least" in shown

@@ -48,8 +48,8 @@ def model_directory(tmp_path: Path, tokenizer: Any) -> Path:
     return directory
 
 
-def run_in_a_process(database: Path, model: Path) -> dict[str, Any]:
-    command = [sys.executable, "-c", RUN, str(database), str(model)]
+def run_in_a_process(database: Path, model: Path, *, script: str = RUN) -> dict[str, Any]:
+    command = [sys.executable, "-c", script, str(database), str(model)]
     finished = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(finished.stdout))
 
@@ -60,6 +60,37 @@ def test_the_second_process_loads_no_model_and_computes_nothing(tmp_path: Path, 
     assert first["calls"] > 0
     assert (second["calls"], second["computed"], second["modules"], second["is_loaded"]) == (0, 0, [], False)
     assert (second["scores"], second["last"]) == (first["scores"], first["last"])
+
+
+PLAN = """
+import json, sys
+import backprompt_db as bp
+with bp.open(sys.argv[1]) as db:
+    lm = bp.LanguageModel.from_pretrained(sys.argv[2], db=db)
+    plan = lm.plan([lm.text("The quick brown fox", split=3) + " jumps over"], [" the lazy dog", " the dog"])
+    shown = str(plan)
+    print(json.dumps({
+        "modules": [name for name in ("torch", "transformers", "tokenizers") if name in sys.modules],
+        "num_stored_texts": plan.num_stored_texts,
+        "num_tokens": [plan.num_cached_tokens, plan.num_missing_tokens],
+        "dtype": plan.dtype,
+        "total_nbytes": plan.memory.total_nbytes,
+        "shown": shown,
+    }))
+"""
+
+
+def test_a_plan_of_what_is_stored_loads_neither_model_nor_tokenizer(tmp_path: Path, model_directory: Path) -> None:
+    run_in_a_process(tmp_path / "db", model_directory)
+    plan = run_in_a_process(tmp_path / "db", model_directory, script=PLAN)
+    assert (plan["modules"], plan["num_stored_texts"], plan["total_nbytes"]) == ([], 1, 0)
+    assert "memory" in plan["shown"]
+    with bp.open(tmp_path / "db") as db:
+        lm = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+        prompt, endings = lm.text("The quick brown fox", split=3) + " jumps over", [" the lazy dog", " the dog"]
+        num_tokens = len(prompt().input_ids) + sum(len(lm.tokenizer(each)["input_ids"]) for each in endings)
+        assert plan["num_tokens"] == [num_tokens, 0]
+        assert plan["dtype"] == lm.plan(["Something else"]).dtype
 
 
 def test_a_partial_hit_loads_the_model_and_continues(

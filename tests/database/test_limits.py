@@ -230,7 +230,7 @@ class TestRefused:
             put(db, of_size(100))
             before = stored(db)
             db.put(new_parts(of_size(LARGE), [Part.KV]))
-            with pytest.raises(StoreFull, match=r"more than 950,000 bytes would be in use.*--max-size"):
+            with pytest.raises(StoreFull, match=r"more than 927.7 KiB would be in use.*--max-size"):
                 db.flush()
             assert stored(db) == before
             assert (db.counters.num_evicted, db.counters.num_write_failures) == (0, 1)

@@ -219,6 +219,68 @@ def test_the_command_makes_a_database_for_a_group(home: Path, umask: int) -> Non
     assert use_as(OWNER, home / "db", number=2, umask=umask) == ALL
 
 
+COMMANDS = [
+    "stats", "ls", "ls --models", "show ab", "explain text", "tree", "tree text", "graph --out page", "verify",
+    "reindex", "doctor", "export bundle", "import bundle", "merge other", "pin --contains a", "label name --contains a",
+    "evict", "compact", "purge --yes --contains a", "config", "config --max-size 1GB", "warm ./model rows.txt",
+]  # fmt: skip
+
+
+@needs_root
+class TestCommands:
+    """What the command line says to somebody who may not."""
+
+    def test_every_command_has_the_hint_that_python_has(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(home)
+        for each in COMMANDS:
+            run(*each.split(), "--db", home / "for the imports")
+        as_user(OWNER, lambda: use(home / "db", number=1))
+        message, hint = as_user(STRANGER, lambda: refusal(home / "db"))
+        assert hint == "Ask its owner for permission to read it."
+        told = as_user(STRANGER, lambda: [said(each, home / "db") for each in COMMANDS])
+        assert told == [f"error: {message}\nhint: {hint}\n"] * len(COMMANDS)
+        assert as_user(STRANGER, lambda: run("init", home / "db").stderr) == told[0]
+
+    @pytest.mark.parametrize(
+        ("name", "commands"),
+        [("catalog.sqlite", ["ls", "show ab", "tree", "pin --contains a", "evict"]),
+         ("store/data.mdb", ["show ab", "graph --out page", "config --max-size 1GB", "pin --contains a", "evict"])],
+    )  # fmt: skip
+    def test_a_file_that_is_not_as_it_should_be_has_its_remedy_on_every_command(
+        self, home: Path, name: str, commands: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(home)
+        place = home / "db"
+        create_database(place, sharing=Sharing.GROUP, group=str(GROUP))
+        use(place, number=1)
+        for each in commands:
+            run(*each.split(), "--db", home / "for the imports")
+        (place / name).chmod(0o600)
+        remedy = f"hint: Run `chmod 660 {place / name}` as root; `backprompt-db doctor --fix --db {place}` mends all"
+        for told in as_user(MEMBER, lambda: [said(each, place) for each in commands]):
+            assert remedy in told
+
+    def test_a_file_that_cannot_be_read_is_no_wrong_argument(self, home: Path) -> None:
+        bundle = home / "bundle"
+        bundle.touch(mode=0o600)
+        run("import", bundle, "--db", home / "db")
+        as_user(OWNER, lambda: use(home / "own", number=1))
+        assert f"error: {bundle} cannot be used" in as_user(
+            OWNER, lambda: run("import", bundle, "--db", home / "own").stderr
+        )
+
+
+def said(line: str, place: Path) -> str:
+    return run(*line.split(), "--db", place).stderr
+
+
+def refusal(place: Path) -> tuple[str, str]:
+    """Message and hint of the error with which the library refuses a database."""
+    with pytest.raises(BackpromptError) as caught:
+        bp.open(place)
+    return caught.value.message, caught.value.hint
+
+
 @needs_root
 class TestReadOnly:
     def test_a_directory_that_its_owner_may_not_write_to_is_read(self, home: Path) -> None:

@@ -117,7 +117,7 @@ class TestChecks:
             (lose_catalog, ["catalog", "catalog lag", "clock"], Status.WARNING, "is missing", "reindex"),
             (garble_catalog, ["catalog", "catalog lag", "clock"], Status.WARNING, "catalog", "reindex"),
             (fall_behind, ["catalog lag"], Status.WARNING, "2 parts are stored and not listed, 0 are", "reindex"),
-            (exceed_limit, ["limit"], Status.WARNING, "of 4,096 bytes", "evict"),
+            (exceed_limit, ["limit"], Status.WARNING, "of 4.0 KiB are in use", "evict"),
             (garble_config, ["limit"], Status.PROBLEM, "config.json cannot be read", "config --max-size"),
             (use_in_future, ["clock"], Status.WARNING, "in the future", "clocks"),
         ],

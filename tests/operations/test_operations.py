@@ -17,7 +17,7 @@ from backprompt_db.database.reconcile import Reindexing
 from backprompt_db.errors import UnsafeLocation
 from backprompt_db.operations.describe import describe
 from backprompt_db.operations.inspection import Inspection, Kind
-from backprompt_db.operations.stats import Stats, gather, sums, sums_by_model
+from backprompt_db.operations.stats import gather, sums, sums_by_model
 from backprompt_db.operations.verify import Verification, verify
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
@@ -93,7 +93,7 @@ class TestStats:
 
     @pytest.mark.parametrize("ask", [gather, open_existing, open_store, open_catalog])
     def test_nothing_is_made_where_there_is_no_database(
-        self, tmp_path: Path, ask: Callable[[Path], Stats | bp.Database | LmdbStore | Catalog]
+        self, tmp_path: Path, ask: Callable[[Path], bp.Stats | bp.Database | LmdbStore | Catalog]
     ) -> None:
         with pytest.raises(UnsafeLocation, match="there is no database"):
             ask(tmp_path / "nothing")

@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
-ModelOption = Annotated[str, typer.Option("--model", metavar="NAME", help="A causal language model's name or path.")]
+from backprompt_db.cli.options import LOADED_MODEL
+
+ModelOption = Annotated[str, typer.Option("--model", metavar="MODEL", help=LOADED_MODEL)]
 RequestsOption = Annotated[
     int | None, typer.Option("--requests", metavar="N", min=1, help="How many requests; all without it.")
 ]
@@ -30,7 +32,10 @@ def demo(
     directory: Annotated[
         Path | None,
         typer.Option(
-            "--dir", metavar="PATH", help="A new directory to keep the demo's database in; a temporary one without it."
+            "--dir",
+            metavar="DIR",
+            readable=False,
+            help="A new directory to keep the demo's database in; a temporary one without it.",
         ),
     ] = None,
     requests: RequestsOption = None,
@@ -47,7 +52,7 @@ def demo(
 def demo_run(
     *,
     model: ModelOption = "gpt2",
-    directory: Annotated[Path, typer.Option("--dir", metavar="PATH", help="The demo's database.")],
+    directory: Annotated[Path, typer.Option("--dir", metavar="DIR", readable=False, help="The demo's database.")],
     requests: RequestsOption = None,
 ) -> None:
     """Run the demo's requests once, in this process, and print what it took."""

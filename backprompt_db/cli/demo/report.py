@@ -12,7 +12,7 @@ from backprompt_db.cli.demo.job import CONTENT_FREE, JobResult, Task, accuracy
 from backprompt_db.cli.demo.plain import PlainResult
 from backprompt_db.cli.output import emit
 from backprompt_db.views.console import bare_table
-from backprompt_db.views.formatting import plural
+from backprompt_db.views.formatting import plural, size
 
 _TOLERANCE = 1e-3
 """Largest difference of a log-probability from that of plain transformers, in nats, summed over a completion."""
@@ -99,7 +99,7 @@ def _run_cells(run: Run, num_asked: str, task: Task) -> list[str]:
     return [
         run.name.replace(" ", "\n"), _seconds(run.seconds), _seconds(result.scoring_seconds), num_asked,
         f"{result.num_computed_tokens:,}", f"{result.num_hits:,}", f"{result.num_model_calls:,}",
-        f"{run.nbytes_on_disk / 1e6:,.0f} MB", f"{accuracy(result.scores, task.gold, is_calibrated=True):.1%}",
+        size(run.nbytes_on_disk), f"{accuracy(result.scores, task.gold, is_calibrated=True):.1%}",
     ]  # fmt: skip
 
 

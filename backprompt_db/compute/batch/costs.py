@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from backprompt_db.catalog.records import Selection
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute.batch.run_plan import MemoryForecast
-from backprompt_db.compute.inference.head import VOCABULARY_BLOCK
 from backprompt_db.compute.pace import weighted_median
 from backprompt_db.database.writer import MAX_QUEUED_NBYTES
 from backprompt_db.errors import CatalogError
@@ -197,6 +196,8 @@ def memory_forecast(
     spec: ModelSpec, peak: Peak, *, num_missing_tokens: int, written_nbytes: int, budget_nbytes: int
 ) -> MemoryForecast:
     """Estimate the peak of a run; `budget_nbytes` is what buffers may take between passes."""
+    from backprompt_db.compute.inference.head import VOCABULARY_BLOCK  # late: a plan of full hits loads no torch
+
     itemsize, kv_nbytes = spec.shape.dtype.itemsize, spec.shape.nbytes_per_token
     vectors = _NUM_HIDDEN * spec.hidden_size + _NUM_MLP * spec.mlp_size + 2 * VOCABULARY_BLOCK
     pairs = _MASK_NBYTES + (2 * itemsize * spec.num_heads if spec.is_eager else 0)

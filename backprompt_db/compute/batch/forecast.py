@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 from backprompt_db.compute import plan
@@ -20,16 +20,16 @@ from backprompt_db.compute.batch.costs import (
     seconds_per_unit,
 )
 from backprompt_db.compute.batch.requests import IsStored, Request, Requests, Work, batches, lacking, too_long, work_of
-from backprompt_db.compute.batch.run_plan import MAX_LISTED, RoomForecast, RunPlan, TooLong
+from backprompt_db.compute.batch.run_plan import MAX_LISTED, NO_MEMORY, MemoryForecast, RoomForecast, RunPlan, TooLong
 from backprompt_db.compute.call import Addresses
 from backprompt_db.compute.explain import wait_until_written
-from backprompt_db.compute.inference.forward import fed_lengths
+from backprompt_db.compute.misses import Records
 from backprompt_db.compute.prefill import Passes
 from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.prompt.representation import Part
 
 if TYPE_CHECKING:
-    from backprompt_db.catalog.records import EvictionCandidate
+    from backprompt_db.catalog.records import EvictionCandidate, ModelRecord
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.spec import ModelSpec
@@ -44,22 +44,22 @@ _Lengths = Mapping["Segment", int]
 
 
 def forecast(engine: Engine, source: ModelSource, db: Database, requests: Requests, *, batch_size: int) -> RunPlan:
-    """Return what running requests in batches would take. Nothing is computed or written; loads the tokenizer.
+    """Return what running requests in batches would take. Nothing is computed or written.
 
+    Loads the tokenizer where something is missing, and the model's configuration; where all is stored, nothing.
     Memory grows by some 200 bytes for each distinct segment, whatever the length of its text.
     """
     wait_until_written(db)
     ids = source.ids
     record = db.model_metadata.recall(lambda catalog: catalog.model(ids.weights_id))
-    spec = source.spec(record)
-    dry_run = DryRun(db, source, ids, spec, deterministic=engine.is_deterministic)
+    dry_run = DryRun(db, source, ids, record, deterministic=engine.is_deterministic)
     for batch in batches(requests, batch_size):
         dry_run.add(batch)
     counts = dry_run.counts
-    pace = seconds_per_unit(db.catalogs, ids, spec.costs) if counts.num_passes else 0.0
+    pace = seconds_per_unit(db.catalogs, ids, dry_run.spec.costs) if counts.num_passes else 0.0
     return RunPlan(
         model_name=record.name if record and record.name else source.name,
-        dtype=spec.dtype,
+        dtype=record.dtype if record and record.dtype else dry_run.spec.dtype,
         weights_id=ids.weights_id,
         tokenizer_id=ids.tokenizer_id,
         namespace=db.namespace,
@@ -74,13 +74,7 @@ def forecast(engine: Engine, source: ModelSource, db: Database, requests: Reques
         seconds=None if pace is None else pace * counts.units,
         nbytes=counts.nbytes,
         overhead_nbytes=counts.overhead_nbytes,
-        memory=memory_forecast(
-            spec,
-            counts.peak,
-            num_missing_tokens=counts.num_missing_tokens,
-            written_nbytes=sum(counts.nbytes.values()) + counts.overhead_nbytes,
-            budget_nbytes=db.memory.budget_nbytes,
-        ),
+        memory=dry_run.memory() if counts.num_missing_segments else NO_MEMORY,
         room=room_forecast(db, counts.pages_nbytes),
         num_too_long=counts.num_too_long,
         too_long=tuple(counts.too_long),
@@ -112,31 +106,70 @@ class DryRun:
     """A dry run of batches, one after the other, each as if those before it had been run."""
 
     def __init__(
-        self, db: Database, source: ModelSource, ids: ModelIds, spec: ModelSpec, *, deterministic: bool
+        self, db: Database, source: ModelSource, ids: ModelIds, record: ModelRecord | None, *, deterministic: bool
     ) -> None:
         self.counts = _Counts()
         self._db = db
         self._source = source
+        self._ids = ids
         self._addresses = Addresses(ids)
-        self._spec = spec
+        self._record = record
         self._deterministic = deterministic
-        self._sizes = Sizes(spec, db.fidelity)
         self._seen: set[SegmentId] = set()
         self._written: dict[SegmentId, frozenset[Part]] = {}
         """Parts that the batches so far would have stored."""
 
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """What follows from the model's shape, which is not known without transformers."""
+        return self._source.spec(self._record)
+
+    @cached_property
+    def _sizes(self) -> Sizes:
+        return Sizes(self.spec, self._db.fidelity)
+
+    def memory(self) -> MemoryForecast:
+        """Return what the batches so far need at their peak."""
+        return memory_forecast(
+            self.spec,
+            self.counts.peak,
+            num_missing_tokens=self.counts.num_missing_tokens,
+            written_nbytes=sum(self.counts.nbytes.values()) + self.counts.overhead_nbytes,
+            budget_nbytes=self._db.memory.budget_nbytes,
+        )
+
     def add(self, batch: Sequence[Request]) -> None:
         """Count what a run would do for one batch."""
-        segments = dict.fromkeys(segment for request in batch for segment in request.segments)
-        input_ids = self._source.tokenizer.encode(segments)
-        lengths = {segment: len(ids) for segment, ids in input_ids.items()}
         is_stored = cache(self._is_stored)
         lack = lacking(batch, is_stored)
+        self.counts.num_texts += len(batch)
+        self.counts.num_stored_texts += len(batch) - len(lack)
+        segments = dict.fromkeys(segment for request in batch for segment in request.segments)
+        if lack:
+            self._add_work(batch, lack, self._source.tokenizer.encode(segments), is_stored)
+        else:
+            self._count_segments(segments, {}, self._recorded_lengths(list(segments)), is_stored)
+
+    def _recorded_lengths(self, segments: Sequence[Segment]) -> _Lengths:
+        """Return how many tokens segments have, by the catalog; the tokenizer is loaded for what it does not list."""
+        records = Records(self._db, self._ids, segments)
+        recorded = {segment: row.num_tokens for segment in segments if (row := records.row(segment)) is not None}
+        unknown = [segment for segment in segments if segment not in recorded]
+        encoded = self._source.tokenizer.encode(unknown) if unknown else {}
+        return recorded | {segment: len(ids) for segment, ids in encoded.items()}
+
+    def _add_work(
+        self,
+        batch: Sequence[Request],
+        lack: Sequence[Request],
+        input_ids: Mapping[Segment, Sequence[int]],
+        is_stored: IsStored,
+    ) -> None:
+        """Count a batch in which some requests lack parts."""
+        lengths = {segment: len(ids) for segment, ids in input_ids.items()}
         problems = {request: self._too_long(request, lengths) for request in lack}
         work = work_of([request for request in lack if problems[request] is None], is_stored)
         missing = plan.missing_parts(work.wanted, is_stored=is_stored)
-        self.counts.num_texts += len(batch)
-        self.counts.num_stored_texts += len(batch) - len(lack)
         self._add_too_long([problem for problem in problems.values() if problem is not None])
         taken = [request for request in batch if problems.get(request) is None]
         self._count_segments(
@@ -153,16 +186,16 @@ class DryRun:
         return part in written or self._db.has(self._addresses.key(segment, part))
 
     def _too_long(self, request: Request, lengths: _Lengths) -> TooLong | None:
-        return too_long(request, lengths, self._spec.bounds, is_deterministic=self._deterministic)
+        return too_long(request, lengths, self.spec.bounds, is_deterministic=self._deterministic)
 
     def _packs(self, missing: Mapping[Segment, object], lengths: _Lengths) -> list[Pack]:
         """Divide the missing segments into packs as the engine does."""
         return plan.packs(
             list(missing),
             lengths,
-            costs=self._spec.costs,
-            max_segments=1 if self._deterministic or not self._spec.takes_packs else None,
-            max_columns=self._spec.bounds.max_columns,
+            costs=self.spec.costs,
+            max_segments=1 if self._deterministic or not self.spec.takes_packs else None,
+            max_columns=self.spec.bounds.max_columns,
         )
 
     def _kept(self, missing: Iterable[Segment], work: Work, is_stored: IsStored) -> dict[Segment, frozenset[Part]]:
@@ -199,11 +232,11 @@ class DryRun:
 
     def _add_pass(self, pack: Pack, passes: Passes, lengths: _Lengths) -> None:
         produce = {segment: passes.produced(segment) for segment in pack.segments}
-        num_fed = sum(fed_lengths(pack, lengths, produce).values())
+        num_fed = sum(plan.fed_lengths(pack, lengths, produce).values())
         num_context = sum(lengths[segment] for segment in pack.context)
         if num_fed:
             self.counts.num_passes += 1
-            self.counts.units += pass_units(self._spec.costs, num_fed, num_context)
+            self.counts.units += pass_units(self.spec.costs, num_fed, num_context)
         self.counts.num_missing_tokens += passes.num_tokens(pack)
         self.counts.peak.add(num_fed, num_context)
 

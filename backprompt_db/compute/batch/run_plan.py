@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backprompt_db.views.console import grid, html_text, literal, plain_text
@@ -38,7 +38,7 @@ class MemoryForecast:
     """Bytes of memory at the peak of a run, beside those of Python and its libraries. They are estimates."""
 
     weights_nbytes: int
-    """All parameters; only this number is exact."""
+    """All parameters, 0 where nothing is computed; only this number is exact."""
     prefixes_nbytes: int
     """Keys and values of the longest pass, and those that are kept in memory for later passes."""
     activations_nbytes: int
@@ -46,6 +46,10 @@ class MemoryForecast:
     queue_nbytes: int
     """The most that waits to be written at a time."""
     total_nbytes: int
+
+
+NO_MEMORY = MemoryForecast(weights_nbytes=0, prefixes_nbytes=0, activations_nbytes=0, queue_nbytes=0, total_nbytes=0)
+"""That of a run that finds everything, which loads no model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +118,12 @@ class RunPlan:
     def __str__(self) -> str:
         return plain_text(self)
 
+    def __repr__(self) -> str:
+        return (
+            f"<RunPlan of {plural(self.num_texts, 'text')}: {self.num_missing_tokens:,} tokens to compute,"
+            f" {self.num_cached_tokens:,} cached, by {self.model_name} ({self.weights_id.hex()[:_NUM_ID_DIGITS]})>"
+        )
+
     def _repr_html_(self) -> str:
         """What a notebook shows."""
         return html_text(self)
@@ -131,7 +141,7 @@ class Warmed:
     """Calls of the model."""
     seconds: float
     num_too_long: int
-    too_long: tuple[TooLong, ...]
+    too_long: tuple[TooLong, ...] = field(repr=False)
     """The first thousand of them."""
 
     @property
@@ -178,6 +188,8 @@ def _room(room: RoomForecast) -> str:
 
 
 def _memory(memory: MemoryForecast) -> str:
+    if memory == NO_MEMORY:
+        return "none for the model, which is not loaded"
     return (
         f"about {size(memory.total_nbytes)} beside Python and its libraries: weights {size(memory.weights_nbytes)},"
         f" keys and values {size(memory.prefixes_nbytes)}, a pass {size(memory.activations_nbytes)},"

@@ -26,10 +26,10 @@ from backprompt_db.compute.inference.head import (
 )
 from backprompt_db.compute.inference.kv_cache import KVBuffer, cache_argument
 from backprompt_db.compute.inference.masks import Mask, MaskForm, MaskKind, attention_mask, mask_argument
-from backprompt_db.compute.plan import Pack, token_offsets
+from backprompt_db.compute.plan import Pack, fed_lengths, token_offsets
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.prompt.representation import Array, Arrays, Part
-from backprompt_db.prompt.segments import Segment, ancestry
+from backprompt_db.prompt.segments import Segment
 from backprompt_db.system.platform import register_at_fork
 
 
@@ -108,21 +108,6 @@ def extend(
         )
     context.length += len(input_ids)
     return predicted
-
-
-def fed_lengths(
-    pack: Pack, lengths: Mapping[Segment, int], produce: Mapping[Segment, frozenset[Part]]
-) -> dict[Segment, int]:
-    """Return how many tokens of each segment go through the model.
-
-    The last token of a segment predicts what comes after it. If nothing does and only scores are wanted, the token is
-    not computed: the score of a label of one token is read from the logits before it.
-    """
-    followed = {parent for segment in ancestry(pack.segments) for parent in segment.parents}
-    return {
-        segment: lengths[segment] - (segment not in followed and produce[segment] <= {Part.SCORES})
-        for segment in pack.segments
-    }
 
 
 class _PackScores:
