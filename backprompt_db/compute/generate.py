@@ -201,7 +201,7 @@ def _store(
     seconds = outcome.seconds / sum(each.row.num_decoded for each in continuations)
     for segment, number in missing.items():
         row = continuations[number].row
-        dtype = found[row.prompt.segments[-1], Part.LOGITS]["logits"].torch().dtype
+        dtype = found[row.prompt.tip, Part.LOGITS]["logits"].torch().dtype
         parts = {part: arrays for part, arrays in _parts(outcome, number, dtype).items() if part in keep}
         engine.store(segment, parts, ids=ids, num_tokens=row.num_kept, seconds=seconds * row.num_kept)
 
