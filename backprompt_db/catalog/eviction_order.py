@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, TypeAlias
 
-from sqlalchemy import ColumnElement, Connection, Integer, and_, case, false, func, or_, select, type_coerce
+from sqlalchemy import ColumnElement, Connection, and_, case, false, func, or_, select, type_coerce
 
 from backprompt_db.catalog.changes import forget
+from backprompt_db.catalog.columns import Number
 from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import EXPIRED, ROOM, VALUE, EvictionCandidate, Selection
@@ -231,7 +232,7 @@ def _fetch(
 def _candidates(
     part: Part, choice: _Choice, among: Sequence[ColumnElement[bool]]
 ) -> Select[Address, int, float, float, int, float]:
-    nbytes, group, value = type_coerce(NBYTES[part], Integer), choice.group.label("goes"), choice.value(part)
+    nbytes, group, value = type_coerce(NBYTES[part], Number), choice.group.label("goes"), choice.value(part)
     columns = (Representation.address, nbytes, Representation.compute_seconds, USED_AT, group, value.label("worth"))
     return select(*columns).where(*_may_go(part), *among)
 

@@ -34,6 +34,10 @@ def rows(path: Path, query: str, **values: object) -> Sequence[tuple[Any, ...]]:
 
 
 def timings(path: Path, weights_id: WeightsId) -> list[tuple[float, int]]:
-    """Return what the newest representations of a model took to compute: seconds, and tokens above 0."""
+    """Return what the newest representations of a model took to compute: seconds and tokens, both above 0."""
     found = rows(path, _TIMINGS, weights_id=weights_id, limit=_NUM_TIMED)
-    return [(float(seconds), int(num_tokens)) for seconds, num_tokens in found if num_tokens > 0]
+    return [
+        (seconds, num_tokens)
+        for seconds, num_tokens in found
+        if isinstance(seconds, float) and isinstance(num_tokens, int) and num_tokens > 0  # SQLite keeps any value
+    ]

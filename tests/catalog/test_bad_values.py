@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from sqlalchemy import Column
 
 from backprompt_db.catalog.catalog import Catalog
-from backprompt_db.catalog.records import CutsRecord, Event, GreedyPath, Order, Source, TokenizerRecord
+from backprompt_db.catalog.records import CutsRecord, Event, GreedyPath, Order, Selection, Source, TokenizerRecord
 from backprompt_db.catalog.schema import Base
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.ids import Address
+from backprompt_db.prompt.segments import Segment
 from tests.support.catalogs import (
     BAD_LISTS,
     MODEL,
@@ -54,6 +55,13 @@ READERS: list[Callable[[Catalog], object]] = [
     Catalog.events,
     lambda catalog: catalog.evictions([KEY]),
     lambda catalog: catalog.generations([KEY]),
+    lambda catalog: catalog.eviction_order(2**40, at=9.0, grace_seconds=0.0),
+    lambda catalog: list(catalog.select(Selection(text_prefix="one"))),
+    lambda catalog: list(catalog.select(Selection(text_matches="two"))),
+    lambda catalog: catalog.find(CHILD.address.hex()),
+    lambda catalog: catalog.namesakes(
+        ["two"], (WEIGHTS, TOKENIZER), [Segment.after((), "two", start=None, namespace="")]
+    ),
 ]
 
 

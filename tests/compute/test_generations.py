@@ -31,22 +31,22 @@ CONTEXT = "Pick the endpoint for the request.\n"
 PROMPTS = [CONTEXT + "Request: show me everyone", "Request:", "The quick brown fox jumps over the lazy dog"]
 
 RUN = """
-    import json, sys
-    import backprompt_db as bp
-    with bp.open(sys.argv[1]) as db:
-        lm = bp.LanguageModel.from_pretrained(sys.argv[2], db=db)
-        prompts = [lm.text("The quick brown fox") + " jumps over", lm.text("The lazy") + " dog"]
-        results = [
-            *lm.generate(prompts, max_new_tokens=6, do_sample=False, **json.loads(sys.argv[3])),
-            *lm.generate(prompts, max_new_tokens=6, do_sample=True, seed=7, **json.loads(sys.argv[3])),
-        ]
-        print(json.dumps({
-            "found": [[result.string, list(result.ids), result.logprobs.tolist()] for result in results],
-            "decoded": [result.num_decoded_tokens for result in results],
-            "modules": [name for name in ("torch", "transformers", "tokenizers") if name in sys.modules],
-            "calls": lm.counters.num_model_calls,
-            "is_loaded": lm.is_loaded,
-        }))
+import json, sys
+import backprompt_db as bp
+with bp.open(sys.argv[1]) as db:
+    lm = bp.LanguageModel.from_pretrained(sys.argv[2], db=db)
+    prompts = [lm.text("The quick brown fox") + " jumps over", lm.text("The lazy") + " dog"]
+    results = [
+        *lm.generate(prompts, max_new_tokens=6, do_sample=False, **json.loads(sys.argv[3])),
+        *lm.generate(prompts, max_new_tokens=6, do_sample=True, seed=7, **json.loads(sys.argv[3])),
+    ]
+    print(json.dumps({
+        "found": [[result.string, list(result.ids), result.logprobs.tolist()] for result in results],
+        "decoded": [result.num_decoded_tokens for result in results],
+        "modules": [name for name in ("torch", "transformers", "tokenizers") if name in sys.modules],
+        "calls": lm.counters.num_model_calls,
+        "is_loaded": lm.is_loaded,
+    }))
 """
 
 
@@ -144,7 +144,7 @@ class TestLength:
         results = other.generate(PROMPTS, max_new_tokens=12, **digits(lm))
         assert [each.num_decoded_tokens for each in results] == [7, 7, 12]
         for result in results:
-            assert_equals_plain(lm, result, max_new_tokens=12, **digits(lm))
+            assert_equals_plain(other, result, max_new_tokens=12, **digits(lm))
             assert result.is_stored
             assert result.text().num_computed_tokens == 0
 
