@@ -19,6 +19,7 @@ import backprompt_db as bp
 from backprompt_db.catalog.records import ModelRecord
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["BACKPROMPT_DB_VERDICTS"] = ""  # no verdict of another run decides here what is checked
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of children: the models are tiny, and threads wait for each other
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell, also by all children
 torch.set_num_threads(1)

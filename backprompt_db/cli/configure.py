@@ -150,13 +150,20 @@ def _limits(max_size: int | None, ttl: float | None) -> dict[str, Any]:
 
 
 def _require_room(directory: Path, limits: Config, *, before: Config) -> None:
-    """Raise `BadParameter` for a new limit for which the next writer would remove something, or nobody knows."""
+    """Raise `BadParameter` for a new limit for which the next writer would remove something, or nobody knows.
+
+    Raises what mends it where this user may not look.
+    """
+    from backprompt_db.database.config import sharing_of
+    from backprompt_db.database.location import access_problem
     from backprompt_db.operations.disk_usage import room_of
 
     if limits.max_nbytes is None or limits.max_nbytes == before.max_nbytes:
         return
     room = room_of(directory)
     if room.live_nbytes is None:
+        if (problem := access_problem(directory, sharing_of(directory), readonly=True)) is not None:
+            raise problem
         raise typer.BadParameter(
             f"it cannot be told whether something must be removed: {room.store_problem}. Give --force to set it anyway."
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from backprompt_db.compute import plan
 from backprompt_db.compute.beginnings import Beginning, first_scores, first_tokens
 from backprompt_db.compute.call import Addresses, Call
 from backprompt_db.compute.claims import PackClaims
+from backprompt_db.compute.inference import verdicts
 from backprompt_db.compute.pace import Pace
 from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.compute.prefill import Prefill
@@ -309,13 +311,33 @@ class Engine:
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
         if not runner.is_proven(addresses.ids.weights_id):
-            known = self._db.model_metadata.recall(lambda catalog: catalog.model(addresses.ids.weights_id))
-            record = runner.prove(addresses.ids.weights_id, known)
-            if record is not None:
-                self._db.model_metadata.save(record)
+            self._prove(runner, addresses.ids.weights_id)
             self._db.model_metadata.describe(addresses.ids.tokenizer_id, self._describe_tokenizer)
         runner.require_supported()
         return runner
+
+    def _prove(self, runner: ModelRunner, weights_id: WeightsId) -> None:
+        """Settle how the model is computed: by what the database or this machine remembers, else by a self-check."""
+        device = runner.device.type
+        known = self._db.model_metadata.recall(lambda catalog: catalog.model(weights_id))
+        is_recorded = runner.accepts(known)
+        if not is_recorded:
+            known = verdicts.recalled(weights_id, device=device, name=runner.name)
+        with (
+            nullcontext() if runner.accepts(known) else self._notice(f"checking once that {runner.name} can be cached")
+        ):
+            record = runner.prove(weights_id, known)
+        if record is not None:
+            verdicts.remember(record, device=device)
+        found = record or known
+        if found is not None and not is_recorded:
+            self._db.model_metadata.save(found)
+
+    def _notice(self, text: str) -> tqdm[Any]:
+        """Show a line in a terminal while something is done that takes long and has no measure."""
+        logger.info(text)
+        hidden = None if self._progress else True
+        return tqdm(desc=text, bar_format="{desc} ...", disable=hidden, leave=False)
 
     def _describe_tokenizer(self) -> TokenizerRecord:
         tokenizer = self._source.tokenizer

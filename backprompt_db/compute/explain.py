@@ -112,7 +112,7 @@ def explain(db: Database, ids: ModelIds, healed: Healed, *, tokenizer: SegmentTo
     segments = healed.segments
     addresses, records = Addresses(ids), Records(db, ids, segments)
     found = _look(db, addresses, segments)
-    misses = _misses(addresses, healed.tips, found, records)
+    misses = _misses(addresses, found, records)
     num_tokens = _num_tokens(segments, records, tokenizer)
     seconds = _seconds(segments, records, num_tokens)
     written = healed.text.segments(segments[0].namespace)
@@ -163,16 +163,13 @@ def _look(db: Database, addresses: Addresses, segments: Iterable[Segment]) -> _F
     return found
 
 
-def _misses(addresses: Addresses, tips: Sequence[Segment], found: _Found, records: Records) -> Mapping[Segment, Miss]:
+def _misses(addresses: Addresses, found: _Found, records: Records) -> Mapping[Segment, Miss]:
     """Return the segments that a run would compute, and why each of them is missing."""
-    wanted = dict.fromkeys(found, frozenset({Part.SCORES}))
-    if len(tips) == 1:
-        wanted[tips[0]] |= {Part.LOGITS}
 
     def is_stored(segment: Segment, part: Part) -> bool:
         return part in found[segment]
 
-    missing = plan.missing_parts(wanted, is_stored=is_stored)
+    missing = plan.missing_parts(dict.fromkeys(found, frozenset({Part.SCORES})), is_stored=is_stored)
     return records.misses(
         [
             MissingSegment(segment, addresses.address(segment), _in_order(parts), frozenset(found[segment]))

@@ -15,8 +15,7 @@ import torch
 
 from backprompt_db.catalog.records import GenerationRecord
 from backprompt_db.compute.call import Call
-from backprompt_db.compute.generations import Heal
-from backprompt_db.compute.healing import Healed, merged_donors
+from backprompt_db.compute.healing import Heal, Healed, merged_donors
 from backprompt_db.compute.inference.decoding import Begun, Decoding, Outcome, Prompt, Row
 from backprompt_db.compute.inference.kv_cache import slice_row
 from backprompt_db.errors import InvalidText

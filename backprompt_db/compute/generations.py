@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from backprompt_db.catalog.records import GenerationRecord
 from backprompt_db.compute.call import Addresses
-from backprompt_db.compute.healing import Healed
+from backprompt_db.compute.healing import Heal, Healed
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.generated import Generated
 from backprompt_db.prompt.representation import Part
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 _GENERATION = b"backprompt-db/generation/1\0"
 
 _SCORES = frozenset({Part.SCORES})
-
-Heal = Callable[[Text], Healed]
-"""Finds the segments in which a text is run."""
 
 
 class GenerationMemory:

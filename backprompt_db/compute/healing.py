@@ -11,7 +11,7 @@ import itertools
 import logging
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -64,6 +64,10 @@ class Healed:
     def segments(self) -> list[Segment]:
         """Each segment once, parents before children, in the order written."""
         return ancestry(self.tips)
+
+
+Heal = Callable[[Text], Healed]
+"""Finds the segments in which a text is run."""
 
 
 class Ending(NamedTuple):

@@ -138,7 +138,7 @@ class SegmentExplanation:
 class Explanation:
     """What running a text would find, and what it would compute and why. Printed, it is a table.
 
-    A run is meant: `lm(text)` wants the scores of each segment, and the logits of the last one.
+    A run is meant: `lm(text)` wants the scores of each segment. Logits are computed once they are asked for.
     """
 
     model_name: str | None

@@ -93,8 +93,8 @@ class TestHelp:
                 if option.param_type_name == "option" and not command.hidden:
                     found[tuple(option.opts)].add((option.metavar, option.help))
         several = {spellings: len(texts) for spellings, texts in found.items() if len(texts) > 1}
-        # A model that the database knows or one to load, marks or parts, requests or a share.
-        assert several == {("--model",): 2, ("--remove",): 2, ("--sample",): 2}
+        # A model that the database knows, one to load or the demo's, marks or parts, requests or a share.
+        assert several == {("--model",): 3, ("--remove",): 2, ("--sample",): 2}
 
     def test_without_a_command_the_help_is_shown(self) -> None:
         assert "Usage" in run().output

@@ -65,7 +65,7 @@ def test_what_was_lacking_is_answered_bit_for_bit_without_a_model_call(
     directory: Path, make_lm: Callable[..., bp.LanguageModel], open_db: Any
 ) -> None:
     lm = make_lm()
-    own = lm(lm.text(SUBJECTS[0]) + REQUESTS[0])
+    own = lm(lm.text(SUBJECTS[0]) + REQUESTS[0], keep="all")
     lm.db.flush()
     computed, mine = lm.db.counters.num_computed_tokens, stored(lm.db)
     done = merge(lm.db, directory)

@@ -35,7 +35,7 @@ REQUESTS = ["Request: show me everyone", "Request: create an order", "The quick 
 def run_prompts(lm: bp.LanguageModel) -> None:
     """Chains, branches, an explicit start, completions: 11 segments."""
     context = lm.text(CONTEXT)
-    lm([context + request for request in REQUESTS])
+    lm([context + request for request in REQUESTS], keep="all")
     lm(context + bp.parallel("Document one. ", "Document two. ") + "Question: which?")
     lm(context + lm.text("A module.", start=40) + " And on.")
     lm.score(context + REQUESTS[0], ["\nGET /users", "\nPOST /orders"])

@@ -160,7 +160,7 @@ def run_prompts(lm: bp.LanguageModel) -> None:
     for subject in SUBJECTS:
         context = lm.text(subject)
         for request in REQUESTS:
-            lm(context + request)
+            lm(context + request, keep="all")
 
 
 def path_of(lm: bp.LanguageModel) -> Path:

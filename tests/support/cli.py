@@ -25,7 +25,7 @@ def run_prompts(lm: bp.LanguageModel) -> None:
     """Five segments with difficult texts, under two models."""
     context = lm.text("Pick the endpoint for the request.\n")
     for request in ("Request: show me everyone", CONTROL, SQL):
-        lm(context + request)
+        lm(context + request, keep="all")
     lm.db.put([scores_of(LONG)])
 
 

@@ -25,10 +25,10 @@ FOREIGN = Address(b"\x5a" * 32)
 
 
 def run_prompts(lm: bp.LanguageModel) -> None:
-    """Four segments under one model, with hits."""
+    """Four segments under one model, with all parts, and hits."""
     context = lm.text("Pick the endpoint for the request.\n")
     for request in ("Request: show me everyone", "Request: create an order", "'; DROP TABLE segments; --"):
-        lm(context + request)
+        lm(context + request, keep="all")
     lm(context + "Request: create an order")
 
 

@@ -148,14 +148,18 @@ class ModelRunner:
         """Whether `prove` has settled how the model is computed, and nothing that matters has changed since."""
         return self._proven == (weights_id, self._checked_with)
 
+    def accepts(self, known: ModelRecord | None) -> bool:
+        """Whether a record settles how this model is computed: it was checked with what is at hand now."""
+        return (
+            known is not None and known.checked_with == self._checked_with and recorded(self.model, known) is not None
+        )
+
     def prove(self, weights_id: WeightsId, known: ModelRecord | None) -> ModelRecord | None:
         """Settle how the model may be computed: by the record `known`, if that still holds, else by a self-check.
 
         Returns the record to save if a self-check was made, else None.
         """
-        verdict = None
-        if known is not None and known.checked_with == self._checked_with:
-            verdict = recorded(self.model, known)
+        verdict = recorded(self.model, known) if known is not None and self.accepts(known) else None
         self._verdict = verdict or self._examine(weights_id)
         form = self._verdict.form
         self._max_positions = max_positions(self.model, masked=form.window) if form else None
