@@ -122,7 +122,7 @@ class Decoder:
         """Let the model continue prompts of which equally much is to be generated, and store what it wrote."""
         runner = self.source.runner
         left = replace(self.arguments, max_new_tokens=self.arguments.max_new_tokens - prompts[0].num_begun)
-        outcome = Decoding(runner, prompts, left).run(call.found, self.source.tokenizer.tokenizer)
+        outcome = Decoding(runner, prompts, left).run(call.found, self.source.tokenizer.own)
         self.engine.count_decoded(sum(row.num_decoded for row in outcome.rows), seconds=outcome.seconds)
         continuations = [Continuation.of(row, self.source.tokenizer, self.heal) for row in outcome.rows]
         if self.arguments.store and self.source.ids == ids:
