@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backprompt_db.errors import PromptError
@@ -28,6 +29,8 @@ _COUNT_FROM_PROMPT = frozenset({
     "exponential_decay_length_penalty", "guidance_scale", "min_length", "min_new_tokens",
 })  # fmt: skip
 """Arguments for which it matters where the prompt ends."""
+_MAY_HAVE_STATE = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
+"""Objects of a user that may remember what they have seen of one prompt."""
 _NEUTRAL_NUMBERS = (None, 0, 1, False)
 
 _PROMPT = "The prompt is all that the model is given."
@@ -130,6 +133,21 @@ class GenerateArguments:
     def admits_padding(self, model: Any) -> bool:
         """Return whether prompts of different lengths may be generated together, with the shorter ones padded."""
         return not any(self.value(name, model) for name in _READ_PADDING)
+
+    def copied(self, *, shared: Iterable[Any]) -> GenerateArguments:
+        """Return the arguments with copies of the objects that may have state; `shared` are not copied inside them.
+
+        Raises `PromptError` for an object that cannot be copied.
+        """
+        objects = {name: self.others[name] for name in _MAY_HAVE_STATE if name in self.others}
+        try:
+            copies = copy.deepcopy(objects, {id(each): each for each in shared})
+        except Exception as error:
+            raise PromptError(
+                f"{' and '.join(objects)} cannot be copied, and each of several prompts needs its own: {error}",
+                hint="Generate after the prompts one by one.",
+            ) from error
+        return replace(self, others={**self.others, **copies})
 
     def eos_ids(self, model: Any) -> frozenset[int]:
         """Return the token ids that end a sequence."""

@@ -182,6 +182,80 @@ def test_what_looks_at_the_prompt_sees_no_padding(lm: bp.LanguageModel, told: di
         assert_equals_plain(lm, result, **told)
 
 
+class CountingStop(StoppingCriteria):  # type: ignore[misc]
+    """Stops at its sixth call."""
+
+    num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.num_calls += 1
+        return torch.full((len(input_ids),), self.num_calls >= 6)
+
+
+class CountingShift(LogitsProcessor):  # type: ignore[misc]
+    """Shifts the vocabulary by the number of its calls."""
+
+    num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        return scores.roll(self.num_calls, 1)
+
+
+class CountingTokens:
+    """Allows one token after the other."""
+
+    num_calls = 0
+
+    def __call__(self, batch: int, input_ids: torch.Tensor) -> list[int]:
+        self.num_calls += 1
+        return [300 + self.num_calls]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda: {"stopping_criteria": [CountingStop()]},
+        lambda: {"logits_processor": [CountingShift()]},
+        lambda: {"prefix_allowed_tokens_fn": CountingTokens()},
+    ],
+)
+def test_what_counts_begins_anew_with_each_prompt(lm: bp.LanguageModel, told: Callable[[], dict[str, Any]]) -> None:
+    for result in lm.generate(PROMPTS, **told()):
+        assert_equals_plain(lm, result, **told())
+
+
+def test_what_counts_is_used_itself_by_a_single_prompt(lm: bp.LanguageModel) -> None:
+    counting = CountingStop()
+    lm.generate(PROMPTS[0], stopping_criteria=[counting])
+    assert counting.num_calls == 6
+
+
+def test_what_holds_the_model_and_the_tokenizer_is_copied_without_them(lm: bp.LanguageModel) -> None:
+    seen = set[tuple[int, int]]()
+
+    class Holding(CountingShift):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = lm.model, lm.tokenizer
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.add((id(self.held[0]), id(self.held[1])))
+            return super().__call__(input_ids, scores)
+
+    lm.generate(PROMPTS, logits_processor=[Holding()])
+    assert seen == {(id(lm.model), id(lm.tokenizer))}
+
+
+def test_what_cannot_be_copied_is_refused_for_several_prompts(lm: bp.LanguageModel) -> None:
+    counting = CountingStop()
+    counting.lock = threading.Lock()
+    with pytest.raises(bp.errors.PromptError, match=r"stopping_criteria cannot be copied.*one by one"):
+        lm.generate(PROMPTS, stopping_criteria=[counting])
+    assert (lm.counters.num_computed_tokens, counting.num_calls) == (0, 0)
+    assert lm.generate(PROMPTS[0], stopping_criteria=[counting]).num_decoded_tokens == 6
+
+
 class Recorder(TextStreamer):  # type: ignore[misc]
     """Keeps the pieces that it would print."""
 
