@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import torch
 
     from backprompt_db.compute.adopt.adopt import Adopted, Check
+    from backprompt_db.compute.generate_arguments import GenerateArguments
     from backprompt_db.compute.generations import GenerationMemory
     from backprompt_db.views.scene import Vocabulary
 
@@ -342,32 +343,23 @@ class LanguageModel:
         Raises `PromptError` for arguments that cannot be used here and for a prompt that ends in parallel branches,
         `ContextLengthExceeded` where prompt and `max_new_tokens` need more positions than the model has.
         """
-        from backprompt_db.compute.generate_arguments import GenerateArguments
-        from backprompt_db.compute.generations import Generator
+        from backprompt_db.compute.generate_arguments import GenerateArguments, ended_at_errors
 
-        prompts = [prompt] if isinstance(prompt, Text | str) else prompt
-        is_one = prompts is not prompt
-        generate_arguments = GenerateArguments(
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=num_return_sequences,
-            streamer=streamer,
-            store=store,
-            seed=seed,
-            others=arguments,
-        )
-        texts = self._healed(prompts)
-        generator = Generator(
-            self._engine,
-            self._source,
-            self._generations,
-            heal=lambda text: self._healed([text])[0],
-            keep=self._kept(keep),
-        )
-        results = generator.generate(texts, generate_arguments)
+        with ended_at_errors(streamer) as stream:
+            generate_arguments = GenerateArguments(
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=num_return_sequences,
+                streamer=stream,
+                store=store,
+                seed=seed,
+                others=arguments,
+            )
+            prompts = [prompt] if isinstance(prompt, Text | str) else prompt
+            results = self._generate(prompts, generate_arguments, keep)
         if num_return_sequences is not None:
-            return results[0] if is_one else results
+            return results if prompts is prompt else results[0]
         firsts = [several[0] for several in results]
-        return firsts[0] if is_one else firsts
+        return firsts if prompts is prompt else firsts[0]
 
     def adopt(
         self,
@@ -493,6 +485,20 @@ class LanguageModel:
 
     def _run(self, texts: Sequence[Text | str], keep: _Keep | None) -> list[ModelRepr]:
         return answers.run(self._engine, self._keeper, self._healed(texts), keep=self._kept(keep))
+
+    def _generate(
+        self, prompts: Iterable[Text | str], arguments: GenerateArguments, keep: _Keep | None
+    ) -> list[list[Generated]]:
+        from backprompt_db.compute.generations import Generator
+
+        generator = Generator(
+            self._engine,
+            self._source,
+            self._generations,
+            heal=lambda text: self._healed([text])[0],
+            keep=self._kept(keep),
+        )
+        return generator.generate(self._healed(prompts), arguments)
 
     def _score(
         self, prompts: Sequence[Text | str], completions: Sequence[Text | str], keep: _Keep | None

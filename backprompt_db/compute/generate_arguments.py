@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,3 +157,37 @@ class GenerateArguments:
         if given is None:
             return frozenset()
         return frozenset(given if isinstance(given, list | tuple) else [given])
+
+
+class _Stream:
+    """A streamer of transformers that knows whether it has ended."""
+
+    def __init__(self, streamer: Any) -> None:
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise PromptError(f"streamer={streamer!r} is no streamer", hint="Give one of transformers'.")
+        self.put = streamer.put
+        self._streamer = streamer
+        self.has_ended = False
+
+    def end(self) -> None:
+        """End the streamer."""
+        self.has_ended = True
+        self._streamer.end()
+
+
+@contextmanager
+def ended_at_errors(streamer: Any) -> Iterator[Any]:
+    """Yield a streamer, or None, that is ended where the block raises: who reads it would wait for ever.
+
+    Raises `PromptError` for anything but a streamer.
+    """
+    if streamer is None:
+        yield None
+        return
+    stream = _Stream(streamer)
+    try:
+        yield stream
+    except BaseException:
+        if not stream.has_ended:
+            stream.end()
+        raise

@@ -16,6 +16,7 @@ from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import backprompt_db as bp
+from backprompt_db.prompt.text import Text
 from tests.conftest import CORPUS, cases
 from tests.support.families import SUPPORTED, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits, plain
@@ -286,6 +287,45 @@ def test_another_thread_can_read_what_is_being_generated(lm: bp.LanguageModel) -
     read = "".join(streamer)
     thread.join()
     assert read == results[0].string
+
+
+class Failing(LogitsProcessor):  # type: ignore[misc]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (PROMPTS[0], {"logits_processor": [Failing()]}),
+        (PROMPTS[0], {"temprature": 0.5}),
+        (PROMPTS[0], {"max_new_tokens": 300}),
+        (PROMPTS[0], {"keep": ["everything"]}),
+        (PROMPTS, {}),
+        ("", {}),
+        (Text("a") + bp.parallel("b", "c"), {}),
+    ],
+)
+def test_who_reads_what_is_generated_does_not_wait_after_an_error(
+    lm: bp.LanguageModel, prompt: Any, told: dict[str, Any]
+) -> None:
+    streamer = TextIteratorStreamer(lm.tokenizer, skip_prompt=True, timeout=1)
+    with pytest.raises((ZeroDivisionError, bp.errors.BackpromptError)):
+        lm.generate(prompt, streamer=streamer, **told)
+    assert "".join(streamer) == ""
+    assert streamer.text_queue.empty()
+
+
+def test_a_streamer_that_has_ended_is_not_ended_again(lm: bp.LanguageModel) -> None:
+    class Refusing(Recorder):
+        def end(self) -> None:
+            super().end()
+            raise ZeroDivisionError
+
+    streamer = Refusing(lm.tokenizer)
+    with pytest.raises(ZeroDivisionError):
+        lm.generate(PROMPTS[0], streamer=streamer)
+    assert [is_end for _, is_end in streamer.pieces].count(True) == 1
 
 
 def test_a_gap_and_parallel_branches_continue_like_a_loop_written_by_hand(lm: bp.LanguageModel) -> None:

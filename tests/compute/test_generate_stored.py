@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
@@ -259,7 +259,9 @@ def test_prompts_that_cannot_be_continued_are_refused(lm: bp.LanguageModel, make
     with pytest.raises(PromptError, match="is empty"):
         lm.generate(["a", ""])
     with pytest.raises(PromptError, match="one prompt"):
-        lm.generate(["a", "b"], streamer=object())
+        lm.generate(["a", "b"], streamer=TextStreamer(lm.tokenizer))
+    with pytest.raises(PromptError, match="is no streamer"):
+        lm.generate("a", streamer=object())
     bloom = by_name("bloom")
     with pytest.raises(UnsupportedModel, match="plain chains only"):
         make_lm(bloom.build()).generate(Text("a") + bp.parallel("b", "c") + "d")
