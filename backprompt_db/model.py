@@ -30,10 +30,12 @@ from backprompt_db.prompt.explanation import Explanation
 from backprompt_db.prompt.generated import Generated
 from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
 from backprompt_db.prompt.model_counters import ModelCounters
+from backprompt_db.prompt.numbers import plain_int
 from backprompt_db.prompt.representation import Array
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
-from backprompt_db.prompt.text import ModelRepr, Text, as_text
+from backprompt_db.prompt.text import ModelRepr, Text, as_texts
 from backprompt_db.views.console import grid, html_text
+from backprompt_db.views.formatting import visible
 
 if TYPE_CHECKING:
     import torch
@@ -347,12 +349,12 @@ class LanguageModel:
 
         with ended_at_errors(streamer) as stream:
             generate_arguments = GenerateArguments(
-                max_new_tokens=max_new_tokens,
-                num_return_sequences=num_return_sequences,
+                max_new_tokens=plain_int(max_new_tokens),
+                num_return_sequences=plain_int(num_return_sequences),
                 streamer=stream,
                 store=store,
-                seed=seed,
-                others=arguments,
+                seed=plain_int(seed),
+                others={name: plain_int(value) for name, value in arguments.items()},
             )
             prompts = [prompt] if isinstance(prompt, Text | str) else prompt
             results = self._generate(prompts, generate_arguments, keep)
@@ -503,7 +505,8 @@ class LanguageModel:
     def _score(
         self, prompts: Sequence[Text | str], completions: Sequence[Text | str], keep: _Keep | None
     ) -> npt.NDArray[np.float64]:
-        own, others = [self._own(prompt) for prompt in prompts], [as_text(each).on(self) for each in completions]
+        own = [self._own(prompt) for prompt in as_texts(prompts, what="prompt")]
+        others = [completion.on(self) for completion in as_texts(completions, what="completion")]
         endings = self._healer.endings(own, others, namespace=self.namespace)
         scores = answers.score(self._engine, self._keeper, endings, keep=self._kept(keep))
         return scores.reshape(len(own), len(others))
@@ -522,7 +525,7 @@ class LanguageModel:
 
     def _healed(self, texts: Iterable[Text | str]) -> list[Healed]:
         """Return texts with the segments in which they are run."""
-        return self._healer.heal([self._own(text) for text in texts], namespace=self.namespace)
+        return self._healer.heal([self._own(text) for text in as_texts(texts, what="prompt")], namespace=self.namespace)
 
     def _segments(self, texts: Text | str | Iterable[Text | str]) -> list[Segment]:
         """Return the segments of texts, each once, parents before children."""
@@ -550,7 +553,7 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"
-        return f"<LanguageModel {self._source.name}{state} on {self._given_db or 'the default database'}>"
+        return f"<LanguageModel {visible(self._source.name)}{state} on {self._given_db or 'the default database'}>"
 
 
 _models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = weakref.WeakValueDictionary()

@@ -38,6 +38,7 @@ _PROMPT = "The prompt is all that the model is given."
 _CACHE = "The stored keys and values are the cache."
 _RESULT = "A result has token_ids and token_logprobs; for more, call model.generate with lm.past_key_values(text)."
 _SPECULATION = "Speculative decoding is not supported."
+_SECOND_PROMPT = "The model would be run on a second prompt; call model.generate with lm.past_key_values(text)."
 _HINTS = {
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
     **dict.fromkeys(
@@ -52,6 +53,7 @@ _HINTS = {
         _RESULT,
     ),
     **dict.fromkeys(("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp"), _SPECULATION),
+    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask"), _SECOND_PROMPT),
     "generation_config": "Give its values by name, or set lm.model.generation_config.",
     "max_length": "Give max_new_tokens, which does not count the prompt.",
     "tokenizer": "Stop strings are read with the tokenizer of the language model.",
@@ -74,14 +76,16 @@ class GenerateArguments:
     """The other arguments, by the names that transformers gives them."""
 
     def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("num_return_sequences", self.num_sequences)):
+        counts = {"max_new_tokens": self.max_new_tokens, "num_return_sequences": self.num_sequences}
+        num_beams = self.others.get("num_beams")
+        for name, value in (counts if num_beams is None else {**counts, "num_beams": num_beams}).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PromptError(f"{name}={value!r} is not a number of that kind", hint="Give an int of 1 or more.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0):
             raise PromptError(f"seed={self.seed!r} is no seed", hint="Give an int of 0 or more.")
         for name in self.others:
             if name not in _ALLOWED:
-                hint = _HINTS.get(name, "It is no argument that changes which tokens are chosen, or it is misspelt.")
+                hint = _HINTS.get(name, "It does more than choose among the next tokens, or it is misspelt.")
                 raise PromptError(f"generate takes no {name}=", hint=hint)
 
     @property
