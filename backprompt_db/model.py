@@ -30,15 +30,18 @@ from backprompt_db.prompt.explanation import Explanation
 from backprompt_db.prompt.generated import Generated
 from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
 from backprompt_db.prompt.model_counters import ModelCounters
+from backprompt_db.prompt.numbers import plain_int
 from backprompt_db.prompt.representation import Array
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
-from backprompt_db.prompt.text import ModelRepr, Text, as_text
+from backprompt_db.prompt.text import ModelRepr, Text, as_texts
 from backprompt_db.views.console import grid, html_text
+from backprompt_db.views.formatting import visible
 
 if TYPE_CHECKING:
     import torch
 
     from backprompt_db.compute.adopt.adopt import Adopted, Check
+    from backprompt_db.compute.generate_arguments import GenerateArguments
     from backprompt_db.compute.generations import GenerationMemory
     from backprompt_db.views.scene import Vocabulary
 
@@ -342,32 +345,23 @@ class LanguageModel:
         Raises `PromptError` for arguments that cannot be used here and for a prompt that ends in parallel branches,
         `ContextLengthExceeded` where prompt and `max_new_tokens` need more positions than the model has.
         """
-        from backprompt_db.compute.generate_arguments import GenerateArguments
-        from backprompt_db.compute.generations import Generator
+        from backprompt_db.compute.generate_arguments import GenerateArguments, ended_at_errors
 
-        prompts = [prompt] if isinstance(prompt, Text | str) else prompt
-        is_one = prompts is not prompt
-        generate_arguments = GenerateArguments(
-            max_new_tokens=max_new_tokens,
-            num_return_sequences=num_return_sequences,
-            streamer=streamer,
-            store=store,
-            seed=seed,
-            others=arguments,
-        )
-        texts = self._healed(prompts)
-        generator = Generator(
-            self._engine,
-            self._source,
-            self._generations,
-            heal=lambda text: self._healed([text])[0],
-            keep=self._kept(keep),
-        )
-        results = generator.generate(texts, generate_arguments)
+        with ended_at_errors(streamer) as stream:
+            generate_arguments = GenerateArguments(
+                max_new_tokens=plain_int(max_new_tokens),
+                num_return_sequences=plain_int(num_return_sequences),
+                streamer=stream,
+                store=store,
+                seed=plain_int(seed),
+                others={name: plain_int(value) for name, value in arguments.items()},
+            )
+            prompts = [prompt] if isinstance(prompt, Text | str) else prompt
+            results = self._generate(prompts, generate_arguments, keep)
         if num_return_sequences is not None:
-            return results[0] if is_one else results
+            return results if prompts is prompt else results[0]
         firsts = [several[0] for several in results]
-        return firsts[0] if is_one else firsts
+        return firsts if prompts is prompt else firsts[0]
 
     def adopt(
         self,
@@ -494,10 +488,25 @@ class LanguageModel:
     def _run(self, texts: Sequence[Text | str], keep: _Keep | None) -> list[ModelRepr]:
         return answers.run(self._engine, self._keeper, self._healed(texts), keep=self._kept(keep))
 
+    def _generate(
+        self, prompts: Iterable[Text | str], arguments: GenerateArguments, keep: _Keep | None
+    ) -> list[list[Generated]]:
+        from backprompt_db.compute.generations import Generator
+
+        generator = Generator(
+            self._engine,
+            self._source,
+            self._generations,
+            heal=lambda text: self._healed([text])[0],
+            keep=self._kept(keep),
+        )
+        return generator.generate(self._healed(prompts), arguments)
+
     def _score(
         self, prompts: Sequence[Text | str], completions: Sequence[Text | str], keep: _Keep | None
     ) -> npt.NDArray[np.float64]:
-        own, others = [self._own(prompt) for prompt in prompts], [as_text(each).on(self) for each in completions]
+        own = [self._own(prompt) for prompt in as_texts(prompts, what="prompt")]
+        others = [completion.on(self) for completion in as_texts(completions, what="completion")]
         endings = self._healer.endings(own, others, namespace=self.namespace)
         scores = answers.score(self._engine, self._keeper, endings, keep=self._kept(keep))
         return scores.reshape(len(own), len(others))
@@ -516,7 +525,7 @@ class LanguageModel:
 
     def _healed(self, texts: Iterable[Text | str]) -> list[Healed]:
         """Return texts with the segments in which they are run."""
-        return self._healer.heal([self._own(text) for text in texts], namespace=self.namespace)
+        return self._healer.heal([self._own(text) for text in as_texts(texts, what="prompt")], namespace=self.namespace)
 
     def _segments(self, texts: Text | str | Iterable[Text | str]) -> list[Segment]:
         """Return the segments of texts, each once, parents before children."""
@@ -544,7 +553,7 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         state = "" if self.is_loaded else " (not loaded)"
-        return f"<LanguageModel {self._source.name}{state} on {self._given_db or 'the default database'}>"
+        return f"<LanguageModel {visible(self._source.name)}{state} on {self._given_db or 'the default database'}>"
 
 
 _models_of_pairs: weakref.WeakValueDictionary[tuple[int, int], LanguageModel] = weakref.WeakValueDictionary()

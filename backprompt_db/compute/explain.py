@@ -312,6 +312,9 @@ class RecordedTokenizer:
         self.backend_tokenizer.no_padding()
         self.backend_tokenizer.no_truncation()
 
+    def __deepcopy__(self, _: object) -> RecordedTokenizer:
+        return self  # nobody else has it
+
     def __len__(self) -> int:
         return int(self.backend_tokenizer.get_vocab_size())
 

@@ -61,11 +61,13 @@ class Decoder:
         prompts = [self._prompt(text, record) for text, record in zip(texts, known, strict=True)]
         for prompt in prompts:
             prompt.require_possible(runner, self.arguments.max_new_tokens - prompt.num_begun)
+        groups = self._groups(prompts)
+        arguments = self._arguments_of(len(groups))
         call = self._fetched(prompts, ids=ids, donors=merged_donors(texts))
         num_calls = runner.num_calls
         of_prompts: dict[int, list[Continuation]] = {}
-        for group in self._groups(prompts):
-            written = self._continued([prompts[number] for number in group], call, ids=ids)
+        for group, own in zip(groups, arguments, strict=True):
+            written = self._continued([prompts[number] for number in group], own, call, ids=ids)
             step = self.arguments.num_sequences
             of_prompts |= {number: written[place * step :][:step] for place, number in enumerate(group)}
         continuations = [of_prompts[number] for number in range(len(prompts))]
@@ -117,11 +119,20 @@ class Decoder:
             groups.setdefault(prompt.num_begun, []).append(number)
         return list(groups.values())
 
-    def _continued(self, prompts: Sequence[Prompt], call: Call, *, ids: ModelIds) -> list[Continuation]:
+    def _arguments_of(self, num_groups: int) -> list[GenerateArguments]:
+        """Return the arguments of each group: what one prompt leaves in a processor must not reach another one."""
+        if num_groups == 1:
+            return [self.arguments]
+        shared = self.source.runner.model, self.source.tokenizer.tokenizer
+        return [self.arguments.copied(shared=shared) for _ in range(num_groups)]
+
+    def _continued(
+        self, prompts: Sequence[Prompt], arguments: GenerateArguments, call: Call, *, ids: ModelIds
+    ) -> list[Continuation]:
         """Let the model continue prompts of which equally much is to be generated, and store what it wrote."""
         runner = self.source.runner
-        left = replace(self.arguments, max_new_tokens=self.arguments.max_new_tokens - prompts[0].num_begun)
-        outcome = Decoding(runner, prompts, left).run(call.found, self.source.tokenizer.tokenizer)
+        left = replace(arguments, max_new_tokens=arguments.max_new_tokens - prompts[0].num_begun)
+        outcome = Decoding(runner, prompts, left).run(call.found, self.source.tokenizer.own)
         self.engine.count_decoded(sum(row.num_decoded for row in outcome.rows), seconds=outcome.seconds)
         continuations = [Continuation.of(row, self.source.tokenizer, self.heal) for row in outcome.rows]
         if self.arguments.store and self.source.ids == ids:

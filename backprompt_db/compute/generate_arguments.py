@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backprompt_db.errors import PromptError
@@ -28,12 +30,15 @@ _COUNT_FROM_PROMPT = frozenset({
     "exponential_decay_length_penalty", "guidance_scale", "min_length", "min_new_tokens",
 })  # fmt: skip
 """Arguments for which it matters where the prompt ends."""
+_MAY_HAVE_STATE = ("logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria")
+"""Objects of a user that may remember what they have seen of one prompt."""
 _NEUTRAL_NUMBERS = (None, 0, 1, False)
 
 _PROMPT = "The prompt is all that the model is given."
 _CACHE = "The stored keys and values are the cache."
 _RESULT = "A result has token_ids and token_logprobs; for more, call model.generate with lm.past_key_values(text)."
 _SPECULATION = "Speculative decoding is not supported."
+_SECOND_PROMPT = "The model would be run on a second prompt; call model.generate with lm.past_key_values(text)."
 _HINTS = {
     **dict.fromkeys(("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids"), _PROMPT),
     **dict.fromkeys(
@@ -48,6 +53,7 @@ _HINTS = {
         _RESULT,
     ),
     **dict.fromkeys(("assistant_model", "assistant_tokenizer", "prompt_lookup_num_tokens", "use_mtp"), _SPECULATION),
+    **dict.fromkeys(("negative_prompt_ids", "negative_prompt_attention_mask"), _SECOND_PROMPT),
     "generation_config": "Give its values by name, or set lm.model.generation_config.",
     "max_length": "Give max_new_tokens, which does not count the prompt.",
     "tokenizer": "Stop strings are read with the tokenizer of the language model.",
@@ -70,14 +76,16 @@ class GenerateArguments:
     """The other arguments, by the names that transformers gives them."""
 
     def __post_init__(self) -> None:
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("num_return_sequences", self.num_sequences)):
+        counts = {"max_new_tokens": self.max_new_tokens, "num_return_sequences": self.num_sequences}
+        num_beams = self.others.get("num_beams")
+        for name, value in (counts if num_beams is None else {**counts, "num_beams": num_beams}).items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise PromptError(f"{name}={value!r} is not a number of that kind", hint="Give an int of 1 or more.")
         if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0):
             raise PromptError(f"seed={self.seed!r} is no seed", hint="Give an int of 0 or more.")
         for name in self.others:
             if name not in _ALLOWED:
-                hint = _HINTS.get(name, "It is no argument that changes which tokens are chosen, or it is misspelt.")
+                hint = _HINTS.get(name, "It does more than choose among the next tokens, or it is misspelt.")
                 raise PromptError(f"generate takes no {name}=", hint=hint)
 
     @property
@@ -131,6 +139,21 @@ class GenerateArguments:
         """Return whether prompts of different lengths may be generated together, with the shorter ones padded."""
         return not any(self.value(name, model) for name in _READ_PADDING)
 
+    def copied(self, *, shared: Iterable[Any]) -> GenerateArguments:
+        """Return the arguments with copies of the objects that may have state; `shared` are not copied inside them.
+
+        Raises `PromptError` for an object that cannot be copied.
+        """
+        objects = {name: self.others[name] for name in _MAY_HAVE_STATE if name in self.others}
+        try:
+            copies = copy.deepcopy(objects, {id(each): each for each in shared})
+        except Exception as error:
+            raise PromptError(
+                f"{' and '.join(objects)} cannot be copied, and each of several prompts needs its own: {error}",
+                hint="Generate after the prompts one by one.",
+            ) from error
+        return replace(self, others={**self.others, **copies})
+
     def eos_ids(self, model: Any) -> frozenset[int]:
         """Return the token ids that end a sequence."""
         given = self.value("eos_token_id", model)
@@ -138,3 +161,37 @@ class GenerateArguments:
         if given is None:
             return frozenset()
         return frozenset(given if isinstance(given, list | tuple) else [given])
+
+
+class _Stream:
+    """A streamer of transformers that knows whether it has ended."""
+
+    def __init__(self, streamer: Any) -> None:
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise PromptError(f"streamer={streamer!r} is no streamer", hint="Give one of transformers'.")
+        self.put = streamer.put
+        self._streamer = streamer
+        self.has_ended = False
+
+    def end(self) -> None:
+        """End the streamer."""
+        self.has_ended = True
+        self._streamer.end()
+
+
+@contextmanager
+def ended_at_errors(streamer: Any) -> Iterator[Any]:
+    """Yield a streamer, or None, that is ended where the block raises: who reads it would wait for ever.
+
+    Raises `PromptError` for anything but a streamer.
+    """
+    if streamer is None:
+        yield None
+        return
+    stream = _Stream(streamer)
+    try:
+        yield stream
+    except BaseException:
+        if not stream.has_ended:
+            stream.end()
+        raise

@@ -19,6 +19,7 @@ from backprompt_db.catalog.records import CutsRecord, are_cuts
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import utf8
+from backprompt_db.prompt.numbers import plain_int
 from backprompt_db.prompt.text import Text
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def split_pieces(string: str, num_tokens: int, *, source: ModelSource, model_met
 
     Loads the tokenizer only if the catalog does not remember the cuts. Raises `PromptError` for a `num_tokens` below 1.
     """
+    num_tokens = plain_int(num_tokens)
     if not isinstance(num_tokens, int) or num_tokens < 1:
         raise PromptError(f"split={num_tokens!r} is not a number of tokens", hint="Give an int of 1 or more.")
     if not isinstance(string, str) or not string:

@@ -5,6 +5,7 @@ Each string is tokenised alone, with the tokenizer's start tokens at the beginni
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import logging
@@ -42,48 +43,52 @@ _vocabularies: dict[TokenizerId, Vocabulary] = {}
 
 
 class SegmentTokenizer:
-    """A tokenizer as prompts see it. Wraps any Hugging Face tokenizer."""
+    """A tokenizer as prompts see it. Wraps any Hugging Face tokenizer, and may be used by many threads."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._learn(_signature(tokenizer))
+        self._learned = _Learned(tokenizer, _signature(tokenizer))
 
-    def _learn(self, signature: object) -> None:
-        if getattr(getattr(getattr(self.tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
-            raise UnsupportedModel("this tokenizer drops merges at random", hint="Set its dropout to None.")
-        self._signature = signature
-        self.start_ids = start_ids(self.tokenizer)
-        self._id: TokenizerId | None = None
-        self._separators: str | None = None
-        self._remembered: dict[SegmentId, list[int]] = {}
-        self._num_remembered_tokens = 0
+    @property
+    def own(self) -> Any:
+        """The copy of a fast tokenizer that is used here, as nobody else pads or truncates with it; a slow one itself.
+
+        A fast tokenizer keeps the padding and truncation of its last call, and obeys whatever another thread has set.
+        """
+        return self._learned.tokenizer
+
+    @property
+    def start_ids(self) -> list[int]:
+        """The ids that the tokenizer puts before a prompt, such as BOS."""
+        return self._learned.start_ids
 
     @property
     def id(self) -> TokenizerId:
         """The tokenizer id of the tokenizer as it is now; serialised again only when it has changed."""
-        self._refresh()
-        if self._id is None:
-            self._id = tokenizer_id(self.definition())
-        return self._id
+        learned = self._refreshed()
+        if learned.id is None:
+            learned.id = tokenizer_id(learned.definition())
+        return learned.id
 
     def definition(self) -> str:
         """Return everything that changes the tokenizer's tokens, as JSON. The tokenizer is serialised anew."""
-        return definition(self.tokenizer, self.start_ids)
+        return self._refreshed().definition()
 
     @property
     def is_fast(self) -> bool:
         """Whether the tokenizer can be made again from its definition alone."""
-        return bool(getattr(self.tokenizer, "is_fast", False))
+        return _is_fast(self.tokenizer)
 
-    def _refresh(self) -> None:
-        """Learn the tokenizer again if it was changed in place."""
+    def _refreshed(self) -> _Learned:
+        """Return what is known of the tokenizer, learned again if it was changed in place."""
         signature = _signature(self.tokenizer)
-        if signature != self._signature:
-            self._learn(signature)
+        if signature != self._learned.signature:
+            self._learned = _Learned(self.tokenizer, signature)
+        return self._learned
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the string of tokens, special ones included, with nothing tidied up."""
-        string: str = self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        string: str = self.own.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return string
 
     def encode(self, segments: Iterable[Segment]) -> dict[Segment, list[int]]:
@@ -92,18 +97,19 @@ class SegmentTokenizer:
         A string that begins with the start tokens itself, as many chat templates do, does not get them twice.
         Raises `InvalidText` for a segment that has no tokens.
         """
-        segments = list(segments)
-        encoded = {segment: ids for segment in segments if (ids := self._remembered.get(segment.id))}
+        learned, segments = self._learned, list(segments)
+        encoded = {segment: ids for segment in segments if (ids := learned.remembered.get(segment.id))}
         unknown = [segment for segment in segments if segment not in encoded]
         strings = [segment.string for segment in unknown]
-        for segment, ids in zip(unknown, encode_strings(self.tokenizer, strings), strict=True):
+        for segment, ids in zip(unknown, encode_strings(learned.tokenizer, strings), strict=True):
             if not ids:
                 raise InvalidText(
                     f"the piece {segment.string!r} has no tokens under this tokenizer",
                     hint="Join it with the piece before or after it.",
                 )
-            encoded[segment] = ids if segment.parents or _begin(ids, self.start_ids) else [*self.start_ids, *ids]
-            self._remember(segment, encoded[segment])
+            is_whole = segment.parents or _begin(ids, learned.start_ids)
+            encoded[segment] = ids if is_whole else [*learned.start_ids, *ids]
+            learned.remember(segment, encoded[segment])
         return {segment: encoded[segment] for segment in segments}
 
     def seams(self, segments: Iterable[Segment]) -> list[Seam]:
@@ -115,7 +121,7 @@ class SegmentTokenizer:
         ]
         pairs = list(dict.fromkeys(pairs))
         strings = [string for left, right in pairs for string in (left, right, left + right)]
-        encoded = iter(encode_strings(self.tokenizer, strings))
+        encoded = iter(encode_strings(self.own, strings))
         return [
             Seam(left, right, (*self._shown(left), *self._shown(right)), self._shown(left + right))
             for (left, right), left_ids, right_ids, joined_ids in zip(pairs, encoded, encoded, encoded, strict=True)
@@ -141,7 +147,7 @@ class SegmentTokenizer:
             is_boundary = words[index] != words[index - 1] and offsets[index][0] >= offsets[index - 1][1]
             if is_boundary and index - begin >= num_tokens:
                 cut = offsets[index][0]
-                if encode_strings(self.tokenizer, [string[cuts[-1] : cut]])[0] == ids[begin:index]:
+                if encode_strings(self.own, [string[cuts[-1] : cut]])[0] == ids[begin:index]:
                     cuts.append(cut)
                     begin = index
         return self._exact(string, cuts[1:], ids)
@@ -153,10 +159,12 @@ class SegmentTokenizer:
         What comes before it changes no token after it, nor the other way round. Found out on a sample of many scripts,
         which must have the same tokens when it is cut before any of its words; only for fast tokenizers.
         """
-        self._refresh()
-        if self._separators is None:
-            self._separators = "".join(each for each in " \n" if self.is_fast and _parts_words(self.tokenizer, each))
-        return self._separators
+        learned = self._refreshed()
+        if learned.separators is None:
+            learned.separators = "".join(
+                each for each in " \n" if self.is_fast and _parts_words(learned.tokenizer, each)
+            )
+        return learned.separators
 
     def words(self, string: str) -> list[int]:
         """Return the offsets in `string` at which the pre-tokeniser begins a word, or white space."""
@@ -178,40 +186,32 @@ class SegmentTokenizer:
         Cuts that would change tokens are dropped. Whether one stays depends on what precedes it and on the piece after
         it, so strings with a common beginning share its pieces.
         """
-        self._refresh()
-        return self._exact(string, cuts, encode_strings(self.tokenizer, [string])[0])
+        return self._exact(string, cuts, encode_strings(self._refreshed().tokenizer, [string])[0])
 
     def writes_start(self, string: str) -> bool:
         """Return whether `string` itself begins with the start tokens of a prompt."""
-        self._refresh()
-        return _begin(encode_strings(self.tokenizer, [string])[0], self.start_ids)
+        learned = self._refreshed()
+        return _begin(encode_strings(learned.tokenizer, [string])[0], learned.start_ids)
 
     def _exact(self, string: str, cuts: Sequence[int], ids: list[int]) -> list[int]:
-        pieces = _Pieces(self.tokenizer, string, ids, self.start_ids)
+        pieces = _Pieces(self.own, string, ids, self.start_ids)
         pieces.learn([0, *cuts, len(string)])
         for cut in cuts:
             pieces.end_at(cut, num_tries=2)
         pieces.end_at(len(string), num_tries=len(pieces.places))
         return [place.in_string for place in pieces.places[1:] if place.in_string < len(string)]
 
-    def _remember(self, segment: Segment, ids: list[int]) -> None:
-        if self._num_remembered_tokens > _MAX_REMEMBERED_TOKENS:
-            self._remembered.clear()
-            self._num_remembered_tokens = 0
-        self._remembered[segment.id] = ids
-        self._num_remembered_tokens += len(ids)
-
     def _shown(self, string: str) -> tuple[str, ...]:
         """Return the share of a string that each of its tokens has; of a character, its first token has all."""
         if not self.is_fast:
-            ids = encode_strings(self.tokenizer, [string])[0]
-            return tuple(self.tokenizer.convert_ids_to_tokens(ids))
+            ids = encode_strings(self.own, [string])[0]
+            return tuple(self.own.convert_ids_to_tokens(ids))
         ends = [end for _, end in self._encoding(string)["offset_mapping"]]
         return tuple(string[begin:end] for begin, end in itertools.pairwise([0, *ends]))
 
     def _encoding(self, string: str) -> Any:
         """Return the encoding of a string alone by a fast tokenizer, with offsets."""
-        return self.tokenizer(
+        return self.own(
             string,
             add_special_tokens=False,
             padding=False,
@@ -219,6 +219,46 @@ class SegmentTokenizer:
             return_offsets_mapping=True,
             verbose=False,
         )
+
+
+class _Learned:
+    """A tokenizer as it was when its signature was taken, and what was found out about it.
+
+    Threads that use it go on with what they have begun with while another one learns the tokenizer again.
+    """
+
+    def __init__(self, tokenizer: Any, signature: object) -> None:
+        if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
+            raise UnsupportedModel("this tokenizer drops merges at random", hint="Set its dropout to None.")
+        self.signature = signature
+        self.tokenizer = _own_copy(tokenizer) if _is_fast(tokenizer) else tokenizer
+        self.start_ids = start_ids(self.tokenizer)
+        self.id: TokenizerId | None = None
+        self.separators: str | None = None
+        self.remembered: dict[SegmentId, list[int]] = {}
+        self._num_remembered_tokens = 0
+
+    def definition(self) -> str:
+        return definition(self.tokenizer, self.start_ids)
+
+    def remember(self, segment: Segment, ids: list[int]) -> None:
+        if self._num_remembered_tokens > _MAX_REMEMBERED_TOKENS:
+            self.remembered.clear()
+            self._num_remembered_tokens = 0
+        self.remembered[segment.id] = ids
+        self._num_remembered_tokens += len(ids)
+
+
+def _is_fast(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
+def _own_copy(tokenizer: Any) -> Any:
+    """Return a copy of a fast tokenizer that neither pads nor truncates."""
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.no_padding()
+    own.backend_tokenizer.no_truncation()
+    return own
 
 
 def start_ids(tokenizer: Any) -> list[int]:
@@ -254,7 +294,7 @@ def definition(tokenizer: Any, start_ids: Iterable[int]) -> str:
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "split_special_tokens": bool(getattr(tokenizer, "split_special_tokens", False)),
     }
-    if getattr(tokenizer, "is_fast", False):
+    if _is_fast(tokenizer):
         serialised = json.loads(tokenizer.backend_tokenizer.to_str())
         # Padding and truncation are set by calls; our calls always turn both off.
         facts["tokenizer"] = {**serialised, "padding": None, "truncation": None}
@@ -269,12 +309,12 @@ def definition(tokenizer: Any, start_ids: Iterable[int]) -> str:
 def _signature(tokenizer: Any) -> object:
     """Return a value that differs after a tokenizer was changed in place; merges count if a sample text shows them."""
     parts: list[object] = [len(tokenizer), sorted(map(str, tokenizer.special_tokens_map.items()))]
-    if getattr(tokenizer, "is_fast", False):
+    if _is_fast(tokenizer):
         backend = tokenizer.backend_tokenizer
         steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor)
         parts += [None if step is None else step.__getstate__() for step in steps]
         parts += [type(backend.model).__name__, *(getattr(backend.model, name, None) for name in _MODEL_OPTIONS)]
-        parts.append(_probe(tokenizer))
+        parts.append(_merged(backend))
     return [*parts, bool(getattr(tokenizer, "split_special_tokens", False))]
 
 
@@ -287,6 +327,18 @@ _WORDS = "it has 12 apples d'été und Äpfel मेरे पास हैं �
 def _probe(tokenizer: Any) -> list[int]:
     """Return the tokens of a sample."""
     return list(tokenizer(_SAMPLE, add_special_tokens=False, padding=False, truncation=False)["input_ids"])
+
+
+def _merged(backend: Any) -> list[int]:
+    """Return the tokens that the steps of a fast tokenizer make of a sample.
+
+    A call of the tokenizer itself would end the padding and truncation that another thread has just set.
+    """
+    text = _SAMPLE if backend.normalizer is None else backend.normalizer.normalize_str(_SAMPLE)
+    words = [text]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in backend.model.tokenize(word)]
 
 
 def _parts_words(tokenizer: Any, separator: str) -> bool:

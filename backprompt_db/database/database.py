@@ -42,6 +42,7 @@ from backprompt_db.store.layered import own_store
 from backprompt_db.store.records import Digest
 from backprompt_db.system.platform import register_at_fork
 from backprompt_db.views.console import html_text, literal
+from backprompt_db.views.formatting import visible
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
@@ -275,7 +276,7 @@ class Database:
             return html_text(literal(repr(self)))
 
     def __repr__(self) -> str:
-        return f"<Database {self.directory or MEMORY}{' (read-only)' if self.readonly else ''}>"
+        return f"<Database {visible(str(self.directory or MEMORY))}{' (read-only)' if self.readonly else ''}>"
 
     def _read(self, key: Key, take: Callable[[Arrays], _Taken], read: Callable[[Key], _Taken | None]) -> _Taken | None:
         """Look for a part where it may be, one place after the other: the queue, memory, the store.

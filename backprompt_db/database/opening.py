@@ -80,6 +80,8 @@ def open_database(
     """
     if mode not in (READ, APPEND):
         raise PromptError(f"there is no mode {mode!r}", hint='Give "r" to read only, or "a" to read and write.')
+    if not isinstance(namespace, str):
+        raise PromptError(f"namespace={namespace!r} is not a name", hint="Give a str.")
     asked = None if fidelity is None else _fidelity(fidelity)
     below = None if base is None else _look_at(_absolute(base), asked)
     default = Fidelity.EXACT if below is None else below.manifest.fidelity

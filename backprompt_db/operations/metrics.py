@@ -10,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.registry import CollectorRegistry
 
+from backprompt_db.views.formatting import visible
+
 if TYPE_CHECKING:
     from backprompt_db.database.statistics import Activity, Stats
 
@@ -37,7 +39,7 @@ class _Metrics:
 
 def _facts(stats: Stats) -> Iterator[Metric]:
     about = {"format": str(stats.format), "fidelity": stats.fidelity, "version": version("backprompt-db")}
-    about |= {} if stats.namespace is None else {"namespace": stats.namespace}
+    about |= {} if stats.namespace is None else {"namespace": _shown(stats.namespace)}
     yield InfoMetricFamily(f"{_PREFIX}database", "What kind of database it is.", value=about)
     yield from _gauge("representations", "Representations that are stored.", stats.num_representations)
     yield from _gauge("segments", "Segments of which a representation is stored.", stats.num_segments)
@@ -88,8 +90,13 @@ def _labelled(
 ) -> Metric:
     family = GaugeMetricFamily(f"{_PREFIX}{name}", documentation, labels=labels, unit="bytes")
     for nbytes, *label in values:
-        family.add_metric(label, nbytes)
+        family.add_metric([_shown(each) for each in label], nbytes)
     return family
+
+
+def _shown(label: str) -> str:
+    """Return a label without control characters, which a terminal would obey; line ends are escaped by the format."""
+    return "\n".join(map(visible, label.split("\n")))
 
 
 def _counter(name: str, documentation: str, value: float, *, unit: str = "") -> Metric:

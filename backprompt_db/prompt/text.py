@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex
+from typing import TYPE_CHECKING, Any, Protocol
 
 from backprompt_db.errors import BackpromptError, InvalidText, PromptError
 from backprompt_db.prompt.ids import ModelIds, SegmentId, TokenizerId, segment_id
 from backprompt_db.prompt.model_counters import ModelCounters
+from backprompt_db.prompt.numbers import plain_int
 from backprompt_db.prompt.segments import Seam, SeamRule, Segment, ancestry
 from backprompt_db.views.formatting import plural, shortened
 
@@ -132,7 +133,11 @@ class Text:
         seams: str | None = None,
     ) -> None:
         if not isinstance(string, str):
-            raise InvalidText(f"a text is made of str, not {type(string).__name__}", hint="Convert it with str().")
+            raise InvalidText(
+                f"a text is made of str, not {type(string).__name__}",
+                hint="Convert it with str(), or leave it out if it is missing.",
+            )
+        start = plain_int(start)
         segment_id(string, start=start)  # an invalid one raises here, and not only at the first run
         runner = _Runners.from_pair(*model) if isinstance(model, tuple) else model
         if runner is not None and not hasattr(runner, "run"):
@@ -372,6 +377,15 @@ def as_text(text: Text | str) -> Text:
     return text if isinstance(text, Text) else Text(text)
 
 
+def as_texts(values: Iterable[Text | str], *, what: str) -> Iterator[Text]:
+    """Yield each value as a text. Raises `InvalidText`, with the number of the value, for one that is none."""
+    for number, value in enumerate(values):
+        try:
+            yield as_text(value)
+        except InvalidText as error:
+            raise InvalidText(f"{what} {number}, counted from 0: {error.message}", hint=error.hint) from None
+
+
 def parallel(*branches: Text | str) -> Text:
     """Return branches that do not see each other; what follows sees all of them.
 
@@ -485,7 +499,8 @@ class ModelRepr:
         `PromptError` where there are no logits, see `logits`, and for a `k` that is not from 1 to vocab_size.
         """
         array = self._asked_logits
-        if not isinstance(k, SupportsIndex) or not 1 <= k <= array.shape[0]:
+        k = plain_int(k)
+        if not isinstance(k, int) or not 1 <= k <= array.shape[0]:
             raise PromptError(f"k={k!r} is not a number of tokens", hint=f"Give an int from 1 to {array.shape[0]}.")
         from backprompt_db.prompt.representation import likeliest
 

@@ -232,6 +232,10 @@ def claim_quantisation(model: Any) -> None:
     model.hf_quantizer = object()
 
 
+def compile_a_layer(model: Any) -> None:
+    model.transformer.h[0] = torch.compile(model.transformer.h[0], backend="eager")
+
+
 def move_to_meta(model: Any) -> None:
     model.to("meta")
 
@@ -241,6 +245,7 @@ def move_to_meta(model: Any) -> None:
     [
         (add_a_hook, "transformer.h.0 has forward hooks"),
         (add_an_earlier_hook, "transformer.h.0 has forward hooks"),
+        (compile_a_layer, "transformer.h.0 was compiled.*its _orig_mod"),
         (replace_forward, "the forward method of transformer.h.0.mlp was replaced"),
         (claim_quantisation, "it is quantised"),
         (move_to_meta, "on meta"),
@@ -313,3 +318,12 @@ def test_added_tokens_normalizers_and_start_tokens_change_the_tokenizer_id(
     lowering.backend_tokenizer.normalizer = normalizers.Lowercase()
     ids = {SegmentTokenizer(each).id for each in (tokenizer, tokenizer_with_bos, larger, lowering)}
     assert len(ids) == 4
+
+
+def test_a_compiled_model_is_refused_by_the_name_of_what_it_was_made_of(
+    gpt2: Any, tokenizer: Any, db: bp.Database
+) -> None:
+    compiled: Any = torch.compile(gpt2, backend="eager")
+    with pytest.raises(UnsupportedModel, match="the model was compiled"):
+        bp.LanguageModel(compiled, tokenizer, db=db)("the")
+    assert bp.LanguageModel(compiled._orig_mod, tokenizer, db=db)("the").num_computed_tokens > 0

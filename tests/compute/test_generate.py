@@ -16,6 +16,7 @@ from transformers import TextIteratorStreamer, TextStreamer
 from transformers.generation import LogitsProcessor, StoppingCriteria
 
 import backprompt_db as bp
+from backprompt_db.prompt.text import Text
 from tests.conftest import CORPUS, cases
 from tests.support.families import SUPPORTED, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits, plain
@@ -182,6 +183,80 @@ def test_what_looks_at_the_prompt_sees_no_padding(lm: bp.LanguageModel, told: di
         assert_equals_plain(lm, result, **told)
 
 
+class CountingStop(StoppingCriteria):  # type: ignore[misc]
+    """Stops at its sixth call."""
+
+    num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.num_calls += 1
+        return torch.full((len(input_ids),), self.num_calls >= 6)
+
+
+class CountingShift(LogitsProcessor):  # type: ignore[misc]
+    """Shifts the vocabulary by the number of its calls."""
+
+    num_calls = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.num_calls += 1
+        return scores.roll(self.num_calls, 1)
+
+
+class CountingTokens:
+    """Allows one token after the other."""
+
+    num_calls = 0
+
+    def __call__(self, batch: int, input_ids: torch.Tensor) -> list[int]:
+        self.num_calls += 1
+        return [300 + self.num_calls]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda: {"stopping_criteria": [CountingStop()]},
+        lambda: {"logits_processor": [CountingShift()]},
+        lambda: {"prefix_allowed_tokens_fn": CountingTokens()},
+    ],
+)
+def test_what_counts_begins_anew_with_each_prompt(lm: bp.LanguageModel, told: Callable[[], dict[str, Any]]) -> None:
+    for result in lm.generate(PROMPTS, **told()):
+        assert_equals_plain(lm, result, **told())
+
+
+def test_what_counts_is_used_itself_by_a_single_prompt(lm: bp.LanguageModel) -> None:
+    counting = CountingStop()
+    lm.generate(PROMPTS[0], stopping_criteria=[counting])
+    assert counting.num_calls == 6
+
+
+def test_what_holds_the_model_and_the_tokenizer_is_copied_without_them(lm: bp.LanguageModel) -> None:
+    seen = set[tuple[int, int]]()
+
+    class Holding(CountingShift):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = lm.model, lm.tokenizer
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.add((id(self.held[0]), id(self.held[1])))
+            return super().__call__(input_ids, scores)
+
+    lm.generate(PROMPTS, logits_processor=[Holding()])
+    assert seen == {(id(lm.model), id(lm.tokenizer))}
+
+
+def test_what_cannot_be_copied_is_refused_for_several_prompts(lm: bp.LanguageModel) -> None:
+    counting = CountingStop()
+    counting.lock = threading.Lock()
+    with pytest.raises(bp.errors.PromptError, match=r"stopping_criteria cannot be copied.*one by one"):
+        lm.generate(PROMPTS, stopping_criteria=[counting])
+    assert (lm.counters.num_computed_tokens, counting.num_calls) == (0, 0)
+    assert lm.generate(PROMPTS[0], stopping_criteria=[counting]).num_decoded_tokens == 6
+
+
 class Recorder(TextStreamer):  # type: ignore[misc]
     """Keeps the pieces that it would print."""
 
@@ -212,6 +287,45 @@ def test_another_thread_can_read_what_is_being_generated(lm: bp.LanguageModel) -
     read = "".join(streamer)
     thread.join()
     assert read == results[0].string
+
+
+class Failing(LogitsProcessor):  # type: ignore[misc]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (PROMPTS[0], {"logits_processor": [Failing()]}),
+        (PROMPTS[0], {"temprature": 0.5}),
+        (PROMPTS[0], {"max_new_tokens": 300}),
+        (PROMPTS[0], {"keep": ["everything"]}),
+        (PROMPTS, {}),
+        ("", {}),
+        (Text("a") + bp.parallel("b", "c"), {}),
+    ],
+)
+def test_who_reads_what_is_generated_does_not_wait_after_an_error(
+    lm: bp.LanguageModel, prompt: Any, told: dict[str, Any]
+) -> None:
+    streamer = TextIteratorStreamer(lm.tokenizer, skip_prompt=True, timeout=1)
+    with pytest.raises((ZeroDivisionError, bp.errors.BackpromptError)):
+        lm.generate(prompt, streamer=streamer, **told)
+    assert "".join(streamer) == ""
+    assert streamer.text_queue.empty()
+
+
+def test_a_streamer_that_has_ended_is_not_ended_again(lm: bp.LanguageModel) -> None:
+    class Refusing(Recorder):
+        def end(self) -> None:
+            super().end()
+            raise ZeroDivisionError
+
+    streamer = Refusing(lm.tokenizer)
+    with pytest.raises(ZeroDivisionError):
+        lm.generate(PROMPTS[0], streamer=streamer)
+    assert [is_end for _, is_end in streamer.pieces].count(True) == 1
 
 
 def test_a_gap_and_parallel_branches_continue_like_a_loop_written_by_hand(lm: bp.LanguageModel) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import backprompt_db as bp
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
@@ -239,6 +239,9 @@ def test_the_text_of_an_eager_prompt_is_computed_when_it_is_asked_for(lm: bp.Lan
         {"token_healing": True},
         {"tokenizer": None},
         {"temprature": 0.5},
+        {"negative_prompt_ids": [[1]]},
+        {"num_beams": 0},
+        {"num_beams": True},
         {"max_new_tokens": 0},
         {"max_new_tokens": 2.5},
         {"num_return_sequences": 0},
@@ -259,7 +262,9 @@ def test_prompts_that_cannot_be_continued_are_refused(lm: bp.LanguageModel, make
     with pytest.raises(PromptError, match="is empty"):
         lm.generate(["a", ""])
     with pytest.raises(PromptError, match="one prompt"):
-        lm.generate(["a", "b"], streamer=object())
+        lm.generate(["a", "b"], streamer=TextStreamer(lm.tokenizer))
+    with pytest.raises(PromptError, match="is no streamer"):
+        lm.generate("a", streamer=object())
     bloom = by_name("bloom")
     with pytest.raises(UnsupportedModel, match="plain chains only"):
         make_lm(bloom.build()).generate(Text("a") + bp.parallel("b", "c") + "d")

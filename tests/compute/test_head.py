@@ -10,12 +10,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import CohereConfig, Gemma2Config, GPT2Config, LlamaConfig, PhiConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+import backprompt_db as bp
+from backprompt_db.compute.inference.fingerprint import weights_id
 from backprompt_db.compute.inference.head import HiddenStates, LogitsQuery, Predictions, WholeLogits
 from backprompt_db.compute.inference.selfcheck import proven_head
+from tests.conftest import plain_logprobs
+from tests.support.generation import assert_equals_plain
+
+MakeLM = Callable[..., bp.LanguageModel]
 
 ROWS = st.lists(st.integers(0, 11), max_size=30)
 
@@ -77,3 +84,58 @@ def test_no_hook_stays_behind() -> None:
     assert head is not None
     assert not head._forward_pre_hooks
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 99)
+
+
+def with_adapter(model: Any, **chosen: Any) -> Any:
+    """A model with an adapter that changes its numbers."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **chosen))
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.normal_()
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft warns of tied weights
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": ["wte"]},
+        {"target_modules": ["wte", "lm_head"]},
+        {"target_modules": ["c_proj"], "fan_in_fan_out": True, "trainable_token_indices": list(range(50, 450))},
+        {
+            "target_modules": ["c_proj"],
+            "fan_in_fan_out": True,
+            "trainable_token_indices": {"wte": list(range(50, 450)), "lm_head": [3, 4, 5]},
+        },
+        {"target_modules": ["c_proj"], "fan_in_fan_out": True, "modules_to_save": ["wte", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_adapters_of_embeddings_and_heads_give_what_a_plain_pass_gives(
+    gpt2: Any, make_lm: MakeLM, chosen: dict[str, Any]
+) -> None:
+    lm = make_lm(with_adapter(gpt2, **chosen))
+    string = "the quick brown fox"
+    assert lm.plan([string]).num_missing_tokens > 0
+    results, ids = [lm(string)], [lm.weights_id]
+    with lm.model.disable_adapter():
+        results.append(lm(string))
+        ids.append(lm.weights_id)
+        logprobs, _ = plain_logprobs(lm.model, results[1].input_ids)
+        assert torch.allclose(results[1].token_logprobs, logprobs, atol=1e-5, equal_nan=True)
+    logprobs, logits = plain_logprobs(lm.model, results[0].input_ids)
+    assert torch.allclose(results[0].token_logprobs, logprobs, atol=1e-5, equal_nan=True)
+    assert torch.allclose(results[0].logits, logits, atol=1e-4)
+    assert not torch.allclose(results[0].token_logprobs, results[1].token_logprobs, atol=1e-2, equal_nan=True)
+    assert ids[0] != ids[1]
+    assert_equals_plain(lm, lm.generate(string, max_new_tokens=4), max_new_tokens=4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_trained_tokens_are_a_part_of_the_id(gpt2: Any) -> None:
+    adapted = with_adapter(gpt2, target_modules=["c_proj"], fan_in_fan_out=True, trainable_token_indices=[3])
+    before = weights_id(adapted)
+    (delta,) = (each for name, each in adapted.named_parameters() if "trainable_tokens_delta" in name)
+    delta.data += 1
+    assert weights_id(adapted) != before

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -258,6 +259,48 @@ def test_a_full_disk_does_not_fail_the_computation(lm: bp.LanguageModel, monkeyp
 def test_what_is_no_text_is_refused_by_its_type(lm: bp.LanguageModel) -> None:
     with pytest.raises(bp.errors.InvalidText, match="a text is made of str, not int"):
         lm(5)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_a_missing_value_among_texts_is_named_by_its_number(lm: bp.LanguageModel, missing: Any) -> None:
+    texts = ["a", "b", missing]
+    calls: dict[str, list[Callable[[], object]]] = {
+        "prompt": [
+            lambda: lm(texts),
+            lambda: lm.generate(texts),
+            lambda: lm.score(texts, ["c"]),
+            lambda: lm.warm(texts),
+            lambda: lm.plan(texts),
+        ],
+        "completion": [lambda: lm.score("c", texts), lambda: lm.warm(["c"], texts), lambda: lm.plan(["c"], texts)],
+    }
+    for what, several in calls.items():
+        for call in several:
+            with pytest.raises(bp.errors.InvalidText, match=f"^{what} 2, counted from 0: a text is made of str, not"):
+                call()
+
+
+def test_whole_numbers_of_numpy_are_numbers(lm: bp.LanguageModel) -> None:
+    number: Any = np.int64(2)
+    string = "the quick brown fox jumps over the lazy dog"
+    told = ("max_new_tokens", "num_return_sequences", "num_beams", "seed")
+    found, again = ([e.token_ids.tolist() for e in lm.generate("a", **dict.fromkeys(told, n))] for n in (number, 2))
+    assert found == again
+    assert lm.text(string, split=number).segments() == lm.text(string, split=2).segments()
+    assert lm.text(string, start=number).segments() == lm.text(string, start=2).segments()
+    assert lm(string).top_k(number) == lm(string).top_k(2)
+    assert lm.warm([string, "b", "c"], batch_size=number).num_texts == 3
+    assert lm.plan([string, "b", "c"], batch_size=number).num_texts == 3
+    for refused in (np.float64(2), np.array([2])):
+        with pytest.raises(PromptError, match="is not a number of tokens"):
+            lm.text(string, split=refused)  # type: ignore[arg-type]
+
+
+def test_control_characters_in_the_name_of_a_model_are_shown_as_escapes(
+    gpt2: Any, make_lm: Callable[..., bp.LanguageModel]
+) -> None:
+    gpt2.name_or_path = "a\x1b[31mred"
+    assert r"a\x1b[31mred" in repr(make_lm(gpt2))
 
 
 def test_names_in_place_of_objects_are_told_of_from_pretrained(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from copy import deepcopy
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
@@ -14,10 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import backprompt_db as bp
-from backprompt_db.compute.tokens import SegmentTokenizer, start_ids
+from backprompt_db.compute.tokens import SegmentTokenizer, definition, start_ids
 from backprompt_db.errors import InvalidText, UnsupportedModel
 from backprompt_db.prompt.text import Text
 from tests.conftest import CORPUS, train_tokenizer
+from tests.support.tokenizers import KINDS, tokenizer_of
 
 WORDS = st.sampled_from(["the", " quick", " fox", "\n", "  ", "endpoint", " GET", "é", "🙂", ".", " request", "7"])
 STRINGS = st.lists(WORDS, min_size=1, max_size=60).map("".join)
@@ -120,8 +123,6 @@ def test_seams_are_found_between_every_branch_and_what_follows(lm: bp.LanguageMo
 
 
 def test_a_piece_without_tokens_is_refused(tokenizer: Any) -> None:
-    from copy import deepcopy
-
     stripping = deepcopy(tokenizer)
     stripping.backend_tokenizer.normalizer = normalizers.Strip()
     with pytest.raises(InvalidText, match="no tokens"):
@@ -185,11 +186,68 @@ def test_a_split_that_is_no_number_of_tokens_is_refused(lm: bp.LanguageModel, sp
 def test_a_tokenizer_that_is_changed_in_place_is_another_key(
     gpt2: Any, tokenizer: Any, make_lm: Callable[..., bp.LanguageModel], db: bp.Database
 ) -> None:
-    from copy import deepcopy
-
     lm = bp.LanguageModel(gpt2, deepcopy(tokenizer), db=db)
     before = lm("The Quick Brown Fox")
     lm.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     after = lm("The Quick Brown Fox")
     assert after.num_cached_tokens == 0
     assert after.input_ids.tolist() == tokenizer("the quick brown fox")["input_ids"] != before.input_ids.tolist()
+
+
+class InterruptedTokenizer(PreTrainedTokenizerFast):  # type: ignore[misc]  # transformers is untyped
+    """A tokenizer that another thread uses each time when it has been told how to truncate, before it encodes."""
+
+    meanwhile: ClassVar[Callable[[], object]]
+
+    def set_truncation_and_padding(self, *given: Any, **named: Any) -> None:
+        super().set_truncation_and_padding(*given, **named)
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=InterruptedTokenizer.meanwhile)
+            thread.start()
+            thread.join()
+
+
+def pad(tokenizer: Any) -> None:
+    tokenizer(["the", "the quick brown fox"], padding="max_length", max_length=100)
+
+
+def truncate(tokenizer: Any) -> None:
+    tokenizer("the quick brown fox", truncation=True, max_length=2)
+
+
+def add_special_tokens(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra {len(tokenizer)}>"]})
+
+
+@pytest.mark.parametrize("use", [pad, truncate, add_special_tokens])
+def test_what_another_thread_does_with_the_tokenizer_changes_no_tokens(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, use: Callable[[Any], None]
+) -> None:
+    shared = InterruptedTokenizer(tokenizer_object=tokenizer.backend_tokenizer, pad_token="</s>")
+    monkeypatch.setattr(InterruptedTokenizer, "meanwhile", lambda: use(shared), raising=False)
+    known, string = SegmentTokenizer(shared), "the quick brown fox jumps over the dog"
+    for number in range(3):
+        known.id  # noqa: B018 - read at the beginning of each call
+        (ids,) = known.encode(Text(string + str(number)).segments()).values()
+        assert ids == tokenizer(string + str(number))["input_ids"]
+        assert known.cuts(string, 2) == SegmentTokenizer(tokenizer).cuts(string, 2)
+
+
+def test_padding_and_truncation_that_a_user_has_set_stay_set(tokenizer: Any) -> None:
+    used = deepcopy(tokenizer)
+    used.backend_tokenizer.enable_truncation(3)
+    used.backend_tokenizer.enable_padding(length=5)
+    known = SegmentTokenizer(used)
+    assert known.id == SegmentTokenizer(tokenizer).id
+    assert list(known.encode(Text("the quick brown fox jumps").segments()).values()) == [
+        tokenizer("the quick brown fox jumps")["input_ids"]
+    ]
+    assert used.backend_tokenizer.truncation["max_length"] == 3
+    assert used.backend_tokenizer.padding["length"] == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_id_is_that_of_the_tokenizer_as_it_was_given(kind: str) -> None:
+    given = tokenizer_of(kind)
+    known = SegmentTokenizer(given)
+    assert known.definition() == definition(given, start_ids(given))

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import filelock
 import platformdirs
@@ -17,7 +18,7 @@ from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.database import opening
 from backprompt_db.database.database import Database
 from backprompt_db.database.manifest import Manifest, read_manifest, write_manifest
-from backprompt_db.errors import BackpromptError, FormatError, FormatTooNew, UnsafeLocation
+from backprompt_db.errors import BackpromptError, FormatError, FormatTooNew, PromptError, UnsafeLocation
 from backprompt_db.system.locks import file_lock
 from tests.support.databases import expected, new_part, values, wanted
 
@@ -200,3 +201,10 @@ def test_a_manifest_that_is_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(UnsafeLocation):
         bp.open(tmp_path)
+
+
+@pytest.mark.parametrize("namespace", [5, None, b"a"])
+def test_a_namespace_that_is_no_string_is_refused(namespace: Any, tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"namespace=.* is not a name"):
+        bp.open(tmp_path / "db", namespace=namespace)
+    assert not (tmp_path / "db").exists()

@@ -103,6 +103,14 @@ def test_any_namespace_is_a_label(open_db: Callable[..., bp.Database], tmp_path:
     assert {sample.labels["namespace"] for sample in family.samples} == set(namespaces)
 
 
+def test_control_characters_in_labels_are_escaped(open_db: Callable[..., bp.Database], tmp_path: Path) -> None:
+    with open_db(tmp_path / "db", namespace="a\x1b[31mred\x07") as db:
+        db.put([new_part("a", namespace=db.namespace)])
+    for text in (exposition(gather(tmp_path / "db")), exposition(gather(tmp_path / "db", namespace=db.namespace))):
+        assert "\x1b" not in text
+        assert r"a\\x1b[31mred\\x07" in text
+
+
 def test_what_is_not_known_is_left_out(directory: Path) -> None:
     catalog_of(directory).unlink()
     write_config(directory, Config(max_nbytes=None))

@@ -10,6 +10,7 @@ import torch
 
 from backprompt_db.compute.inference.kv_cache import KVShape, short_name
 from backprompt_db.errors import ModelMismatch, PromptError
+from backprompt_db.prompt.numbers import plain_int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,6 +104,7 @@ def _num_places(layers: Sequence[Any]) -> int:
 
 
 def _row(num_rows: int, row: int | None) -> int:
+    row = plain_int(row)
     if row is None and num_rows == 1:
         return 0
     if row is None:

@@ -16,9 +16,10 @@ from backprompt_db.compute.healing import Healer, merged_donors
 from backprompt_db.compute.keeping import Keep, Keeper
 from backprompt_db.compute.plan import Wanted
 from backprompt_db.errors import PromptError
+from backprompt_db.prompt.numbers import plain_int
 from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.segments import Segment, ancestry
-from backprompt_db.prompt.text import Text
+from backprompt_db.prompt.text import Text, as_texts
 
 IsStored = Callable[[Segment, Part], bool]
 
@@ -91,7 +92,9 @@ class Requests:
             raise PromptError("completions is one text", hint="Give a list of completions.")
         return cls(
             texts=[texts] if isinstance(texts, str | Text) else texts,
-            completions=None if completions is None else [own(each) if each else Text("") for each in completions],
+            completions=None
+            if completions is None
+            else [own(each) if each else Text("") for each in as_texts(completions, what="completion")],
             keep=keep,
             namespace=namespace,
             own=own,
@@ -101,7 +104,7 @@ class Requests:
         )
 
     def __iter__(self) -> Iterator[Request]:
-        for number, text in enumerate(self.texts):
+        for number, text in enumerate(as_texts(self.texts, what="prompt")):
             yield self._request(number, self.own(text))
 
     def __length_hint__(self) -> int:
@@ -122,6 +125,7 @@ class Requests:
 
 def batches(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
     """Divide items into lists of `size`. Raises `PromptError` for a size below 1."""
+    size = plain_int(size)
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise PromptError(f"batch_size={size!r} is not a number of texts", hint="Give an int of 1 or more.")
     remaining = iter(items)

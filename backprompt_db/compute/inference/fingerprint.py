@@ -252,6 +252,8 @@ def _refuse_invisible(model: nn.Module, modules: _Modules, tensors: _Tensors) ->
     if getattr(model, "hf_quantizer", None) is not None:
         raise _invisible("it is quantised", "Load it without quantisation, or dequantise it.")
     for name, module in modules:
+        if "_orig_mod" in module._modules:
+            raise _invisible(f"{name or 'the model'} was compiled", "Give its _orig_mod, which has the same weights.")
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(getattr(hook, "__module__", None) not in _HARMLESS_HOOKS for hook in hooks):
             raise _invisible(f"{name or 'the model'} has forward hooks", "Remove them: their effect has no id.")

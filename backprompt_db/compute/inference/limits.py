@@ -78,6 +78,12 @@ def max_positions(model: Any, *, masked: int | None = None) -> int | None:
     return min(unproven + ([longest] if longest else []), default=None)
 
 
+def embedding_of(model: Any) -> Any:
+    """Return the layer that turns token ids into vectors, inside the adapters around it, which know not its sizes."""
+    layer = model.get_input_embeddings()
+    return next((each for each in layer.modules() if hasattr(each, "num_embeddings")), layer)
+
+
 def max_columns(model: Any) -> int | None:
     """Return how many tokens a pass may have with its context: the size of a causal mask inside a module, if any."""
     squares = (

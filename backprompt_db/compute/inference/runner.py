@@ -15,7 +15,7 @@ from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.compute.inference.fingerprint import ModelIdentity
 from backprompt_db.compute.inference.forward import PassResult, compute_pack
 from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix, short_name
-from backprompt_db.compute.inference.limits import max_columns, max_positions
+from backprompt_db.compute.inference.limits import embedding_of, max_columns, max_positions
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
 from backprompt_db.compute.inference.selfcheck import (
     CHECK_VERSION,
@@ -137,7 +137,7 @@ class ModelRunner:
     @property
     def vocab_size(self) -> int:
         """How many token ids the model can read."""
-        return int(self.model.get_input_embeddings().num_embeddings)
+        return int(embedding_of(self.model).num_embeddings)
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -260,7 +260,7 @@ def costs_of(model: Any, *, num_layers: int) -> Costs:
     more tokens in the time in which it reads the weights.
     """
     config = model.config.get_text_config()
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = embedding_of(model), model.get_output_embeddings()
     is_tied = head is not None and getattr(head, "weight", None) is embedding.weight
     num_weights = sum(parameter.numel() for parameter in model.parameters()) - (
         0 if is_tied else embedding.weight.numel()

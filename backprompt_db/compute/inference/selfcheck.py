@@ -29,6 +29,7 @@ from backprompt_db.compute.inference.forward import compute_pack, evaluation, lo
 from backprompt_db.compute.inference.head import head_of, is_whole_head, kept_from_running
 from backprompt_db.compute.inference.kv_cache import KVShape, assemble, cache_argument, shape_of
 from backprompt_db.compute.inference.limits import (
+    embedding_of,
     filled_window,
     is_index_dependent,
     masked_layer_types,
@@ -135,7 +136,7 @@ def proven_head(model: Any) -> nn.Module | None:
     head = head_of(model)
     if head is None:
         return None
-    tokens = np.random.default_rng(_SEED).integers(model.get_input_embeddings().num_embeddings, size=2).tolist()
+    tokens = np.random.default_rng(_SEED).integers(embedding_of(model).num_embeddings, size=2).tolist()
     with evaluation(model):
         with kept_from_running(head, skip=False) as kept:
             logits, _ = _plain_pass(model, tokens)
@@ -200,7 +201,7 @@ def _chain(model: Any) -> _Tree:
 
 def _tree(model: Any, tips: list[Segment], lengths: dict[str, int], longest: int | None) -> _Tree:
     random = np.random.default_rng(_SEED)
-    embedding = model.get_input_embeddings()
+    embedding = embedding_of(model)
     vocab_size = embedding.num_embeddings
     segments = ancestry(tips)
     if longest is not None:  # the model may have fewer positions than the check has tokens
