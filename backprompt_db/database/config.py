@@ -14,6 +14,7 @@ from typing import get_args, get_type_hints
 from backprompt_db.database.location import CONFIG
 from backprompt_db.errors import FormatError
 from backprompt_db.store.files import Modes, Sharing, from_json, replace_file
+from backprompt_db.system.files import read_small
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def read_config(directory: Path) -> Config:
     """Return the configuration; one without limits for a database that has none. Raises `FormatError`."""
     path = directory / CONFIG
     try:
-        return from_json(path.read_bytes(), Config)
+        return from_json(read_small(path), Config)
     except FileNotFoundError:
         return Config()
     except (OSError, ValueError, RecursionError, FormatError) as error:

@@ -118,9 +118,10 @@ def faults(directory: Path, sharing: Sharing) -> Iterator[Fault]:
 def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> StoreReadOnly | UnsafeLocation | None:
     """Return what makes a database unsafe to open, or keeps this user from what its way of sharing promises; or None.
 
-    `UnsafeLocation` for a directory in which everybody may replace files, and for a symbolic link in the place of a
-    file. `StoreReadOnly` for a file that this user cannot use and should be able to, with what mends it; with
-    `readonly`, only what is needed to read counts. Nothing is promised to those who are neither owner nor member.
+    `UnsafeLocation` for a directory in which everybody may replace files, and for a symbolic link, a pipe or a device
+    in the place of a file. `StoreReadOnly` for a file that this user cannot use and should be able to, with what mends
+    it; with `readonly`, only what is needed to read counts. Nothing is promised to those who are neither owner nor
+    member.
     """
     files = _visible_files(directory)
     danger = next(filter(None, map(_danger, files)), None)
@@ -133,12 +134,17 @@ def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> Stor
 
 
 def _danger(file: _File) -> UnsafeLocation | None:
-    """Return what would let strangers have us write where they like; or None."""
+    """Return what would let strangers have us write where they like, or wait; or None."""
     mode = stat.S_IMODE(file.status.st_mode)
     if stat.S_ISLNK(file.status.st_mode):
         return UnsafeLocation(
             f"{file.path} is a symbolic link, and the library never makes one",
             hint="Find out who made it and why, and delete it; the directory of a database itself may be a link.",
+        )
+    if not (file.is_folder or stat.S_ISREG(file.status.st_mode)):
+        return UnsafeLocation(
+            f"{file.path} is neither a file nor a directory, and who opens it may wait for ever",
+            hint="Find out who made it and why, and delete it.",
         )
     if file.is_folder and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         return UnsafeLocation(

@@ -45,7 +45,7 @@ def _no_directories(what: str) -> UnsafeLocation:
 
 
 if sys.platform == "win32":
-    O_DIRECTORY = O_NOFOLLOW = 0
+    O_DIRECTORY = O_NOFOLLOW = O_NONBLOCK = 0
 
     def _refuse(*_: object, **__: object) -> Any:
         raise _no_directories("a database in a directory")
@@ -76,7 +76,7 @@ else:
     import resource
     import struct
 
-    O_DIRECTORY, O_NOFOLLOW = os.O_DIRECTORY, os.O_NOFOLLOW
+    O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK = os.O_DIRECTORY, os.O_NOFOLLOW, os.O_NONBLOCK
     """Flags of `os.open`. Python's own descriptors are never inherited, so that it needs no `O_CLOEXEC`."""
 
     def register_at_fork(**hooks: Callable[[], object]) -> None:
