@@ -13,8 +13,9 @@ from typing import get_args, get_type_hints
 
 from backprompt_db.database.location import CONFIG
 from backprompt_db.errors import FormatError
-from backprompt_db.store.files import Modes, Sharing, from_json, replace_file
-from backprompt_db.system.files import read_small
+from backprompt_db.store.files import Modes, Sharing, from_json
+from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.system.files import read_small, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,13 @@ def sharing_of(directory: Path) -> Sharing:
 
 
 def write_config(directory: Path, config: Config) -> None:
-    """Replace the configuration, whole or not at all, with the permissions that it asks for itself."""
-    replace_file(directory / CONFIG, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
+    """Replace the configuration, whole or not at all, with the permissions that it asks for itself.
+
+    Raises the `StoreError` that fits: `StoreFull` on a full disk, `StoreReadOnly` where this user may not.
+    """
+    path = directory / CONFIG
+    with store_errors(path):
+        replace_file(path, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
 
 
 class Limits:

@@ -15,9 +15,9 @@ from backprompt_db.database.location import CACHE_TAG, CONFIG, JOURNAL, MANIFEST
 from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
 from backprompt_db.prompt.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
-from backprompt_db.store.files import from_json, replace_file
+from backprompt_db.store.files import from_json
 from backprompt_db.store.records import CHUNK_NBYTES, Digest, keyed_blake3, xxh3_128
-from backprompt_db.system.files import read_small
+from backprompt_db.system.files import read_small, replace_file
 
 XXH3 = "xxh3-128"
 """The digest that finds damage."""
