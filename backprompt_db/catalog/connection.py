@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from backprompt_db.catalog.plain_sql import require_regular
 from backprompt_db.catalog.search import folded
 from backprompt_db.errors import CatalogError
 from backprompt_db.system.platform import register_at_fork
@@ -152,8 +153,7 @@ class CatalogFile:
             yield
 
     def _connect(self) -> sqlite3.Connection:
-        if self._path.is_symlink():  # which SQLite would follow, to whatever file somebody wants written to
-            raise CatalogError(f"the catalog {self._path} is a symbolic link", hint=_LINK)
+        require_regular(self._path)
         # As a URI, because a plain path has no `mode`. Not mode=rwc: a catalog that somebody has deleted must be an
         # error, not an empty file without a schema. The pragmas are set here and not in a "connect" event, after
         # whose failure the connection would stay open.
@@ -189,11 +189,12 @@ _MAX_FLAWS = 10
 def catalog_flaws(path: Path) -> list[str]:
     """Return what SQLite finds wrong with the catalog at `path`, at most 10 lines of each check."""
     try:
+        require_regular(path)
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
             damage = [str(line) for (line,) in connection.execute(f"PRAGMA integrity_check({_MAX_FLAWS})")]
             dangling = connection.execute("PRAGMA foreign_key_check").fetchmany(_MAX_FLAWS)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, CatalogError) as error:
         return [f"it cannot be read: {error}"]
     flaws = [] if damage == ["ok"] else damage
     return flaws + [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,25 @@ _TIMINGS = """
 """
 
 
+_SIDE_FILES = ("", "-journal", "-wal", "-shm")
+"""What SQLite adds to a file's name for the others that it opens with it."""
+
+
+def require_regular(path: Path) -> None:
+    """Raise `CatalogError` for a link, a pipe or a device where SQLite would open a file: it would follow, or wait."""
+    for suffix in _SIDE_FILES:
+        file = path.with_name(path.name + suffix)
+        with contextlib.suppress(OSError):  # which SQLite will tell
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise CatalogError(
+                    f"the catalog's {file} is a link, a pipe or something else than a file",
+                    hint="Find out who made it and why, and delete it; a reindex rebuilds the catalog from the store.",
+                )
+
+
 def rows(path: Path, query: str, **values: object) -> Sequence[tuple[Any, ...]]:
     """Return what a query finds in the catalog at `path`; raises `CatalogError` if it is unusable."""
+    require_regular(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, TextIO
@@ -28,7 +27,7 @@ from backprompt_db.cli.options import (
 )
 from backprompt_db.cli.output import JsonOption, emit, emit_json, progress_bar, reading_bar
 from backprompt_db.errors import StoreError, UnsafeLocation
-from backprompt_db.store.files import sync_directory
+from backprompt_db.system.files import replacing
 from backprompt_db.views.console import literal
 from backprompt_db.views.formatting import plural, size
 
@@ -169,17 +168,9 @@ def _opened(stream: TextIO | None) -> TextIO:
 def _replacing(out: Path, *, force: bool) -> Iterator[BinaryIO]:
     """Give a new file that only its owner may read. It gets its name when everything is written."""
     _require_free(out, force=force)
-    descriptor, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")  # 0600, never through a link
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(descriptor)
+    with replacing(out) as file:
+        yield file
         _require_free(out, force=force)
-        Path(temporary).replace(out)
-        sync_directory(out.parent)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _require_free(out: Path, *, force: bool) -> None:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 
     from backprompt_db.catalog.records import Selection
 
-_MODE = 0o600
-"""The mode of a database's own files: the page has the same texts."""
-
 
 def graph(
     *,
@@ -99,11 +96,11 @@ def _watched(indexes: Sequence[int]) -> Iterable[int]:
 
 
 def _write(out: Path, contents: dict[str, Any], *, title: str) -> None:
-    from backprompt_db.store.files import replace_file
+    from backprompt_db.system.files import replace_file
     from backprompt_db.views.page import html_page
 
     try:
-        replace_file(out, html_page(contents, title=title), mode=_MODE)
+        replace_file(out, html_page(contents, title=title))
     except OSError as error:
         raise StoreError(f"{out} cannot be written: {error.strerror}", hint="Give another file with --out.") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
+import reprlib
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,13 +13,19 @@ from typing import get_args, get_type_hints
 
 from backprompt_db.database.location import CONFIG
 from backprompt_db.errors import FormatError
-from backprompt_db.store.files import Modes, Sharing, from_json, replace_file
+from backprompt_db.store.files import Modes, Sharing, from_json
+from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.system.files import read_small, replace_file
 
 logger = logging.getLogger(__name__)
 
 _MAX_NBYTES = 50 * 10**9
 _MIN_NBYTES = 64 * 10**6
 _SHARE_OF_FREE_SPACE = 4
+
+_GREATEST_NBYTES = 1 << 62
+_LONGEST_SECONDS = 1e11
+"""What is beyond these bounds, 4 EiB and some 3,000 years, is a mistake, and numbers of SQLite and of clocks end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +65,7 @@ def read_config(directory: Path) -> Config:
     """Return the configuration; one without limits for a database that has none. Raises `FormatError`."""
     path = directory / CONFIG
     try:
-        return from_json(path.read_bytes(), Config)
+        return from_json(read_small(path), Config)
     except FileNotFoundError:
         return Config()
     except (OSError, ValueError, RecursionError, FormatError) as error:
@@ -77,8 +83,13 @@ def sharing_of(directory: Path) -> Sharing:
 
 
 def write_config(directory: Path, config: Config) -> None:
-    """Replace the configuration, whole or not at all, with the permissions that it asks for itself."""
-    replace_file(directory / CONFIG, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
+    """Replace the configuration, whole or not at all, with the permissions that it asks for itself.
+
+    Raises the `StoreError` that fits: `StoreFull` on a full disk, `StoreReadOnly` where this user may not.
+    """
+    path = directory / CONFIG
+    with store_errors(path):
+        replace_file(path, json.dumps(asdict(config), indent=2) + "\n", mode=config.sharing.modes.file)
 
 
 class Limits:
@@ -129,13 +140,13 @@ def _problem(config: Config) -> str | None:
         value = getattr(config, name)
         if not _has_type(value, get_args(kind) or (kind,)):
             return f"{name}={value!r} is not of the type {Config.__annotations__[name]}"
-    if config.max_nbytes is not None and config.max_nbytes <= 0:
-        return f"max_nbytes={config.max_nbytes} is not a positive number of bytes"
+    if config.max_nbytes is not None and not 0 < config.max_nbytes <= _GREATEST_NBYTES:
+        return f"max_nbytes={reprlib.repr(config.max_nbytes)} is not a number of bytes from 1 to {_GREATEST_NBYTES}"
     if not 0 < config.low_water < config.high_water <= 1:
         return f"not 0 < low_water={config.low_water} < high_water={config.high_water} <= 1"
     for name, seconds in (("ttl_seconds", config.ttl_seconds), ("grace_seconds", config.grace_seconds)):
-        if seconds is not None and not 0 <= seconds < math.inf:
-            return f"{name}={seconds} is not a length of time"
+        if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
+            return f"{name}={seconds} is not a length of time from 0 to {_LONGEST_SECONDS:.0f} seconds"
     return None
 
 

@@ -21,6 +21,7 @@ from backprompt_db.prompt.ids import ID_NBYTES, Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.files import Modes, locked, make_directory
+from backprompt_db.system.files import read_small
 from backprompt_db.system.platform import O_NOFOLLOW, set_mode
 
 _WAIT_SECONDS = 30.0
@@ -116,8 +117,7 @@ def keys_of_entry(entry: Path) -> list[Key] | None:
     None for one that this user may not read.
     """
     try:
-        with entry.open("rb") as file:
-            content = file.read(_MAX_ENTRY_NBYTES)
+        content = read_small(entry, max_nbytes=_MAX_ENTRY_NBYTES)
     except PermissionError:
         return None
     except OSError:

@@ -50,6 +50,8 @@ _NAMES = (MANIFEST, CONFIG, CACHE_TAG, CATALOG, DATA, READER_TABLE)
 """How the names of the files begin that the library makes; its other locks end with `.lock`."""
 
 _NEEDED_TO_READ = frozenset({MANIFEST, CONFIG, STORE, DATA})
+_OTHERS = 0o077
+"""The permission bits of those who are not the owner."""
 _MOMENT_SECONDS = 0.01
 """How long a file that another process makes may be without its mode, and longer."""
 
@@ -115,17 +117,28 @@ def faults(directory: Path, sharing: Sharing) -> Iterator[Fault]:
     return _faults(_files(directory), sharing)
 
 
+def wide_files(directory: Path, sharing: Sharing) -> list[Fault]:
+    """Return what more people may use than the way of sharing says, as far as this user may look."""
+    found = _faults(_visible_files(directory), sharing)
+    return [fault for fault in found if stat.S_IMODE(fault.status.st_mode) & ~fault.mode & _OTHERS]
+
+
 def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> StoreReadOnly | UnsafeLocation | None:
     """Return what makes a database unsafe to open, or keeps this user from what its way of sharing promises; or None.
 
-    `UnsafeLocation` for a directory in which everybody may replace files, and for a symbolic link in the place of a
-    file. `StoreReadOnly` for a file that this user cannot use and should be able to, with what mends it; with
-    `readonly`, only what is needed to read counts. Nothing is promised to those who are neither owner nor member.
+    `UnsafeLocation` for a directory in which everybody may replace files, and for a symbolic link, a pipe or a device
+    in the place of a file; unless `readonly`, also for a database of somebody else who does not share it and lets
+    this user write. `StoreReadOnly` for a file that this user cannot use and should be able to, with what mends
+    it; with `readonly`, only what is needed to read counts. Nothing is promised to those who are neither owner nor
+    member.
     """
     files = _visible_files(directory)
     danger = next(filter(None, map(_danger, files)), None)
     if danger is not None or not files:
         return danger
+    trap = None if readonly else _trap(files, sharing)
+    if trap is not None:
+        return trap
     if _obstacle(files, sharing, readonly=readonly) is None:
         return None
     time.sleep(_MOMENT_SECONDS)
@@ -133,12 +146,17 @@ def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> Stor
 
 
 def _danger(file: _File) -> UnsafeLocation | None:
-    """Return what would let strangers have us write where they like; or None."""
+    """Return what would let strangers have us write where they like, or wait; or None."""
     mode = stat.S_IMODE(file.status.st_mode)
     if stat.S_ISLNK(file.status.st_mode):
         return UnsafeLocation(
             f"{file.path} is a symbolic link, and the library never makes one",
             hint="Find out who made it and why, and delete it; the directory of a database itself may be a link.",
+        )
+    if not (file.is_folder or stat.S_ISREG(file.status.st_mode)):
+        return UnsafeLocation(
+            f"{file.path} is neither a file nor a directory, and who opens it may wait for ever",
+            hint="Find out who made it and why, and delete it.",
         )
     if file.is_folder and mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
         return UnsafeLocation(
@@ -148,12 +166,37 @@ def _danger(file: _File) -> UnsafeLocation | None:
     return None
 
 
+def _trap(files: list[_File], sharing: Sharing) -> UnsafeLocation | None:
+    """Return what would have this user's prompts written into the database of somebody who does not share it; or None.
+
+    Whoever waits for prompts of others makes a database of which the files let everybody write.
+    """
+    directory, _, root = files[0]
+    if _is_owner(root) or _is_member(root, sharing):
+        return None
+    if not any(file.name == DATA and os.access(file.path, os.W_OK) for file in files):
+        return None
+    return UnsafeLocation(
+        f"{directory} belongs to {user_name(root.st_uid)} and is not shared with {user_name(user_id())}, and yet its "
+        "files let you write",
+        hint='Give another directory, or open it with mode="r"; its owner shares it with `backprompt-db config '
+        "--shared group:NAME`.",
+    )
+
+
+def _is_owner(root: os.stat_result) -> bool:
+    return user_id() in (0, root.st_uid)
+
+
+def _is_member(root: os.stat_result, sharing: Sharing) -> bool:
+    return sharing is not Sharing.PRIVATE and root.st_gid in group_ids()
+
+
 def _obstacle(files: list[_File], sharing: Sharing, *, readonly: bool) -> StoreReadOnly | None:
     """Return the first file that is not as it should be and that this user cannot use for that reason."""
     directory, _, root = files[0]
-    is_owner = user_id() in (0, root.st_uid)
-    is_member = sharing is not Sharing.PRIVATE and root.st_gid in group_ids()
-    if not is_owner and not is_member:
+    is_owner = _is_owner(root)
+    if not is_owner and not _is_member(root, sharing):
         return None
     is_writer = not readonly and (is_owner or sharing is Sharing.GROUP)
     for fault in _faults(files, sharing):

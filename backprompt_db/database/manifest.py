@@ -15,9 +15,9 @@ from backprompt_db.database.location import CACHE_TAG, CONFIG, JOURNAL, MANIFEST
 from backprompt_db.errors import FormatError, FormatTooNew, StoreReadOnly, UnsafeLocation
 from backprompt_db.prompt.representation import FORMAT
 from backprompt_db.store.environment import LMDB_GENERATION
-from backprompt_db.store.files import from_json, replace_file
+from backprompt_db.store.files import from_json
 from backprompt_db.store.records import CHUNK_NBYTES, Digest, keyed_blake3, xxh3_128
-from backprompt_db.system.platform import O_NOFOLLOW
+from backprompt_db.system.files import read_small, replace_file
 
 XXH3 = "xxh3-128"
 """The digest that finds damage."""
@@ -104,23 +104,17 @@ def write_manifest(directory: Path, manifest: Manifest, *, mode: int = 0o600) ->
 def _read(directory: Path) -> bytes | None:
     """Return the bytes of the manifest; None where no database is, `UnsafeLocation` where something else is."""
     try:
-        return _bytes_of(directory / MANIFEST)
+        return read_small(directory / MANIFEST)
     except FileNotFoundError:
         names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     if MANIFEST in names:  # another process has just finished it
-        return _bytes_of(directory / MANIFEST)
+        return read_small(directory / MANIFEST)
     if not all(name.startswith(_UNFINISHED) for name in names):
         raise UnsafeLocation(
             f"{directory} holds files but no manifest.json: it is not a backprompt-db database",
             hint="Give an empty or a new directory.",
         )
     return None
-
-
-def _bytes_of(path: Path) -> bytes:
-    """Return the content of a file; never through a symbolic link."""
-    with os.fdopen(os.open(path, os.O_RDONLY | O_NOFOLLOW), "rb") as file:
-        return file.read()
 
 
 def _from_json(content: bytes, directory: Path) -> Manifest:
@@ -209,7 +203,7 @@ def _read_file(file: Path, directory: Path) -> bytes:
     if file.resolve().is_relative_to(directory.resolve()):
         raise UnsafeLocation(f"the file of the secret, {file}, is inside the database", hint="Keep it elsewhere.")
     try:
-        return file.read_bytes().strip()
+        return read_small(file, through_link=True).strip()
     except OSError as error:
         raise FormatError(
             f"the file of the secret, {file}, cannot be read: {error.strerror}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +14,12 @@ from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import MEMORY, Database
-from backprompt_db.database.location import CATALOG, FLIGHTS_LOCK, STORE, access_problem, require_local
+from backprompt_db.database.location import CATALOG, FLIGHTS_LOCK, STORE, access_problem, require_local, wide_files
 from backprompt_db.database.manifest import Manifest, digest_of, read_manifest
 from backprompt_db.database.single_flight import SingleFlight
 from backprompt_db.errors import BackpromptError, CatalogError, FormatError, PromptError, StoreReadOnly, UnsafeLocation
 from backprompt_db.store.contract import Store
-from backprompt_db.store.files import DATA
+from backprompt_db.store.files import DATA, Sharing
 from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
@@ -167,14 +168,31 @@ def _may_write(directory: Path, mode: str) -> bool:
     unreadable = access_problem(directory, sharing, readonly=True)
     if unreadable is not None:
         raise unreadable
+    _warn_of_wide_files(directory, sharing)
     if mode == READ:
         return False
     problem = access_problem(directory, sharing, readonly=False)
+    if isinstance(problem, UnsafeLocation):
+        raise problem
     may_write = all(os.access(path, os.W_OK) for path in (directory, directory / STORE / DATA))
     if problem is not None or not may_write:
         why = f": {problem}" if problem is not None else ""
         logger.warning("%s is not writable: reading what is there, keeping nothing new%s", directory, why)
     return problem is None and may_write
+
+
+_known_as_wide: set[Path] = set()
+"""Of which directories this process has logged that more people may use them than should."""
+
+
+def _warn_of_wide_files(directory: Path, sharing: Sharing) -> None:
+    wide = wide_files(directory, sharing)
+    if wide and directory not in _known_as_wide:
+        _known_as_wide.add(directory)
+        doctor = f"`backprompt-db doctor --fix --db {shlex.quote(str(directory))}`"
+        logger.warning(
+            "more people may use %d files than %s sharing says: %s; %s mends them", len(wide), sharing, wide[0], doctor
+        )
 
 
 def _require_match(directory: Path, manifest: Manifest, below: _Base | None) -> None:

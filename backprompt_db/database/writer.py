@@ -52,6 +52,9 @@ _RECORD_NBYTES = 128
 _PRIORITY = 10
 """The niceness of the thread that writes."""
 
+_LOOK_SECONDS = 1.0
+"""How often those who wait for the thread look whether it still lives."""
+
 _OVERHEAD_NBYTES = 4096
 """What a part costs beside its arrays, roughly: millions of tiny ones must count for something."""
 
@@ -137,8 +140,8 @@ class Writer:
 
         Raises `StoreClosed` after `close`.
         """
+        self._wait_until(lambda: self._queued_nbytes <= MAX_QUEUED_NBYTES or self._is_closing)
         with self._mutex:
-            self._changed.wait_for(lambda: self._queued_nbytes <= MAX_QUEUED_NBYTES or self._is_closing)
             if self._is_closing:
                 raise StoreClosed("the database was closed", hint="Open it again with backprompt_db.open(...).")
             for part in parts:
@@ -148,15 +151,15 @@ class Writer:
                     self._queued_nbytes += nbytes
                     self._num_queued += 1
             self._changed.notify_all()
-            has_thread = self._thread is not None or self._start_thread()
+            has_thread = self._has_thread()
         if not has_thread:
             self._run_once()
 
     def flush(self) -> None:
         """Wait until everything queued by now is stored. Raises the first failure since the last flush."""
+        goal = self._num_queued
+        self._wait_until(lambda: self._num_done >= goal)
         with self._mutex:
-            goal = self._num_queued
-            self._changed.wait_for(lambda: self._num_done >= goal)
             failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -174,8 +177,25 @@ class Writer:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+        while self._queue:  # the thread has died
+            self._run_once()
+
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until something is so. A thread that dies meanwhile is started again, or its work is done here."""
+        while True:
+            with self._mutex:
+                if self._changed.wait_for(is_so, timeout=_LOOK_SECONDS):
+                    return
+                has_thread = self._has_thread()
+            if not has_thread:
+                self._run_once()
+
+    def _has_thread(self) -> bool:
+        """Whether the thread lives, or could be started just now."""
+        return (self._thread is not None and self._thread.is_alive()) or self._start_thread()
 
     def _start_thread(self) -> bool:
+        self._thread = None
         thread = threading.Thread(target=self._run, name="backprompt-db writer", daemon=True)
         try:
             thread.start()
@@ -192,19 +212,30 @@ class Writer:
 
     def _run_once(self) -> bool:
         """Store the next group; False when there is none and there will be none."""
-        group = self._next_group()
+        group: list[NewPart] = []
         try:
+            group = self._next_group()
             self._store_group(group)
-        finally:
+        except BaseException as error:  # nobody may wait for ever for what cannot be stored
             with self._mutex:
-                for part in group:
-                    # Without a thread, several callers may have stored the same group.
-                    if self._queue.pop(part.key, None) is not None:
-                        self._queued_nbytes -= part.nbytes
-                        self._num_done += 1
-                self._changed.notify_all()
-            self._tell()
+                group = group or list(self._queue.values())
+            self._fail(error, len(group))
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._finish(group)
         return bool(group)
+
+    def _finish(self, group: Sequence[NewPart]) -> None:
+        """Take a group that was stored, or given up, out of the queue."""
+        with self._mutex:
+            for part in group:
+                # Without a thread, several callers may have stored the same group.
+                if self._queue.pop(part.key, None) is not None:
+                    self._queued_nbytes -= part.nbytes
+                    self._num_done += 1
+            self._changed.notify_all()
+        self._tell()
 
     def _tell(self) -> None:
         with self._mutex:
@@ -246,15 +277,15 @@ class Writer:
             self._fail(error, 1)
             return None
 
-    def _fail(self, error: Exception, num_parts: int) -> None:
+    def _fail(self, error: BaseException, num_parts: int) -> None:
         if not isinstance(error, BackpromptError):
             error = BackpromptError(f"writing failed: {error!r}", hint="The results are right but were not stored.")
+        self._failure = self._failure or error
         if not self._has_failed:
             logger.warning("parts could not be stored, computation goes on: %s", error)
         self._has_failed = True
         self._tally.add("num_write_failures", num_parts)
         self._tally.report("write-failure", str(error))
-        self._failure = self._failure or error
 
     def _make_room_and_commit(self, blobs: Sequence[Blob], origins: Mapping[Key, Origin]) -> set[Key]:
         nbytes = sum(blob.nbytes + _RECORD_NBYTES for blob in blobs)

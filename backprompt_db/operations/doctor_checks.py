@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backprompt_db.catalog.connection import catalog_flaws
+from backprompt_db.catalog.plain_sql import rows
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.creating import group_id
 from backprompt_db.database.location import CATALOG, STORE, Fault, faults, require_local
@@ -50,7 +51,7 @@ _LEFT_SECONDS = 3600
 
 _FUTURE_SECONDS = 60
 """How far the clocks of several machines may be apart."""
-_IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > ? OR last_used_at > ?"
+_IN_FUTURE = "SELECT count(*) FROM representations WHERE created_at > :latest OR last_used_at > :latest"
 
 
 class Status(enum.Enum):
@@ -335,12 +336,11 @@ def _reindex(subject: Subject) -> None:
 def clock(subject: Subject) -> Finding:
     """Check that nothing was made or used in the future."""
     latest = time.time() + _FUTURE_SECONDS
-    uri = f"{(subject.directory / CATALOG).absolute().as_uri()}?mode=ro"
     try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-            [(number,)] = connection.execute(_IN_FUTURE, (latest, latest))
-    except sqlite3.Error as error:
-        return Finding(Status.WARNING, f"It cannot be known without a catalog: {error}.", "Mend the catalog first.")
+        [(number,)] = rows(subject.directory / CATALOG, _IN_FUTURE, latest=latest)
+    except CatalogError as error:
+        what = f"It cannot be known without a catalog: {error.message}."
+        return Finding(Status.WARNING, what, "Mend the catalog first.")
     if number:
         return Finding(
             Status.WARNING,

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from backprompt_db.errors import StoreFull
 from backprompt_db.store.environment import Environment
-from backprompt_db.store.files import sync_directory
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import check_length, number_transactions
 from backprompt_db.system.failpoints import reach
-from backprompt_db.system.platform import give_open, set_mode, sync
+from backprompt_db.system.platform import give_open, set_mode, sync, sync_directory
 from backprompt_db.views.formatting import size
 
 _PREFIX = ".compact-"

@@ -105,7 +105,8 @@ class Environment:
             self._wait_until_idle()
             if self.readonly:
                 self.readonly = False
-                self._reopen()
+                if not self._is_inherited():
+                    self._reopen()
 
     def follow(self) -> None:
         """Go over to the file that a compaction has put in the place of the one that is open, if one has.
@@ -113,7 +114,7 @@ class Environment:
         Raises `StoreCorrupt` for any other file, and where there is none.
         """
         with self._mutex, store_errors(self.directory):
-            if self._is_current():
+            if self._is_inherited() or self._is_current():
                 return
             self._wait_until_idle()
             if self._is_current():  # by now: another thread did it
@@ -155,6 +156,10 @@ class Environment:
         self._active, self._num_gates = set(), 0
         if self._env is not None and not self._was_forked_in_use:
             self._env.close()
+
+    def _is_inherited(self) -> bool:
+        """Whether what is open is that of the process that forked this one, which opens its own when it is used."""
+        return self._pid != os.getpid()
 
     def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
         """Return a transaction, and its turn among the writers.
@@ -228,7 +233,7 @@ class Environment:
     def _enter(self, use: object, *, write: bool) -> lmdb.Environment:
         with self._mutex:
             self._idle.wait_for(lambda: not self._num_gates)
-            if self._env is not None and not self._was_forked_in_use and self._pid == os.getpid():
+            if self._env is not None:
                 self._follow(write=write)
             if self._env is None:
                 raise StoreClosed(f"the store in {self.directory} was closed", hint="Open the database again.")
@@ -237,7 +242,7 @@ class Environment:
                     f"this process was forked while another thread used {self.directory}",
                     hint="Open the database in the child by starting it with multiprocessing's spawn method.",
                 )
-            if self._pid != os.getpid():
+            if self._is_inherited():
                 self._env, self._pid = self._open(), os.getpid()
             self._active.add(use)
             return self._env

@@ -1,4 +1,4 @@
-"""The files of a database: how they are made, with exact permissions, and replaced as a whole, never through a link."""
+"""The files of a database: how they are made, with exact permissions and never through a link."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import mmap
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ import msgspec
 from backprompt_db.errors import StoreLocked, UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
-from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, reserve, set_mode, sync
+from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, reserve, set_mode
 
 _T = TypeVar("_T")
 
@@ -93,31 +92,6 @@ def make_directory(directory: Path, mode: int) -> None:
     try:
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:  # only its owner may change it
             set_mode(descriptor, mode)
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: str, *, mode: int) -> None:
-    """Write a file with exactly the permissions `mode`, over the one that is there if there is one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-            set_mode(descriptor, mode)
-            file.flush()
-            sync(descriptor)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Wait until the names in a directory are on the disk: which files there are, and what was renamed."""
-    descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY)
-    try:
-        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 from backprompt_db.errors import StoreCorrupt
 from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.system.files import open_regular
 from backprompt_db.system.platform import sync
 
 _META = struct.Struct("=16x II 16x I 36x Q 32x Q 8x QQ".replace(" ", ""))
@@ -46,7 +47,7 @@ class Meta(NamedTuple):
 
 def newest_meta(data: Path) -> Meta | None:
     """Return the meta page that counts; None for a file that has none."""
-    with store_errors(data), data.open("rb") as file:
+    with store_errors(data), open_regular(data) as file:
         first = _parse(file.read(_SMALLEST_PAGE_NBYTES))
         if first is None:
             return None
@@ -148,7 +149,7 @@ _BRANCH, _ELSEWHERE = 0x01, 0x01
 def free_pages(data: Path, *, root: int, page_nbytes: int) -> Iterator[int]:
     """Yield the numbers of the free pages of a file whose pages were checked."""
     below = [] if root == NO_PAGE else [root]
-    with data.open("rb") as file:
+    with open_regular(data) as file:
         while below:
             page = _read(file, below.pop() * page_nbytes, page_nbytes)
             _, _, flags, lower, _ = _HEADER.unpack_from(page)

@@ -14,6 +14,7 @@ from backprompt_db.system.platform import (
     HAS_BYTE_LOCKS,
     O_DIRECTORY,
     O_NOFOLLOW,
+    O_NONBLOCK,
     is_byte_locked,
     lock_file,
     set_mode,
@@ -82,9 +83,9 @@ def _open_lock_file(path: Path, *, mode: int) -> int:
 
 def _open_existing(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | O_NOFOLLOW)
+        return os.open(path, os.O_RDWR | O_NOFOLLOW | O_NONBLOCK)
     except PermissionError:
-        return os.open(path, os.O_RDONLY | O_NOFOLLOW)
+        return os.open(path, os.O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
 
 
 def take_turn(directory: str | Path) -> int | None:
@@ -114,7 +115,7 @@ def is_locked(path: str | Path, offset: int) -> bool:
     Do not ask about a file on which this process has locks: it is opened and closed here, which would give them up.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | O_NOFOLLOW | O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

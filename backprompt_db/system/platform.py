@@ -45,7 +45,7 @@ def _no_directories(what: str) -> UnsafeLocation:
 
 
 if sys.platform == "win32":
-    O_DIRECTORY = O_NOFOLLOW = 0
+    O_DIRECTORY = O_NOFOLLOW = O_NONBLOCK = 0
 
     def _refuse(*_: object, **__: object) -> Any:
         raise _no_directories("a database in a directory")
@@ -58,13 +58,20 @@ if sys.platform == "win32":
         os.kill(os.getpid(), signal.SIGTERM)
 
     stop_process = lock_file = unlock_file = try_lock_byte = unlock_bytes = _refuse
-    set_mode = change_mode = give = give_open = sync = _refuse
+    set_mode = change_mode = give = give_open = _refuse
     user_id = group_ids = user_name = group_name = group_number = group_members = _refuse
 
     is_byte_locked: Callable[[int, int], bool] = _refuse
     is_mounted_readonly: Callable[[Path], bool] = _refuse
 
     HAS_BYTE_LOCKS = False
+
+    def sync(descriptor: int) -> None:
+        """Wait until what was written to an open file will outlast a power failure."""
+        os.fsync(descriptor)
+
+    def sync_directory(directory: Path) -> None:
+        """Do nothing: names need no waiting for here."""
 
     def max_file_nbytes() -> int | None:
         """Return None: there is no limit on the size of a file."""
@@ -76,7 +83,7 @@ else:
     import resource
     import struct
 
-    O_DIRECTORY, O_NOFOLLOW = os.O_DIRECTORY, os.O_NOFOLLOW
+    O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK = os.O_DIRECTORY, os.O_NOFOLLOW, os.O_NONBLOCK
     """Flags of `os.open`. Python's own descriptors are never inherited, so that it needs no `O_CLOEXEC`."""
 
     def register_at_fork(**hooks: Callable[[], object]) -> None:
@@ -158,6 +165,14 @@ else:
                 fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
                 return
         os.fsync(descriptor)
+
+    def sync_directory(directory: Path) -> None:
+        """Wait until the names in a directory are on the disk: which files there are, and what was renamed."""
+        descriptor = os.open(directory, os.O_RDONLY | O_DIRECTORY)
+        try:
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def user_id() -> int:
         """Return the number of the user that this process acts as; 0 is root."""

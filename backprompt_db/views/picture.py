@@ -40,8 +40,13 @@ class Picture(Scene):
         return svg_view(self, max_rows=_checked(max_rows))
 
     def save(self, path: str | os.PathLike[str], *, max_rows: int = NUM_ROWS) -> None:
-        """Write the SVG document to a file. Raises `PromptError` for fewer than 3 rows, and `OSError`."""
-        Path(path).write_text(self.svg(max_rows=max_rows), encoding="utf-8")
+        """Write the SVG document to a file that only its owner may read. An older one is replaced.
+
+        Raises `PromptError` for fewer than 3 rows, and `OSError`.
+        """
+        from backprompt_db.system.files import replace_file
+
+        replace_file(Path(path), self.svg(max_rows=max_rows))
 
     def __rich__(self) -> Group:
         """What rich prints: a table with bars."""

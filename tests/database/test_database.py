@@ -186,6 +186,58 @@ def test_a_failed_write_is_counted_reported_once_and_over(
         assert values(db.fetch(wanted("a", "d"))) == expected("d")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [OverflowError("too large"), SystemExit()])
+def test_a_group_that_cannot_be_chosen_fails_and_the_next_one_is_stored(
+    store: FaultyStore, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise error
+
+    with database_on(store) as db:
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.Writer, "max_group_nbytes", refuse)
+            db.put([new_part("a"), new_part("b")])
+            with pytest.raises(BackpromptError, match="writing failed"):
+                in_time(db.flush)
+        assert db.counters.num_write_failures == 2
+        db.put([new_part("c")])
+        in_time(db.flush)
+        assert values(db.fetch(wanted("a", "b", "c"))) == expected("c")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_is_started_again(store: FaultyStore) -> None:
+    with database_on(store) as db:
+        for text in "ab":
+            store.error = SystemExit()
+            db.put([new_part(text)])
+            with pytest.raises(BackpromptError, match="writing failed: SystemExit"):
+                in_time(db.flush)
+            store.error = None
+            db.put([new_part(f"{text} again")])
+            in_time(db.flush)
+        assert values(db.fetch(wanted("a again", "b again"))) == expected("a again", "b again")
+
+
+def in_time(do: Callable[[], None]) -> None:
+    """Do something that must not wait for ever, and raise what it raises."""
+    failures = list[BaseException]()
+
+    def attempt() -> None:
+        try:
+            do()
+        except BackpromptError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    for failure in failures:
+        raise failure
+
+
 def test_one_part_that_cannot_be_encoded_does_not_cost_the_others(store: FaultyStore) -> None:
     bad = dataclasses.replace(new_part("bad"), arrays={"values": logits("bad")})
     with database_on(store) as db:

@@ -314,6 +314,10 @@ def default_nbytes(place: Path) -> int:
     return min(50 * 10**9, shutil.disk_usage(place).free // 4)
 
 
+_ABSURD = (b"1e12", b"1e300", b"1" + b"0" * 400)
+"""Seconds that are no length of time."""
+
+
 class TestConfiguration:
     def test_a_new_database_is_private_and_has_the_default_limit(self, tmp_path: Path) -> None:
         with bp.open(tmp_path / "db"):
@@ -329,6 +333,8 @@ class TestConfiguration:
             *(b"", b"{", b"[]", b"null", b"\xff", b"{} {}", b"[" * 100_000, b'{"mood": ' + b"[" * 100_000),
             *(b'{"max_nbytes": %s}' % each for each in (b"0", b"-1", b"true", b"1.5", b"1e3", b'"1"', b"[1]", b"NaN")),
             *(b'{"ttl_seconds": %s}' % each for each in (b"-1", b"NaN", b"Infinity", b"1e999", b"true", b'"1"')),
+            *(b'{"max_nbytes": 1%s}' % (b"0" * num_zeros) for num_zeros in (19, 400, 5000)),
+            *(b'{"%s": %s}' % (name, each) for name in (b"ttl_seconds", b"grace_seconds") for each in _ABSURD),
             *(b'{"grace_seconds": %s}' % each for each in (b"-1", b"null", b"false")),
             *(b'{"low_water": %s}' % each for each in (b"0", b"0.95", b'"0.5"', b"true", b"null")),
             *(b'{"high_water": %s}' % each for each in (b"1.1", b"0.85", b"null")),
@@ -352,6 +358,15 @@ class TestConfiguration:
         assert not (tmp_path / "db" / "config.json").exists()
         with bp.open(tmp_path / "db") as db:
             put(db, of_size(1))
+
+    @pytest.mark.parametrize("name", ["max_nbytes", "ttl_seconds"])
+    def test_with_an_absurd_one_the_default_limit_holds_and_parts_are_stored(self, tmp_path: Path, name: str) -> None:
+        bp.open(tmp_path / "db").close()
+        (tmp_path / "db" / "config.json").write_text(f'{{"{name}": 1{"0" * 400}}}')
+        with bp.open(tmp_path / "db") as db:
+            put(db, of_size(1))
+            assert db.counters.num_stored > 0
+            assert db.evictor.limits.config.max_nbytes == pytest.approx(default_nbytes(tmp_path), rel=0.01)
 
     @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
     def test_one_is_read_in_any_encoding_that_an_editor_gives_it(self, tmp_path: Path, encoding: str) -> None:

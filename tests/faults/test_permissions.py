@@ -372,6 +372,61 @@ def use_and_listen(place: Path) -> tuple[dict[str, str], str]:
     return use(place, number=7), stream.getvalue()
 
 
+def with_modes(place: Path, *, folder: int, file: int) -> None:
+    for path in [place, *place.rglob("*")]:
+        path.chmod(folder if path.is_dir() else file)
+
+
+@needs_root
+class TestOpenModes:
+    """The files let more people in than the way of sharing says."""
+
+    @pytest.mark.parametrize("sharing", Sharing)
+    def test_nobody_writes_prompts_into_the_database_of_somebody_who_does_not_share_it_with_them(
+        self, home: Path, sharing: Sharing
+    ) -> None:
+        place = home / "db"
+        as_user(OWNER, lambda: str(create_database(place, sharing=sharing)))
+        use_as(OWNER, place, number=1)
+        with_modes(place, folder=0o1777, file=0o666)
+        before = snapshot(place)
+        refused = f"belongs to {OWNER} and is not shared with {STRANGER}, and yet its files let you write"
+        assert refused in as_user(STRANGER, lambda: refusal(place))[0]
+        assert as_user(STRANGER, lambda: read_only(place)) == "right"
+        assert snapshot(place).keys() == before.keys()
+        assert use_as(OWNER, place, number=2) == ALL
+
+    def test_members_of_the_group_that_shares_it_write(self, home: Path) -> None:
+        place = home / "db"
+        as_user(OWNER, lambda: str(create_database(place, sharing=Sharing.GROUP, group=str(GROUP))))
+        use_as(OWNER, place, number=1)
+        with_modes(place, folder=0o1777, file=0o666)
+        assert use_as(STRANGER, place, number=2) == dict.fromkeys(ALL, "UnsafeLocation")
+        assert use_as(MEMBER, place, number=2)["write"] == "kept"
+
+
+def read_only(place: Path) -> str:
+    with bp.open(place, mode="r", memory_nbytes=0) as db:
+        return read(db)
+
+
+def test_files_that_let_more_people_in_are_told_once_and_mended_by_the_doctor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / "db"
+    assert use(place, number=1) == ALL
+    assert caplog.messages == []
+    (place / "catalog.sqlite").chmod(0o644)
+    place.chmod(0o755)
+    for mode in "rara":
+        bp.open(place, mode=mode).close()
+    [message] = caplog.messages
+    assert message.startswith(f"more people may use 2 files than private sharing says: {place} is ")
+    assert message.endswith(f"`backprompt-db doctor --fix --db {place}` mends them")
+    diagnose(place, fix=True)
+    assert list(faults(place, Sharing.PRIVATE)) == []
+
+
 PATHS = [
     "manifest.json", "manifest.lock", "config.json", "CACHEDIR.TAG", "store", "store/data.mdb", "store/lock.mdb",
     "pending", "catalog.sqlite", "catalog.sqlite-journal", "catalog.sqlite.lock", "flights.lock", "turnstile.lock",

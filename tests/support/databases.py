@@ -53,7 +53,7 @@ class FaultyStore(MemoryStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.may_write = threading.Event()
         self.may_write.set()
         self.puts: list[int] = []
