@@ -3,9 +3,9 @@ r"""The identity of a model: a digest of everything about it that changes the nu
     weights_id = SHA256("backprompt-db/weights/1\0" | ascending SHA-256 digests of the facts)
 
 A fact is one of: the class, the forward method's origin and the plain attributes of a module, under its name; the
-configuration; a parameter's, buffer's or other tensor's name, dtype, shape and bytes; the compute dtype. Models with
-anything that these facts cannot describe are refused: hooks, replaced forward methods, quantised or otherwise special
-tensors.
+configuration; a parameter's, buffer's or other tensor's name, dtype, shape and bytes; the compute dtype; a patch of the
+code that the model runs, which is what differs from the files of its libraries. Models with anything that these facts
+cannot describe are refused: hooks, replaced forward methods, quantised or otherwise special tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from torch import nn
 from torch.nn.modules import module as _global_hooks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from backprompt_db.compute.inference.descriptions import Indescribable, describe
+from backprompt_db.compute.inference.patches import is_original, is_patched
+from backprompt_db.compute.inference.reach import Place, Reach, functions_of
 from backprompt_db.errors import ModelMismatch, UnsupportedModel
 from backprompt_db.prompt.ids import WeightsId
 
@@ -52,6 +55,10 @@ _VERSIONED = frozenset(
     {"torch", "transformers", "transformers_modules", "peft", "accelerate", "builtins", "typing", "abc"}
 )
 """Packages whose classes are identified by name alone: code that changes there has another version or module name."""
+
+_SIMPLE = frozenset({type(None), bool, int, float, str, torch.dtype})
+_UNPATCHED = {*vars(nn.Module()), *_INERT_ATTRIBUTES}
+"""Attributes that every module has, and those that change no number."""
 
 _NUM_SAMPLES = 32
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -136,9 +143,69 @@ def _structure(model: nn.Module, modules: _Modules) -> Iterator[tuple[object, ..
     for name, module in modules:
         kind: Any = type(module)
         yield "module", name, _origin(kind), _origin(kind.forward), *_attributes(module)
+        yield from _patches_of_attributes(name, module)
+    yield from _patches_of_code(model, frozenset(type(module) for _, module in modules))
     config = getattr(model, "config", None)
     yield "config", repr(_effective(config.to_dict()) if config is not None else {})
     yield "dtype", str(getattr(model, "dtype", None))
+
+
+def _patches_of_code(model: nn.Module, kinds: frozenset[type]) -> Iterator[tuple[object, ...]]:
+    """Yield what the code that these classes reach finds elsewhere than in the files of its libraries."""
+    for place in _code_of(kinds, str(_attention(model))).patches:
+        yield "patch", f"{place.module}.{place.path}", _patch(place.value, f"{place.module}.{place.path}")
+
+
+def _patches_of_attributes(name: str, module: nn.Module) -> Iterator[tuple[object, ...]]:
+    """Yield the attributes of a module that `_attributes` names but does not describe."""
+    for attribute in vars(module).keys() - _UNPATCHED:
+        value = vars(module)[attribute]
+        if type(value) in _SIMPLE or isinstance(value, torch.Tensor):  # a fact of its own
+            continue
+        functions = [*functions_of(value)]
+        is_held = not all(map(is_original, functions)) if functions else _is_opaque(value)
+        if is_held and (attribute[0] != "_" or functions):
+            yield "patch", f"{name}.{attribute}", _patch(value, f"{name}.{attribute}")
+
+
+def _is_opaque(value: Any) -> bool:
+    """Whether a value, or something in it, has no description as a plain value."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(_is_opaque, value.values() if isinstance(value, dict) else value))
+    return _described(value) is None and type(value).__module__.split(".")[0] != "peft"
+
+
+def _patch(value: Any, label: str) -> object:
+    try:
+        return describe(value)
+    except Indescribable as kind:
+        reason = f"{label} was replaced by, or holds, a {kind}"
+        raise _invisible(reason, "Take it away: its effect has no id.") from None
+
+
+class _Code:
+    """What the code of a model's classes reaches, found again when any of it has changed."""
+
+    def __init__(self, kinds: frozenset[type], attention: str) -> None:
+        self._kinds, self._attention = kinds, attention
+        self._found: tuple[Reach, list[Place]] | None = None
+
+    @property
+    def patches(self) -> list[Place]:
+        """The places that hold something else than the files of their modules put there."""
+        found = self._found
+        if found is None or not found[0].is_current:
+            _origin.cache_clear()
+            reach = Reach(self._kinds, attention=self._attention)
+            found = self._found = reach, [place for place in reach.places if is_patched(place)]
+        return found[1]
+
+
+_code_of = lru_cache(maxsize=16)(_Code)
+
+
+def _attention(model: nn.Module) -> object:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 def _effective(fields: dict[Any, Any]) -> list[tuple[str, Any]]:
@@ -245,9 +312,9 @@ def _fact(*values: object) -> bytes:
 def _refuse_invisible(model: nn.Module, modules: _Modules, tensors: _Tensors) -> None:
     if _global_hooks._global_forward_hooks or _global_hooks._global_forward_pre_hooks:
         raise _invisible("there are global forward hooks", "Remove them: their effect has no id.")
-    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+    attention = str(_attention(model))
     registered = ALL_ATTENTION_FUNCTIONS.get(attention)
-    if registered is not None and not registered.__module__.startswith("transformers."):
+    if registered is not None and not _is_of_transformers(registered):
         raise _invisible(f"its attention is {attention!r}, a registered function", "Use one of transformers' own.")
     if getattr(model, "hf_quantizer", None) is not None:
         raise _invisible("it is quantised", "Load it without quantisation, or dequantise it.")
@@ -257,11 +324,29 @@ def _refuse_invisible(model: nn.Module, modules: _Modules, tensors: _Tensors) ->
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(getattr(hook, "__module__", None) not in _HARMLESS_HOOKS for hook in hooks):
             raise _invisible(f"{name or 'the model'} has forward hooks", "Remove them: their effect has no id.")
-        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        if any("ALora" in type(each).__name__ for each in vars(module).get("lora_variant", {}).values()):
+            raise _invisible(f"{name} has an adapter that tokens activate", "Disable it: its pieces depend on others.")
+        if "forward" in vars(module) and not _is_hooked_by_accelerate(module):
             raise _invisible(f"the forward method of {name or 'the model'} was replaced", "Restore it.")
     for name, tensor in tensors:
         if type(tensor) not in (nn.Parameter, nn.Buffer, torch.Tensor) or tensor.is_meta:
             raise _invisible(f"{name} is a {type(tensor).__name__} on {tensor.device}", "Load it as plain tensors.")
+
+
+def _is_hooked_by_accelerate(module: nn.Module) -> bool:
+    """Whether a module's `forward` only moves tensors between devices, around the one of its class."""
+    held: Any = vars(module)
+    kind: Any = type(module)
+    hook = held.get("_hf_hook")
+    is_theirs = all(type(each).__module__ == "accelerate.hooks" for each in getattr(hook, "hooks", [hook]))
+    return is_theirs and getattr(held.get("_old_forward"), "__func__", None) is kind.forward
+
+
+def _is_of_transformers(function: Any) -> bool:
+    functions = [*functions_of(function)]
+    modules = [str(each.__globals__.get("__name__")) for each in functions]
+    is_theirs = all(module.startswith("transformers.") for module in modules)
+    return bool(functions) and is_theirs and all(map(is_original, functions))
 
 
 def _invisible(reason: str, hint: str) -> UnsupportedModel:
