@@ -91,10 +91,13 @@ def test_every_value_and_every_row_is_read(directory: Path) -> None:
     expected = EXPECTED[directory.name]
     with bp.open(directory) as db:
         assert db.fidelity == ("exact" if directory.name == "secret" else directory.name)
-        assert verify(db).is_clean
         assert reindex(db) == Reindexing(0, 0, 0, None)
+        assert verify(db).is_clean
     assert blobs_of(directory) == expected["blobs"]
-    assert {table: rows_of(directory, table) for table in expected["rows"]} == expected["rows"]
+    tables = expected["rows"].keys() - {"alembic_version"}  # it was upgraded
+    assert {table: rows_of(directory, table) for table in tables} == {
+        table: expected["rows"][table] for table in tables
+    }
     assert run_json("ls", "--limit", "100", "--db", directory) == expected["ls"]
     incident = run_json("stats", "--db", directory)["incidents"][0]
     assert (incident["at"], incident["kind"], incident["detail"]) == (1.5, "quarantine", "for this test")
