@@ -108,13 +108,13 @@ class ModelMetadata:
 
     def __init__(self, catalogs: Catalogs, *, seal: Digest) -> None:
         self._catalogs = catalogs
-        self._seal = seal
+        self.seal = seal
 
     def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
         """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or was changed."""
         for catalog in self._catalogs:
             found = _read(catalog, read)
-            if found is not None and not _is_empty(found) and is_genuine(found, self._seal):
+            if found is not None and not _is_empty(found) and is_genuine(found, self.seal):
                 return found
         return None
 
@@ -123,7 +123,7 @@ class ModelMetadata:
         paths: dict[Address, tuple[int, ...]] = {}
         for catalog in reversed(list(self._catalogs)):
             found = _read(catalog, lambda catalog: catalog.greedy_paths(addresses))
-            paths |= {path.address: path.token_ids for path in (found or {}).values() if is_genuine(path, self._seal)}
+            paths |= {path.address: path.token_ids for path in (found or {}).values() if is_genuine(path, self.seal)}
         return paths
 
     def cuts(self, keys: Collection[bytes]) -> dict[bytes, tuple[int, ...]]:
@@ -131,7 +131,7 @@ class ModelMetadata:
         cuts: dict[bytes, tuple[int, ...]] = {}
         for catalog in reversed(list(self._catalogs)):
             found = _read(catalog, lambda catalog: catalog.cuts_of(keys))
-            cuts |= {record.key: record.offsets for record in (found or {}).values() if is_genuine(record, self._seal)}
+            cuts |= {record.key: record.offsets for record in (found or {}).values() if is_genuine(record, self.seal)}
         return cuts
 
     def generations(self, keys: Collection[bytes]) -> dict[bytes, GenerationRecord]:
@@ -139,14 +139,14 @@ class ModelMetadata:
         records: dict[bytes, GenerationRecord] = {}
         for catalog in reversed(list(self._catalogs)):
             found = _read(catalog, lambda catalog: catalog.generations(keys))
-            records |= {key: record for key, record in (found or {}).items() if is_genuine(record, self._seal)}
+            records |= {key: record for key, record in (found or {}).items() if is_genuine(record, self.seal)}
         return records
 
     def save(self, *records: Known) -> None:
         """Save records, all in one transaction."""
         try:
             if records and self._catalogs.own is not None and not self._catalogs.readonly:
-                self._catalogs.own.save(*(signed(record, self._seal) for record in records))
+                self._catalogs.own.save(*(signed(record, self.seal) for record in records))
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)
 

@@ -12,21 +12,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
-    from backprompt_db.catalog.records import (
-        CutsRecord,
-        GenerationRecord,
-        GreedyPath,
-        Known,
-        ModelRecord,
-        Source,
-    )
+    from backprompt_db.catalog.catalog import Catalog
+    from backprompt_db.catalog.records import Known
+    from backprompt_db.catalog.remembered import Signed
     from backprompt_db.store.records import Digest
-
-    Signed = ModelRecord | Source | CutsRecord | GreedyPath | GenerationRecord
-    """What has a signature, because it decides what is computed and what is found.
-
-    Whoever could change it unseen could have one model answer with another one's values.
-    """
 
 _CONTEXT = b"backprompt-db/catalog/1\0"
 
@@ -44,6 +33,18 @@ def signed(record: Known, digest: Digest) -> Known:
 def is_genuine(record: Signed, digest: Digest) -> bool:
     """Whether the signature is that of just this record."""
     return record.signature is not None and hmac.compare_digest(record.signature, _signature(record, digest))
+
+
+def changed_rows(catalog: Catalog, digest: Digest) -> dict[str, list[int]]:
+    """Return the row ids, by table, of what is remembered and is not what was written.
+
+    Rows without a signature are not among them: an earlier version may have written them.
+    """
+    changed: dict[str, list[int]] = {}
+    for table, rowid, record in catalog.remembered():
+        if record is None or (record.signature is not None and not is_genuine(record, digest)):
+            changed.setdefault(table, []).append(rowid)
+    return changed
 
 
 def _signature(record: Signed, digest: Digest) -> bytes:
