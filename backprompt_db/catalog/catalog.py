@@ -11,6 +11,7 @@ from backprompt_db.catalog.eviction_order import EvictionOrder
 from backprompt_db.catalog.graph import Graph
 from backprompt_db.catalog.models import Models
 from backprompt_db.catalog.queries import Queries
+from backprompt_db.catalog.remembered import Remembered
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 
-class Catalog(Changes, EvictionOrder, Events, Graph, Models, Queries):
+class Catalog(Changes, EvictionOrder, Events, Graph, Models, Queries, Remembered):
     """Metadata about what the stores hold, in one SQLite file. Each base class is one subject, in its own module.
 
     The file is derived: it can be deleted and rebuilt from the store. One object may be used by several threads, and

@@ -12,6 +12,7 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from backprompt_db.catalog import events, models, search
 from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
+from backprompt_db.catalog.remembered import UNCHECKED
 from backprompt_db.catalog.schema import (
     NBYTES,
     USED_AT,
@@ -34,16 +35,6 @@ if TYPE_CHECKING:
     from backprompt_db.catalog.records import StoredPart
     from backprompt_db.prompt.representation import Origin
 
-_NO_MODEL: dict[str, object] = {
-    "name": "",
-    "architecture": "",
-    "dtype": "",
-    "num_layers": 0,
-    "num_kv_heads": 0,
-    "head_dim": 0,
-    "vocab_size": 0,
-    "verdict": "unchecked",
-}
 _NO_TOKENIZER: dict[str, object] = {"name": "", "kind": "", "vocab_size": 0}
 
 _MANY = 1_000
@@ -165,7 +156,7 @@ _TOUCH_PARENT = (
 
 
 def _model(weights_id: WeightsId) -> dict[str, object]:
-    return {"weights_id": weights_id, **_NO_MODEL}
+    return {"weights_id": weights_id, **UNCHECKED}
 
 
 def _tokenizer(tokenizer_id: TokenizerId) -> dict[str, object]:

@@ -57,7 +57,10 @@ _PATHS = select(GreedyPathRow.address, GreedyPathRow.token_ids, GreedyPathRow.si
 
 
 class Models(CatalogFile):
-    """The part of a catalog that remembers what was found out about models, and about prompts under them."""
+    """The part of a catalog that remembers what was found out about models, and about prompts under them.
+
+    What comes out has the key that was asked for: in a damaged file, an index may lead to another row.
+    """
 
     def save(self, *records: Known) -> None:
         """Save what is known of something, all records or none, over what was known before."""
@@ -72,7 +75,7 @@ class Models(CatalogFile):
         """
         with self.reading() as connection:
             found = connection.execute(_MODELS.where(Model.weights_id == weights_id)).mappings().one_or_none()
-            return None if found is None else ModelRecord(**found)
+            return ModelRecord(**found) if found is not None and found["weights_id"] == weights_id else None
 
     def models(self) -> list[ModelRecord]:
         """Return all models, by name."""
@@ -101,7 +104,7 @@ class Models(CatalogFile):
         """Return the ids of unchanged files, `None` if they are unknown."""
         with self.reading() as connection:
             found = connection.execute(_SOURCES.where(SourceFiles.key == key)).mappings().one_or_none()
-            return Source(**found) if found is not None and _has_ids(found) else None
+            return Source(**found) if found is not None and found["key"] == key and _has_ids(found) else None
 
     def cuts(self, key: bytes) -> CutsRecord | None:
         """Return where a long string is cut, `None` if that is unknown."""
@@ -147,7 +150,7 @@ def _is_whole(row: RowMapping) -> bool:
     """Whether what is said to have been generated can have been."""
     ids = row["token_ids"]
     return (
-        ids is not None
+        all(value is not None for name, value in row.items() if name != "signature")
         and all(0 <= token < _MAX_TOKEN_ID for token in ids)
         and len(row["token_logprobs"]) == _LOGPROB_NBYTES * len(ids)
         and len(ids) - 1 <= row["num_kept"] <= len(ids)
@@ -164,7 +167,7 @@ def _replace(connection: Connection, table: type[Base], values: Mapping[str, obj
 
 
 def _has_ids(source: RowMapping) -> bool:
-    return all(len(source[name]) == ID_NBYTES for name in ("weights_id", "tokenizer_id"))
+    return all(len(source[name] or b"") == ID_NBYTES for name in ("weights_id", "tokenizer_id"))
 
 
 def forget_continuations(connection: Connection, addresses: Iterable[Address]) -> None:

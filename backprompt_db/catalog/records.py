@@ -47,7 +47,7 @@ class ModelRecord:
     checked_with: str | None
     """The library versions and the attention implementation that the check ran with."""
     signature: bytes | None = None
-    """In a database with a secret, a keyed digest of all other fields."""
+    """A digest of all other fields, keyed in a database with a secret; None where it was saved without one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,9 @@ def _discard(database: Database, problem: Problem) -> None:
 def _print(checks: Checks, found: Verification, again: Recomputation | None, *, is_removed: bool) -> None:
     lines = [_line(problem) for problem in (*found.problems, *(again.problems if again else ()))]
     lines += [problem for problem in (found.store_problem, found.catalog_problem) if problem is not None]
+    lines += [
+        f"changed: {plural(number, 'row')} of {table} in the catalog" for table, number in found.changed_rows.items()
+    ]
     emit(*map(literal, lines), wrap=False)
     if checks.share:
         emit(f"{plural(found.num_parts, 'part')} read, {size(found.nbytes)}: {_verdict(found)}.")
@@ -218,3 +221,5 @@ def _print_reindexing(done: Reindexing) -> None:
         emit(
             f"{plural(done.num_unreadable, 'part')} cannot be used; `backprompt-db verify` tells why and removes them."
         )
+    if done.num_changed_rows:
+        emit(f"{plural(done.num_changed_rows, 'changed row')} forgotten: what they said is found out again.")

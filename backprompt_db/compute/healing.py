@@ -118,6 +118,8 @@ class Healer:
         for key, chain in zip(keys, chains, strict=True):
             if chain and key not in known:
                 known[key] = new[key] = self._cuts(chain, tokenizer_id)
+        if new and self._source.tokenizer_id != tokenizer_id:  # once loaded, it is another one than was recorded
+            return self.heal(texts, namespace=namespace)
         self._metadata.save(*(CutsRecord(key, cuts) for key, cuts in new.items()))
         return [
             self._healed(text, chain, known[key]) if chain else self._kept(text, namespace)

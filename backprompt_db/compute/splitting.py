@@ -87,11 +87,13 @@ def split_pieces(string: str, num_tokens: int, *, source: ModelSource, model_met
     if not isinstance(string, str) or not string:
         Text(string)  # raises an error for anything but a string
         return [string]
-    key = hashlib.sha256(_CUTS + source.ids.tokenizer_id + num_tokens.to_bytes(8, "big") + utf8(string)).digest()
+    tokenizer_id = source.tokenizer_id
+    key = hashlib.sha256(_CUTS + tokenizer_id + num_tokens.to_bytes(8, "big") + utf8(string)).digest()
     known = model_metadata.recall(lambda catalog: catalog.cuts(key))
     if known is None or not are_cuts(known.offsets, num_characters=len(string)):
         known = CutsRecord(key, tuple(source.tokenizer.cuts(string, num_tokens)))
-        model_metadata.save(known)
+        if source.tokenizer_id == tokenizer_id:  # else, once loaded, it is another one than was recorded
+            model_metadata.save(known)
     return [string[first:last] for first, last in pairwise((0, *known.offsets, len(string)))]
 
 

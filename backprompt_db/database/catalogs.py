@@ -5,18 +5,16 @@ No hit needs a catalog, and all that is in one can be found out again: what fail
 
 from __future__ import annotations
 
-import hmac
-import json
 import logging
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from backprompt_db.catalog.plain_sql import timings
 from backprompt_db.database.config import Limits
 from backprompt_db.database.location import CATALOG
+from backprompt_db.database.signatures import is_genuine, signed
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
@@ -24,7 +22,6 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.catalog.records import (
         CutsRecord,
         GenerationRecord,
-        GreedyPath,
         Known,
         ModelRecord,
         Source,
@@ -35,12 +32,6 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
 
     _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
     _Read = TypeVar("_Read")
-
-    Signed = ModelRecord | Source | CutsRecord | GreedyPath | GenerationRecord
-    """What has a signature, because it decides what is computed and what is found.
-
-    Whoever could forge it could have one model answer with another one's values.
-    """
 
 logger = logging.getLogger(__name__)
 
@@ -112,18 +103,18 @@ def _opened(directory: Path, *, readonly: bool = True, mode: int = 0o600, is_bas
 class ModelMetadata:
     """What catalogs remember of models, their files, strings and prompts.
 
-    With a secret, records are signed; unsigned ones are ignored. `seal` is the keyed digest that signs them.
+    Records are signed; those that are not, or were changed since, count as unknown. `seal` is the digest that signs.
     """
 
-    def __init__(self, catalogs: Catalogs, *, seal: Digest | None) -> None:
+    def __init__(self, catalogs: Catalogs, *, seal: Digest) -> None:
         self._catalogs = catalogs
-        self._seal = seal
+        self.seal = seal
 
     def recall(self, read: Callable[[Catalog], _Recalled | None]) -> _Recalled | None:
-        """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or is forged."""
+        """Return what `read` finds in a catalog; None where that is nothing, or cannot be read, or was changed."""
         for catalog in self._catalogs:
             found = _read(catalog, read)
-            if found is not None and not _is_empty(found) and self._is_genuine(found):
+            if found is not None and not _is_empty(found) and is_genuine(found, self.seal):
                 return found
         return None
 
@@ -132,7 +123,7 @@ class ModelMetadata:
         paths: dict[Address, tuple[int, ...]] = {}
         for catalog in reversed(list(self._catalogs)):
             found = _read(catalog, lambda catalog: catalog.greedy_paths(addresses))
-            paths |= {path.address: path.token_ids for path in (found or {}).values() if self._is_genuine(path)}
+            paths |= {path.address: path.token_ids for path in (found or {}).values() if is_genuine(path, self.seal)}
         return paths
 
     def cuts(self, keys: Collection[bytes]) -> dict[bytes, tuple[int, ...]]:
@@ -140,7 +131,7 @@ class ModelMetadata:
         cuts: dict[bytes, tuple[int, ...]] = {}
         for catalog in reversed(list(self._catalogs)):
             found = _read(catalog, lambda catalog: catalog.cuts_of(keys))
-            cuts |= {record.key: record.offsets for record in (found or {}).values() if self._is_genuine(record)}
+            cuts |= {record.key: record.offsets for record in (found or {}).values() if is_genuine(record, self.seal)}
         return cuts
 
     def generations(self, keys: Collection[bytes]) -> dict[bytes, GenerationRecord]:
@@ -148,14 +139,14 @@ class ModelMetadata:
         records: dict[bytes, GenerationRecord] = {}
         for catalog in reversed(list(self._catalogs)):
             found = _read(catalog, lambda catalog: catalog.generations(keys))
-            records |= {key: record for key, record in (found or {}).items() if self._is_genuine(record)}
+            records |= {key: record for key, record in (found or {}).items() if is_genuine(record, self.seal)}
         return records
 
     def save(self, *records: Known) -> None:
         """Save records, all in one transaction."""
         try:
             if records and self._catalogs.own is not None and not self._catalogs.readonly:
-                self._catalogs.own.save(*map(self._signed, records))
+                self._catalogs.own.save(*(signed(record, self.seal) for record in records))
         except CatalogError as error:
             logger.warning("the catalog missed a record: %s", error)
 
@@ -166,23 +157,6 @@ class ModelMetadata:
             is_described = _read(catalog, lambda catalog: catalog.has_definition(tokenizer_id))
             if is_described is False:
                 self.save(description())
-
-    def _is_genuine(self, found: Signed) -> bool:
-        """Whether the signature is that of just this record."""
-        if self._seal is None:
-            return True
-        return found.signature is not None and hmac.compare_digest(found.signature, _signature(found, self._seal))
-
-    def _signed(self, record: Known) -> Known:
-        """Return the record with a signature that only those can make who have the secret.
-
-        What is said of a tokenizer is for people to read, and has none.
-        """
-        from backprompt_db.catalog.records import TokenizerRecord
-
-        if self._seal is None or isinstance(record, TokenizerRecord):
-            return record
-        return replace(record, signature=_signature(record, self._seal))
 
 
 def _is_empty(found: ModelRecord | Source | CutsRecord) -> bool:
@@ -196,12 +170,3 @@ def _read(catalog: Catalog, read: Callable[[Catalog], _Read]) -> _Read | None:
     except CatalogError as error:
         logger.warning("the catalog cannot be read: %s", error)
         return None
-
-
-_CONTEXT = b"backprompt-db/catalog/1\0"
-
-
-def _signature(record: Signed, digest: Digest) -> bytes:
-    fields: dict[str, Any] = {name: value for name, value in asdict(record).items() if name != "signature"}
-    content = json.dumps([type(record).__name__, fields], sort_keys=True, default=bytes.hex)
-    return digest(_CONTEXT, content.encode(errors="surrogatepass"))

@@ -39,7 +39,7 @@ from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.layered import own_store
-from backprompt_db.store.records import Digest
+from backprompt_db.store.records import Digest, xxh3_128
 from backprompt_db.system.platform import register_at_fork
 from backprompt_db.views.console import html_text, literal
 from backprompt_db.views.formatting import visible
@@ -83,7 +83,7 @@ class Database:
         fidelity: Fidelity = Fidelity.EXACT,
         memory_nbytes: int | None = None,
         single_flight: SingleFlight | None = None,
-        seal: Digest | None = None,
+        seal: Digest = xxh3_128,
         base: Path | None = None,
     ) -> None:
         self.directory = directory

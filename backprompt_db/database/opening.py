@@ -23,7 +23,7 @@ from backprompt_db.store.files import DATA, Sharing
 from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.memory import MemoryStore
-from backprompt_db.store.records import Digest
+from backprompt_db.store.records import Digest, xxh3_128
 from backprompt_db.system.platform import require_directories
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def open_database(
     options: dict[str, Any] = {"namespace": namespace, "strict": strict, "memory_nbytes": memory_nbytes}
     options["base"] = None if below is None else below.directory
     if location == MEMORY:
-        store, seal = _layered(MemoryStore(), below), None if below is None else below.seal
+        store, seal = _layered(MemoryStore(), below), xxh3_128 if below is None else below.digest
         is_reader = mode == READ
         return Database(store, directory=None, readonly=is_reader, fidelity=asked or default, seal=seal, **options)
     directory = _absolute(location if location is not None else default_location())
@@ -107,7 +107,7 @@ def _open(directory: Path, manifest: Manifest, below: _Base | None, *, readonly:
         directory=directory,
         readonly=readonly,
         fidelity=manifest.fidelity,
-        seal=None if manifest.secret_id is None else digest,
+        seal=digest,
         **options,
     )
 
@@ -122,11 +122,6 @@ class _Base(NamedTuple):
     directory: Path
     manifest: Manifest
     digest: Digest
-
-    @property
-    def seal(self) -> Digest | None:
-        """What signs the records of its catalog, and of the catalog in front of it."""
-        return None if self.manifest.secret_id is None else self.digest
 
 
 def _look_at(directory: Path, asked: Fidelity | None) -> _Base:

@@ -80,6 +80,8 @@ class Reindexing:
     """Parts in the store that cannot be used, and are not entered."""
     moved_aside: Path | None = None
     """Where a damaged catalog was moved to; None when the catalog could be kept."""
+    num_changed_rows: int = 0
+    """Rows of what the catalog remembers that were not what was written, and are forgotten."""
 
 
 def reconcile(store: Store, catalog: Catalog) -> Reindexing:

@@ -30,7 +30,16 @@ from backprompt_db.database.location import CATALOG, STORE, Fault, faults, requi
 from backprompt_db.database.manifest import Manifest, digest_of
 from backprompt_db.database.opening import open_catalog, open_existing, open_store
 from backprompt_db.database.reconcile import differences
-from backprompt_db.errors import CatalogError, CatalogTooNew, StoreError, StoreLocked, StoreReadOnly, UnsafeLocation
+from backprompt_db.database.signatures import changed_rows
+from backprompt_db.errors import (
+    CatalogError,
+    CatalogTooNew,
+    FormatError,
+    StoreError,
+    StoreLocked,
+    StoreReadOnly,
+    UnsafeLocation,
+)
 from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION, release, shared_environment
@@ -298,7 +307,7 @@ def secret(subject: Subject) -> Finding:
 
 
 def catalog(subject: Subject) -> Finding:
-    """Check that there is a catalog, that its schema is known, and that it is whole."""
+    """Check that there is a catalog, that its schema is known, and that it is whole and unchanged."""
     try:
         open_catalog(subject.directory).close()
     except CatalogTooNew as error:
@@ -308,7 +317,20 @@ def catalog(subject: Subject) -> Finding:
     flaws = catalog_flaws(subject.directory / CATALOG)
     if flaws:
         return _to_reindex(subject, Status.PROBLEM, f"The catalog is damaged: {'; '.join(flaws)}.")
+    num_changed = _num_changed_rows(subject)
+    if num_changed:
+        what = f"What {num_changed:,} of its rows remember is not what was written, and is not used."
+        return _to_reindex(subject, Status.WARNING, what)
     return fine("The catalog is whole.")
+
+
+def _num_changed_rows(subject: Subject) -> int:
+    try:
+        digest = digest_of(subject.manifest, subject.directory)
+    except FormatError:  # which the check of the secret tells
+        return 0
+    with open_catalog(subject.directory) as opened:
+        return sum(map(len, changed_rows(opened, digest).values()))
 
 
 def catalog_lag(subject: Subject) -> Finding:

@@ -10,19 +10,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.database import Database
 from backprompt_db.database.location import CATALOG, REINDEX_LOCK
 from backprompt_db.database.opening import open_catalog
 from backprompt_db.database.reconcile import Reindexing, reconcile
+from backprompt_db.database.signatures import changed_rows
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
 from backprompt_db.store.files import locked
-
-if TYPE_CHECKING:
-    from backprompt_db.store.contract import Store
-
 
 _KEEPING_UP_SECONDS = 2.0
 
@@ -45,6 +41,8 @@ _PASSING = frozenset(
 def reindex(db: Database) -> Reindexing:
     """Enter what the catalog lacks, forget what the store lacks; hits, pins and labels of the rest are kept.
 
+    What it remembers of models and prompts is forgotten where it is not what was written, and found out again.
+
     A catalog that is damaged is moved aside and built anew; what only it knew (hits, pins, labels, models' names,
     counts) is lost. New files get the permissions that the database is shared with. What is entered counts as created
     now. After being killed it can be repeated, and goes on where it was. Memory does not grow with the size of the
@@ -59,11 +57,11 @@ def reindex(db: Database) -> Reindexing:
     modes = sharing_of(path.parent).modes
     with _alone(path.parent, mode=modes.lock):
         try:
-            return _reconcile(db.store, path, mode=modes.file, moved_aside=None)
+            return _reconcile(db, path, mode=modes.file, moved_aside=None)
         except CatalogError as error:
             if not _is_damage(error):
                 raise
-        return _reconcile(db.store, path, mode=modes.file, moved_aside=_move_aside(path))
+        return _reconcile(db, path, mode=modes.file, moved_aside=_move_aside(path))
 
 
 def _writable_directory(db: Database) -> Path:
@@ -85,12 +83,16 @@ def _alone(directory: Path, *, mode: int) -> Iterator[None]:
         yield
 
 
-def _reconcile(store: Store, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:
+def _reconcile(db: Database, path: Path, *, mode: int, moved_aside: Path | None) -> Reindexing:
     from backprompt_db.catalog.catalog import Catalog
 
     with Catalog.open(path, mode=mode) as catalog:
         _check_integrity(path)
-        return replace(reconcile(store, catalog), moved_aside=moved_aside)
+        changed = changed_rows(catalog, db.model_metadata.seal)
+        for table, rowids in changed.items():
+            catalog.forget_remembered(table, rowids)
+        num_changed = sum(map(len, changed.values()))
+        return replace(reconcile(db.store, catalog), moved_aside=moved_aside, num_changed_rows=num_changed)
 
 
 def _check_integrity(path: Path) -> None:

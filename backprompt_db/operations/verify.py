@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from backprompt_db.catalog.connection import catalog_flaws
 from backprompt_db.database.location import CATALOG, STORE
 from backprompt_db.database.opening import open_catalog
 from backprompt_db.database.reconcile import Difference, differences
+from backprompt_db.database.signatures import changed_rows
 from backprompt_db.errors import CatalogError, StoreError
 from backprompt_db.operations.inspection import Inspection, Kind, Problem, inspect
 from backprompt_db.store.contract import Key
@@ -73,11 +74,13 @@ class Verification:
     """What is wrong with the catalog itself, or why it could not be compared with the store."""
     store_problem: str | None = None
     """Why the store's records could not be walked through."""
+    changed_rows: Mapping[str, int] = field(default_factory=dict)
+    """By table: how many rows of what the catalog remembers are not what was written. They are not used."""
 
     @property
     def found(self) -> Found:
         """Which kinds of problems were found."""
-        found = Found.NOTHING if self.catalog_problem is None else Found.CATALOG
+        found = Found.NOTHING if self.catalog_problem is None and not self.changed_rows else Found.CATALOG
         if self.store_problem is not None:
             found |= Found.STRUCTURE
         for problem in self.problems:
@@ -112,7 +115,8 @@ def verify(db: Database, *, checks: Checks | None = None, progress: Progress = i
         if inspection.problem is not None and inspection.key not in known:
             problems.append(inspection.problem)
     differing, catalog_problem = _catalog_problems(db, known=_keys(problems)) if checks.structure else ([], None)
-    return Verification(num_parts, nbytes, (*problems, *differing), catalog_problem)
+    changed = _num_changed_rows(db) if checks.structure and catalog_problem is None else {}
+    return Verification(num_parts, nbytes, (*problems, *differing), catalog_problem, changed_rows=changed)
 
 
 def sample(total: int, *, share: float, seed: int) -> frozenset[int]:
@@ -173,6 +177,13 @@ def _catalog_problems(db: Database, *, known: set[Key]) -> tuple[list[Problem], 
         return problems, error.message
     flaws = catalog_flaws(db.directory / CATALOG)
     return problems, f"the catalog {db.directory / CATALOG} is damaged: {'; '.join(flaws)}" if flaws else None
+
+
+def _num_changed_rows(db: Database) -> dict[str, int]:
+    if db.directory is None:
+        return {}
+    with open_catalog(db.directory) as catalog:
+        return {table: len(rowids) for table, rowids in changed_rows(catalog, db.model_metadata.seal).items()}
 
 
 def _is_real(db: Database, found: Difference, known: set[Key]) -> bool:

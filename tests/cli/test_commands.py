@@ -238,7 +238,7 @@ class TestVerifyAndReindex:
         assert result.exit_code == 8
         assert f"missing: kv of {key.address.hex()}" in result.stdout
         assert run_json("reindex", "--db", directory) == {
-            "num_added": 0, "num_forgotten": 1, "num_unreadable": 0, "moved_aside": None,
+            "num_added": 0, "num_forgotten": 1, "num_unreadable": 0, "moved_aside": None, "num_changed_rows": 0,
         }  # fmt: skip
         assert run("verify", "--db", directory).exit_code == 0
 

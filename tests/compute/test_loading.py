@@ -14,13 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import backprompt_db as bp
+from backprompt_db.catalog.records import Source
 from backprompt_db.compute.inference.loading import source_key
 from backprompt_db.errors import ContextLengthExceeded, ModelMismatch, PromptError, StoreError
+from backprompt_db.prompt.ids import ModelIds
 from tests.conftest import tiny_gpt2
 
 assert sys.platform != "win32"
+
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 
 RUN = """
 import json, sys
@@ -138,6 +144,67 @@ def test_files_that_change_between_the_hit_and_the_miss_are_noticed(
     with pytest.raises(ModelMismatch, match="not the model that was recorded"):
         lm("something new")
     assert lm("something new").num_cached_tokens == 0
+
+
+def other_tokenizer() -> Any:
+    """A tokenizer with one token for each byte."""
+    bpe = Tokenizer(models.BPE(vocab={each: number for number, each in enumerate(sorted(ALPHABET))}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def record_wrongly(db: bp.Database, model: Path, **wrong: bytes) -> ModelIds:
+    """Record other ids for the files of a model than theirs, and return theirs."""
+    right = bp.LanguageModel.from_pretrained(str(model), db=db)
+    ids = {"weights_id": right.weights_id, "tokenizer_id": right.tokenizer_id}
+    key = source_key(str(model), {})
+    assert key is not None
+    db.model_metadata.save(Source(key, str(model), **(ids | wrong)))  # type: ignore[arg-type]
+    return ModelIds(right.weights_id, right.tokenizer_id)
+
+
+@pytest.mark.parametrize("wrong", ["weights_id", "tokenizer_id"])
+def test_wrong_ids_of_unchanged_files_are_noticed_once_and_corrected(
+    open_db: Callable[..., bp.Database], model_directory: Path, wrong: str
+) -> None:
+    db = open_db()
+    right = record_wrongly(db, model_directory, **{wrong: b"w" * 32})
+    lm = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    with pytest.raises(ModelMismatch, match="not the model that was recorded"):
+        lm("The quick brown fox")
+    assert lm("The quick brown fox").ids == right
+    again = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    assert (again("The quick brown fox").num_computed_tokens, again.is_loaded) == (0, False)
+    assert again.weights_id == right.weights_id
+
+
+def test_wrong_ids_are_corrected_even_where_the_model_is_loaded_before_it_is_used(
+    open_db: Callable[..., bp.Database], model_directory: Path
+) -> None:
+    db = open_db()
+    right = record_wrongly(db, model_directory, weights_id=b"w" * 32)
+    assert bp.LanguageModel.from_pretrained(str(model_directory), db=db).model is not None
+    assert bp.LanguageModel.from_pretrained(str(model_directory), db=db).weights_id == right.weights_id
+
+
+def split(lm: bp.LanguageModel) -> list[str]:
+    return [segment.string for segment in lm.text("The quick brown fox jumps over the lazy dog", split=5).segments()]
+
+
+def healed(lm: bp.LanguageModel) -> list[str]:
+    return [segment.string for segment in lm(lm.text("The quick brown fo") + "x ju").segments]
+
+
+@pytest.mark.parametrize("pieces", [split, healed])
+def test_cuts_are_not_remembered_for_a_tokenizer_that_was_wrongly_recorded(
+    open_db: Callable[..., bp.Database], model_directory: Path, gpt2: Any, pieces: Callable[..., list[str]]
+) -> None:
+    other = bp.LanguageModel(gpt2, other_tokenizer(), db=(db := open_db()))
+    record_wrongly(db, model_directory, tokenizer_id=other.tokenizer_id)
+    lm = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    assert pieces(lm) == pieces(bp.LanguageModel.from_pretrained(str(model_directory), db=open_db()))
+    assert pieces(other) == pieces(bp.LanguageModel(gpt2, other_tokenizer(), db=open_db())) != pieces(lm)
 
 
 def test_a_dtype_argument_is_another_source(model_directory: Path) -> None:

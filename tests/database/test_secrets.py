@@ -17,7 +17,7 @@ import backprompt_db as bp
 from backprompt_db.catalog.records import GreedyPath
 from backprompt_db.codec.blob import encode
 from backprompt_db.database.manifest import FILE_VARIABLE, VARIABLE, secret_id
-from backprompt_db.errors import FormatError, UnsafeLocation, UnsupportedModel
+from backprompt_db.errors import FormatError, UnsafeLocation
 from backprompt_db.operations.bundles.transfer import export_bundle, import_bundle, merge
 from backprompt_db.operations.doctor import diagnose
 from backprompt_db.operations.doctor_checks import Status
@@ -215,11 +215,19 @@ def catalog_of(place: Path) -> Iterator[sqlite3.Connection]:
 MakeLM = Callable[..., bp.LanguageModel]
 
 
+@pytest.fixture(params=["without a secret", "with a secret"])
+def any_secret(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither needs to be known to edit a row; both show that somebody has."""
+    if request.param == "with a secret":
+        monkeypatch.setenv(VARIABLE, SECRET)
+
+
+@pytest.mark.usefixtures("any_secret")
 class TestNotes:
     """What the catalog says of models, their files and long strings."""
 
     def test_a_forged_verdict_is_ignored_and_the_model_proves_itself_again(
-        self, tmp_path: Path, secret: None, make_lm: MakeLM
+        self, tmp_path: Path, make_lm: MakeLM
     ) -> None:
         with bp.open(tmp_path / "db") as db:
             make_lm(db=db)("The quick brown fox")
@@ -230,13 +238,6 @@ class TestNotes:
             assert db.catalog is not None
             assert db.catalog.models()[0].verdict == "packs"
 
-    def test_without_a_secret_the_verdict_is_believed(self, tmp_path: Path, make_lm: MakeLM) -> None:
-        with bp.open(tmp_path / "db") as db:
-            make_lm(db=db)("The quick brown fox")
-        refuse(tmp_path / "db")
-        with bp.open(tmp_path / "db") as db, pytest.raises(UnsupportedModel, match="forged"):
-            make_lm(tiny_gpt2(), db=db)("The quick brown fox jumps")
-
     @pytest.mark.parametrize(
         "forgery",
         [
@@ -246,7 +247,7 @@ class TestNotes:
         ],
     )
     def test_where_the_ids_of_files_are_forged_the_model_is_loaded(
-        self, tmp_path: Path, secret: None, tokenizer: Any, forgery: str
+        self, tmp_path: Path, tokenizer: Any, forgery: str
     ) -> None:
         save_model(tmp_path / "model", tokenizer)
         with bp.open(tmp_path / "db") as db:
@@ -261,7 +262,7 @@ class TestNotes:
             assert (lm.is_loaded, lm.weights_id) == (True, right)
             assert not bp.LanguageModel.from_pretrained(str(tmp_path / "model"), db=db).is_loaded, "it is signed again"
 
-    def test_forged_cuts_are_ignored(self, tmp_path: Path, secret: None, make_lm: MakeLM) -> None:
+    def test_forged_cuts_are_ignored(self, tmp_path: Path, make_lm: MakeLM) -> None:
         string = "The quick brown fox jumps over the lazy dog, and the dog does not mind."
         with bp.open(tmp_path / "db") as db:
             right = pieces_of(make_lm(db=db).text(string, split=4))
@@ -271,7 +272,7 @@ class TestNotes:
             assert pieces_of(make_lm(db=db).text(string, split=4)) == right
             assert len(right) > 3
 
-    def test_forged_greedy_paths_are_ignored(self, tmp_path: Path, secret: None) -> None:
+    def test_forged_greedy_paths_are_ignored(self, tmp_path: Path) -> None:
         right = GreedyPath(Address(b"r" * 32), (1, 2))
         with bp.open(tmp_path / "db") as db:
             db.model_metadata.save(right, GreedyPath(Address(b"f" * 32), (1, 2)))
@@ -281,7 +282,7 @@ class TestNotes:
         with bp.open(tmp_path / "db") as db:
             assert db.model_metadata.greedy_paths([right.address, Address(b"f" * 32)]) == {right.address: (1, 2)}
 
-    def test_what_is_said_of_tokenizers_has_no_signature(self, tmp_path: Path, secret: None, make_lm: MakeLM) -> None:
+    def test_what_is_said_of_tokenizers_has_no_signature(self, tmp_path: Path, make_lm: MakeLM) -> None:
         with bp.open(tmp_path / "db") as db:
             make_lm(db=db)("The quick brown fox")
             assert db.catalog is not None
@@ -289,9 +290,7 @@ class TestNotes:
             assert (tokenizer.vocab_size > 0, hasattr(tokenizer, "signature")) == (True, False)
             assert db.catalog.models()[0].signature is not None
 
-    def test_over_a_base_in_memory_forged_notes_of_the_base_are_ignored(
-        self, tmp_path: Path, secret: None, make_lm: MakeLM
-    ) -> None:
+    def test_over_a_base_in_memory_forged_notes_of_the_base_are_ignored(self, tmp_path: Path, make_lm: MakeLM) -> None:
         with bp.open(tmp_path / "db") as db:
             make_lm(db=db)("The quick brown fox")
         refuse(tmp_path / "db")

@@ -300,7 +300,8 @@ class TestCommand:
         found = json.loads(result.stdout)
         assert (result.exit_code, found["exit_code"]) == (code, code)
         assert list(found) == [
-            "num_parts", "nbytes", "problems", "catalog_problem", "store_problem", "seed", "recomputation", "exit_code",
+            "num_parts", "nbytes", "problems", "catalog_problem", "store_problem", "changed_rows", "seed",
+            "recomputation", "exit_code",
         ]  # fmt: skip
 
     @pytest.mark.parametrize(

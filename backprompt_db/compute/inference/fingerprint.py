@@ -319,18 +319,22 @@ def _refuse_invisible(model: nn.Module, modules: _Modules, tensors: _Tensors) ->
     if getattr(model, "hf_quantizer", None) is not None:
         raise _invisible("it is quantised", "Load it without quantisation, or dequantise it.")
     for name, module in modules:
-        if "_orig_mod" in module._modules:
-            raise _invisible(f"{name or 'the model'} was compiled", "Give its _orig_mod, which has the same weights.")
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(getattr(hook, "__module__", None) not in _HARMLESS_HOOKS for hook in hooks):
-            raise _invisible(f"{name or 'the model'} has forward hooks", "Remove them: their effect has no id.")
-        if any("ALora" in type(each).__name__ for each in vars(module).get("lora_variant", {}).values()):
-            raise _invisible(f"{name} has an adapter that tokens activate", "Disable it: its pieces depend on others.")
-        if "forward" in vars(module) and not _is_hooked_by_accelerate(module):
-            raise _invisible(f"the forward method of {name or 'the model'} was replaced", "Restore it.")
+        _refuse_invisible_module(name or "the model", module)
     for name, tensor in tensors:
         if type(tensor) not in (nn.Parameter, nn.Buffer, torch.Tensor) or tensor.is_meta:
             raise _invisible(f"{name} is a {type(tensor).__name__} on {tensor.device}", "Load it as plain tensors.")
+
+
+def _refuse_invisible_module(name: str, module: nn.Module) -> None:
+    if "_orig_mod" in module._modules:
+        raise _invisible(f"{name} was compiled", "Give its _orig_mod, which has the same weights.")
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(getattr(hook, "__module__", None) not in _HARMLESS_HOOKS for hook in hooks):
+        raise _invisible(f"{name} has forward hooks", "Remove them: their effect has no id.")
+    if any("ALora" in type(each).__name__ for each in vars(module).get("lora_variant", {}).values()):
+        raise _invisible(f"{name} has an adapter that tokens activate", "Disable it: its pieces depend on others.")
+    if "forward" in vars(module) and not _is_hooked_by_accelerate(module):
+        raise _invisible(f"the forward method of {name} was replaced", "Restore it.")
 
 
 def _is_hooked_by_accelerate(module: nn.Module) -> bool:

@@ -19,6 +19,8 @@ from backprompt_db.errors import ModelMismatch
 from backprompt_db.prompt.ids import ModelIds, TokenizerId
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from backprompt_db.catalog.records import ModelRecord
     from backprompt_db.compute.inference.runner import ModelRunner
     from backprompt_db.compute.inference.spec import ModelSpec
@@ -120,14 +122,24 @@ class GivenModel:
 
 
 class PretrainedModel:
-    """A model in files. If the ids of exactly these files are known, nothing is loaded until it is needed."""
+    """A model in files. If the ids of exactly these files are known, nothing is loaded until it is needed.
+
+    Where loading shows that they are others, `correct` is called with what is to be known instead.
+    """
 
     def __init__(
-        self, name: str, arguments: dict[str, Any], *, known_ids: ModelIds | None, key: bytes | None = None
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        *,
+        known_ids: ModelIds | None,
+        key: bytes | None = None,
+        correct: Callable[[Source], None] | None = None,
     ) -> None:
         self.name = name
         self._arguments = arguments
         self._known_ids = known_ids
+        self._correct = correct
         self.key = key
         """The digest of its files that `source_key` makes."""
         self._loaded_defaults: bytes | None = None
@@ -166,7 +178,17 @@ class PretrainedModel:
 
         runner = ModelRunner.load(self.name, self._arguments)
         self._loaded_defaults = _defaults_digest(runner.model)
+        if self._known_ids is not None:  # checked now: later the user may have changed the model
+            self._check_source(ModelIds(runner.weights_id, self.tokenizer.id))
         return runner
+
+    def _check_source(self, ids: ModelIds) -> None:
+        """Correct the ids that are known of the files, unless they are right, or the files have changed since."""
+        if ids == self._known_ids or self._correct is None or self.key is None:
+            return
+        if source_key(self.name, self._arguments) == self.key:
+            logger.warning("the catalog had wrong ids for the files of %s; they are corrected", self.name)
+            self._correct(Source(self.key, self.name, *ids))
 
     @property
     def defaults_id(self) -> bytes | None:
@@ -204,7 +226,7 @@ def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: Mo
     key = source_key(name, arguments)
     known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
     known_ids = ModelIds(known.weights_id, known.tokenizer_id) if known else None
-    model = PretrainedModel(name, arguments, known_ids=known_ids, key=key)
+    model = PretrainedModel(name, arguments, known_ids=known_ids, key=key, correct=model_metadata.save)
     if known is None:
         ids = model.ids  # loads the model, and downloads it if need be
         after = source_key(name, arguments)
