@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 HEAD = "0005"
 """The newest revision in `migrations/versions`. Revisions are numbers of four digits; a newer one is greater."""
 
+_REVISION = re.compile("[0-9]{4}")
+
 LOCK_TIMEOUT_SECONDS = 60.0
 """How long to wait for another process that is creating or upgrading the same catalog."""
 
@@ -28,8 +31,13 @@ def revision(connection: Connection) -> str | None:
     """
     tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars().all()
     if "alembic_version" in tables:
-        found: str | None = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-        return found
+        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+        if found is None or (isinstance(found, str) and _REVISION.fullmatch(found)):
+            return found
+        raise CatalogError(
+            f"the catalog's schema has no revision {found!r}",
+            hint="Run `backprompt-db reindex`: it rebuilds the catalog from the store.",
+        )
     if tables:
         raise CatalogError(
             f"an SQLite file with the tables {', '.join(sorted(tables)[:5])} is not a catalog",
