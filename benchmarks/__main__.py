@@ -23,6 +23,7 @@ from benchmarks.fidelity import lossy_databases
 from benchmarks.generation import after_long_prefix, after_stored_prefix
 from benchmarks.growth import lengths_and_depths, many_leaves
 from benchmarks.identity import identity
+from benchmarks.keeping import keeping
 from benchmarks.limits import limits
 from benchmarks.reads import fresh_processes, kv_on_disk, one_process, store_prefix
 from benchmarks.report import Measurement, print_table, write_json
@@ -50,6 +51,7 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "startup": (startup,),
     "exactness": (exactness,),
     "seams": (seams,),
+    "keeping": (keeping,),
     "limits": (limits,),
     "churn": (churn,),
 }

@@ -34,8 +34,8 @@ def seams(_: Path) -> list[Measurement]:
     directory = smollm2_directory()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(directory).eval(), AutoTokenizer.from_pretrained(directory)
     dice = random.Random(0)
-    context = "".join(f"{_review(dice, label)}{label}\n\n" for label in LABELS * (NUM_EXAMPLES // 2))
-    endings = list(dict.fromkeys(_review(dice, dice.choice(LABELS)) for _ in range(NUM_REVIEWS * 2)))[:NUM_REVIEWS]
+    context = "".join(f"{review(dice, label)}{label}\n\n" for label in LABELS * (NUM_EXAMPLES // 2))
+    endings = few_shot_reviews(dice)
     plain = np.array([[_plain(model, tokenizer, context + ending, label) for label in LABELS] for ending in endings])
     measured = []
     for rule in ("keep", "heal"):
@@ -55,7 +55,13 @@ def seams(_: Path) -> list[Measurement]:
     return measured
 
 
-def _review(dice: random.Random, label: str) -> str:
+def few_shot_reviews(dice: random.Random) -> list[str]:
+    """Return different reviews, up to where the label follows."""
+    return list(dict.fromkeys(review(dice, dice.choice(LABELS)) for _ in range(NUM_REVIEWS * 2)))[:NUM_REVIEWS]
+
+
+def review(dice: random.Random, label: str) -> str:
+    """Return a review that deserves the label, up to where the label follows."""
     subject, one, other = dice.choice(_SUBJECTS), dice.choice(_VERDICTS[label]), dice.choice(_VERDICTS[label])
     return f"Review: {subject} {one}, and {other}.\nSentiment:"
 

@@ -213,15 +213,32 @@ def _fields(value: ModelRecord | GroupTotals) -> dict[str, Any]:
     return fields
 
 
+_VERDICTS = {
+    "packs": "packs: several pieces run in one pass, branches too",
+    "chains": "chains: one piece runs in a pass, without branches",
+    "refused": "refused: what it computes cannot be cached and stay right",
+    "unchecked": "unchecked: nothing was computed with it here",
+}
+_ROUNDED = frozenset({"float16", "bfloat16"})
+
+
+def _exactness(record: ModelRecord) -> str:
+    """Say what the check has measured: the largest error of any log-probability, or of keys and values, in all."""
+    if record.max_error is None or record.verdict not in ("packs", "chains"):
+        return "-"
+    error = f"within {record.max_error:.1e} of plain passes"
+    return f"{error}, which {record.dtype} rounds as much" if record.dtype in _ROUNDED else error
+
+
 def _model_facts(record: ModelRecord, total: GroupTotals) -> dict[str, str]:
     return {
         "model": record.name or "?",
         "weights": record.weights_id.hex()[:_NUM_ADDRESS_DIGITS],
         "architecture": record.architecture or "?",
         "dtype": record.dtype or "?",
-        "verdict": record.verdict,
+        "verdict": _VERDICTS[record.verdict],
         "mask form": record.mask_form or "-",
-        "measured error": "-" if record.max_error is None else f"{record.max_error:.1e}",
+        "exactness": _exactness(record),
         "reason": record.reason or "-",
         "representations": f"{total.num_representations:,}",
         "size": size(sum(total.nbytes.values())),
