@@ -113,6 +113,7 @@ class Engine:
                     self._persist(call, prefill, pack, result)
                     claims.hand_over()
                     call.add(pack, result, prefill)
+                    self.num_computed_tokens += prefill.num_tokens(pack)
                 call.fetch_from_others(claims.deferred)
 
     def prove(self) -> ModelRunner:
@@ -217,6 +218,7 @@ class Engine:
             return
         result = prefill.compute(pack, context, own.found)
         call.count(pack, result, prefill)
+        self.num_computed_tokens += prefill.num_tokens(pack)
         parts = {
             Part.KV: first_tokens(kv, beginning.num_tokens),
             Part.SCORES: first_scores(scores, beginning.num_tokens),
@@ -335,7 +337,7 @@ class Engine:
 
     def _notice(self, text: str) -> tqdm[Any]:
         """Show a line in a terminal while something is done that takes long and has no measure."""
-        logger.info(text)
+        logger.info("%s", text)
         hidden = None if self._progress else True
         return tqdm(desc=text, bar_format="{desc} ...", disable=hidden, leave=False)
 
@@ -377,7 +379,6 @@ class Engine:
 
     def _count(self, call: Call) -> None:
         self.num_cached_tokens += call.num_cached_tokens
-        self.num_computed_tokens += call.num_computed_tokens
         self.seconds += call.seconds
 
     def _log_seams(self, missing: Collection[Segment]) -> None:

@@ -22,7 +22,7 @@ class TestReasons:
     def test_what_nobody_has_run_was_never_seen(self, lm: bp.LanguageModel) -> None:
         found = prompt(lm).explain()
         assert reasons(found) == [Reason.NEVER_SEEN] * 3
-        assert last_miss(found).needed == (Part.SCORES, Part.LOGITS)
+        assert last_miss(found).needed == (Part.SCORES,)
         assert found.segments[0].places == {}
         assert (found.nbytes, found.num_cached_tokens) == (0, 0)
         assert found.num_missing_tokens == len(prompt(lm)().input_ids)
@@ -130,7 +130,8 @@ class TestReasons:
         lm.db.memory.clear()
         lm.score(prompt(lm, CONTEXT, REQUEST), [ENDING])
         lm.db.flush()
-        assert reasons(prompt(lm).explain()) == [None, None, Reason.NOT_KEPT]
+        longer = prompt(lm, CONTEXT, REQUEST, ENDING, " GET").explain()
+        assert reasons(longer) == [None, None, Reason.NOT_KEPT, Reason.NEVER_SEEN]
 
     def test_thousands_of_pieces_are_explained(self, lm: bp.LanguageModel) -> None:
         strings = [f"Piece {number}. " for number in range(2000)]
@@ -150,7 +151,7 @@ class TestReasons:
         at = last_miss(found).at
         assert at is not None
         assert before <= at <= time.time()
-        assert re.search(r"scores logits evicted \d+ s ago", found._repr_html_())
+        assert re.search(r"scores evicted \d+ s ago", found._repr_html_())
         assert found.needed_seconds is not None
         assert found.needed_seconds > 0
 
@@ -191,16 +192,19 @@ class TestReasons:
         run(lm, CONTEXT, REQUEST)
         lm.score(prompt(lm, CONTEXT, REQUEST), [ENDING])
         lm.db.flush()
-        found = prompt(lm).explain()
-        assert reasons(found) == [None, None, Reason.NOT_KEPT]
-        assert last_miss(found).needed == (Part.LOGITS,)
-        assert set(found.segments[-1].places) == {Part.SCORES}
+        assert reasons(prompt(lm).explain()) == [None, None, None]
+        found = prompt(lm, CONTEXT, REQUEST, ENDING, " GET").explain()
+        assert reasons(found) == [None, None, Reason.NOT_KEPT, Reason.NEVER_SEEN]
+        (miss,) = (segment.miss for segment in found.segments[2:3])
+        assert miss is not None
+        assert miss.needed == (Part.LOGITS, Part.KV)
+        assert set(found.segments[2].places) == {Part.SCORES}
 
     def test_what_the_store_lost_without_a_trace_is_lost(self, open_db: Open, make_lm: MakeLM, tmp_path: Path) -> None:
         with open_db(tmp_path / "db") as db:
             lm = make_lm(db=db)
             run(lm)
-            gone = key_of(lm, prompt(lm), Part.LOGITS)
+            gone = key_of(lm, prompt(lm), Part.SCORES)
         remove_blob(tmp_path / "db", gone)
         found = prompt(make_lm(db=open_db(tmp_path / "db"))).explain()
         assert reasons(found) == [None, None, Reason.LOST]

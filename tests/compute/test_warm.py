@@ -6,11 +6,14 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import backprompt_db as bp
+from backprompt_db.compute.inference.forward import PassResult
+from backprompt_db.compute.inference.runner import ModelRunner
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.prompt.representation import Part
 from tests.conftest import tiny_gpt2
@@ -108,14 +111,14 @@ class TestGoingOn:
     ) -> None:
         lm = make_lm(db=db, deterministic=True)
         lm(CONTEXT)
-        forward, calls = lm.model.forward, iter(range(100))
+        compute, calls = ModelRunner.compute, iter(range(100))
 
-        def interrupting(*arguments: object, **named: object) -> object:
+        def interrupting(runner: ModelRunner, *arguments: Any, **named: Any) -> PassResult:
             if next(calls) == 5:
                 raise KeyboardInterrupt
-            return forward(*arguments, **named)
+            return compute(runner, *arguments, **named)
 
-        monkeypatch.setattr(type(lm.model), "forward", lambda _, *arguments, **named: interrupting(*arguments, **named))
+        monkeypatch.setattr(ModelRunner, "compute", interrupting)
         with pytest.raises(KeyboardInterrupt):
             lm.warm(prompts(8))
         computed = lm.counters.num_computed_tokens

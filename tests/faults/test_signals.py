@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 import backprompt_db as bp
+from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
 from backprompt_db.prompt.segments import Segment
+from backprompt_db.store.files import Sharing
 from tests.support.faults import (
     IN_OTHER_SHOES,
     NUMS_TOKENS,
@@ -142,11 +144,10 @@ def test_while_a_writer_is_stopped_others_read_and_then_write(place: Path, numbe
 def test_a_writer_of_another_user_that_is_killed_holds_nobody_up() -> None:
     with public_directory() as directory:
         place = directory / "db"
+        create_database(place, sharing=Sharing.GROUP, group="65534")
         with bp.open(place) as db:
             put_prompts(db, [0])
             assert db.catalog is not None
-        for path in [place, *place.rglob("*")]:
-            path.chmod(0o1777 if path.is_dir() else 0o666)
         script = (
             "import backprompt_db.catalog.catalog, backprompt_db.database.opening\nimport sqlalchemy.dialects.sqlite\n"
             + IN_OTHER_SHOES

@@ -52,6 +52,7 @@ def directory(
         tokenizer.save_pretrained(tmp_path / "model")
         lm(lm.text("The quick brown fox jumps", split=2))
         bp.LanguageModel.from_pretrained(str(tmp_path / "model"), db=db)
+        db.flush()
         with closing(sqlite3.connect(catalog_of(tmp_path / "db"))) as catalog:
             ((found,),) = catalog.execute("SELECT address FROM representations LIMIT 1").fetchall()
         address = Address(found)

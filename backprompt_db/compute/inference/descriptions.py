@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Mapping
 from enum import Enum
@@ -117,6 +118,8 @@ class _Description:
         return [*facts, [_code(each) for each in codes_of(value.__code__)], read]
 
     def _object(self, value: Any) -> object:
+        if (name := _name_of_singleton(value)) is not None:
+            return name
         is_opaque = not hasattr(value, "__dict__") and not hasattr(type(value), "__slots__")
         if is_opaque or (is_library(type(value).__module__) and not isinstance(value, nn.Module)):
             raise Indescribable(type(value).__name__)
@@ -146,6 +149,13 @@ _PARTS: list[tuple[Any, Any]] = [
     (ModuleType | Logger, _Description._named),
     (type, _Description._class),
 ]
+
+
+def _name_of_singleton(value: Any) -> str | None:
+    """Return the name that the module of an object's class has for it, such as `dataclasses.MISSING`; None for most."""
+    module = type(value).__module__
+    names = vars(sys.modules[module]).items() if module in sys.modules else ()
+    return next((f"{module}.{name}" for name, each in names if each is value), None)
 
 
 def _sorted(values: dict[str, Any], description: _Description) -> object:
