@@ -82,7 +82,7 @@ class Call:
         """What stores logits that the caller wants, and that were computed and are not kept."""
         self.lengths: dict[Segment, int] = {}
         """Tokens of the segments that had to be tokenised."""
-        self.num_computed_tokens = self.num_model_calls = 0
+        self.num_model_calls = 0
         self.seconds = 0.0
         self._db = db
         self._source = source
@@ -141,18 +141,12 @@ class Call:
         """Add the computed parts of a pack that the caller or another pack needs."""
         prefill.retain(pack, computed, self.found)
         self.computed.update(pack.segments)
-        self.count(pack, computed, prefill)
+        self.num_model_calls += computed.num_tokens > 0
 
     def include(self, other: Call) -> None:
         """Count what another call has computed for this one."""
         self.computed.update(other.computed)
-        self.num_computed_tokens += other.num_computed_tokens
         self.num_model_calls += other.num_model_calls
-
-    def count(self, pack: Pack, computed: PassResult, prefill: Prefill) -> None:
-        """Count a pass and the tokens that it has computed."""
-        self.num_computed_tokens += prefill.num_tokens(pack)
-        self.num_model_calls += computed.num_tokens > 0
 
     @property
     def num_cached_tokens(self) -> int:

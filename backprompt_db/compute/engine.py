@@ -217,7 +217,7 @@ class Engine:
         if context is None:
             return
         result = prefill.compute(pack, context, own.found)
-        call.count(pack, result, prefill)
+        call.num_model_calls += result.num_tokens > 0
         self.num_computed_tokens += prefill.num_tokens(pack)
         parts = {
             Part.KV: first_tokens(kv, beginning.num_tokens),
