@@ -9,6 +9,7 @@ import copy
 import itertools
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -231,7 +232,7 @@ class _Learned:
         if getattr(getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None), "dropout", None):
             raise UnsupportedModel("this tokenizer drops merges at random", hint="Set its dropout to None.")
         self.signature = signature
-        self.tokenizer = _own_copy(tokenizer) if _is_fast(tokenizer) else tokenizer
+        self.tokenizer = _own_copy(tokenizer, signature) if _is_fast(tokenizer) else tokenizer
         self.start_ids = start_ids(self.tokenizer)
         self.id: TokenizerId | None = None
         self.separators: str | None = None
@@ -253,11 +254,19 @@ def _is_fast(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "is_fast", False))
 
 
-def _own_copy(tokenizer: Any) -> Any:
+_copies: weakref.WeakKeyDictionary[Any, tuple[object, Any]] = weakref.WeakKeyDictionary()
+"""The copy of each tokenizer, with its signature: making one takes as long as reading the tokenizer."""
+
+
+def _own_copy(tokenizer: Any, signature: object) -> Any:
     """Return a copy of a fast tokenizer that neither pads nor truncates."""
+    known = _copies.get(tokenizer)
+    if known is not None and known[0] == signature:
+        return known[1]
     own = copy.deepcopy(tokenizer)
     own.backend_tokenizer.no_padding()
     own.backend_tokenizer.no_truncation()
+    _copies[tokenizer] = signature, own
     return own
 
 
