@@ -15,6 +15,7 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import GeneralInterface
 
 _ENTRIES = frozenset({"forward", "__call__", "_wrapped_call_impl", "_call_impl", "__getattr__"})
@@ -27,6 +28,10 @@ _SETTLED = sys.stdlib_module_names | {"builtins", "numpy", "torch"}
 """Packages whose functions are compared with their files, but not followed; `torch.nn` is."""
 
 _CACHED: Any = type(lru_cache(int))
+
+
+_CACHES = (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)
+"""What keys and values pass through, whether or not the code of a model names it."""
 
 
 class Place(NamedTuple):
@@ -54,7 +59,7 @@ class Reach:
         self._places: dict[tuple[int, str], Place] = {}
         self._classes: dict[type, None] = {}
         self._functions: dict[FunctionType, None] = {}
-        for kind in (*kinds, torch.Tensor):
+        for kind in (*kinds, torch.Tensor, *_CACHES):
             self._add_class(kind)
         self._walk()
         self._held: list[Any] = [*self._observe()]
