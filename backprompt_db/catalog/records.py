@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from backprompt_db.prompt.ids import WeightsId
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
+    from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId
     from backprompt_db.prompt.representation import Origin, Part
 
 

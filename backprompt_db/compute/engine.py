@@ -5,25 +5,21 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from backprompt_db.catalog.records import TokenizerRecord
 from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.compute import plan
 from backprompt_db.compute.beginnings import Beginning, first_scores, first_tokens
 from backprompt_db.compute.call import Addresses, Call
 from backprompt_db.compute.claims import PackClaims
-from backprompt_db.compute.inference import verdicts
 from backprompt_db.compute.pace import Pace
 from backprompt_db.compute.plan import Need, Wanted
 from backprompt_db.compute.prefill import Prefill
-from backprompt_db.database.vocabulary import packed
+from backprompt_db.compute.proving import Prover
 from backprompt_db.database.writer import NewPart
-from backprompt_db.errors import ModelMismatch
 from backprompt_db.prompt.ids import ModelIds, SegmentId, WeightsId
 from backprompt_db.prompt.model_counters import ModelCounters
 from backprompt_db.prompt.representation import Arrays, Part
@@ -63,6 +59,7 @@ class Engine:
         self._deterministic = deterministic
         self._progress = progress
         self._unhealed = unhealed
+        self._prover = Prover(source, db.model_metadata, progress=progress)
         self._pace = Pace()
         self._logged_seams: set[Seam] = set()
         self._has_warned = False
@@ -118,7 +115,7 @@ class Engine:
 
     def prove(self) -> ModelRunner:
         """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
-        return self._proven_runner(self.addresses())
+        return self._prover.runner(self.addresses())
 
     def find(self, wanted: Wanted, addresses: Addresses) -> Call:
         """Return the call with those of the wanted parts that are stored; nothing is computed."""
@@ -208,7 +205,7 @@ class Engine:
     def _take_beginning(self, call: Call, beginning: Beginning, *, kv: Arrays, scores: Arrays) -> None:
         """Store a beginning out of the keys and values, and the scores, of a segment that begins with it."""
         began = time.monotonic()
-        prefill = beginning.prefill(self._source.tokenizer, self._proven_runner(call.addresses))
+        prefill = beginning.prefill(self._source.tokenizer, self._prover.runner(call.addresses))
         (pack,) = prefill.packs
         # In a call of its own, with which the tokens before the last word go: nobody has asked for them.
         own = Call(self._db, self._source, call.addresses, wanted={}, keep={})
@@ -288,7 +285,7 @@ class Engine:
         input_ids = self._source.tokenizer.encode(segments)
         num_tokens = call.lengths = {segment: len(ids) for segment, ids in input_ids.items()}
         starts = plan.positions(segments, num_tokens)
-        runner = self._proven_runner(call.addresses)
+        runner = self._prover.runner(call.addresses)
         kept = {segment: frozenset(call.keep.get(segment, Part)) for segment in missing}
         produced = {
             segment: missing[segment] | kept[segment] | call.taken.get(segment, frozenset()) for segment in missing
@@ -303,49 +300,6 @@ class Engine:
         )
         runner.require_runnable(packs, num_read, starts)
         return Prefill(packs, input_ids, starts, call.taken, missing, kept, self._deterministic, runner)
-
-    def _proven_runner(self, addresses: Addresses) -> ModelRunner:
-        """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
-        runner = self._source.runner
-        if not addresses.is_certain and self._source.ids != addresses.ids:
-            raise ModelMismatch(
-                f"{self._source.name} is not the model that was recorded for its files",
-                hint="Make the LanguageModel again; nothing was stored under the wrong name.",
-            )
-        if not runner.is_proven(addresses.ids.weights_id):
-            self._prove(runner, addresses.ids.weights_id)
-            self._db.model_metadata.describe(addresses.ids.tokenizer_id, self._describe_tokenizer)
-        runner.require_supported()
-        return runner
-
-    def _prove(self, runner: ModelRunner, weights_id: WeightsId) -> None:
-        """Settle how the model is computed: by what the database or this machine remembers, else by a self-check."""
-        device = runner.device.type
-        known = self._db.model_metadata.recall(lambda catalog: catalog.model(weights_id))
-        is_recorded = runner.accepts(known)
-        if not is_recorded:
-            known = verdicts.recalled(weights_id, device=device, name=runner.name)
-        with (
-            nullcontext() if runner.accepts(known) else self._notice(f"checking once that {runner.name} can be cached")
-        ):
-            record = runner.prove(weights_id, known)
-        if record is not None:
-            verdicts.remember(record, device=device)
-        found = record or known
-        if found is not None and not is_recorded:
-            self._db.model_metadata.save(found)
-
-    def _notice(self, text: str) -> tqdm[Any]:
-        """Show a line in a terminal while something is done that takes long and has no measure."""
-        logger.info("%s", text)
-        hidden = None if self._progress else True
-        return tqdm(desc=text, bar_format="{desc} ...", disable=hidden, leave=False)
-
-    def _describe_tokenizer(self) -> TokenizerRecord:
-        tokenizer = self._source.tokenizer
-        kind = type(tokenizer.tokenizer).__name__
-        definition = packed(tokenizer.definition()) if tokenizer.is_fast else b""
-        return TokenizerRecord(tokenizer.id, self._source.name, kind, len(tokenizer.tokenizer), definition)
 
     def _persist(self, call: Call, prefill: Prefill, pack: plan.Pack, result: PassResult) -> None:
         """Queue the parts to keep. The seconds of a pass are divided among its segments by tokens.

@@ -6,7 +6,6 @@ Nothing is computed, written or counted; torch is not needed.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -38,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 10.0
-
 _TOKENIZER_FILE = "tokenizer.json"
 _MIN_DIGITS = 8
 _NUM_DIGITS = 12
@@ -57,7 +54,7 @@ def explain_run(db: Database, source: ModelSource, healed: Healed) -> Explanatio
     Waits until what is queued is written: the catalog does not know of it before.
     """
     ids = source.ids
-    wait_until_written(db)
+    db.wait_until_written()
     explanation = explain(db, ids, healed, tokenizer=source.tokenizer)
     if explanation.dtype is not None or not source.is_loaded:
         return replace(explanation, model_name=explanation.model_name or source.name)
@@ -94,13 +91,6 @@ class _Recorded:
         if self.known_tokenizer is None:
             raise _NoTokenizer
         return self.known_tokenizer
-
-
-def wait_until_written(db: Database) -> None:
-    """Wait for what is queued for writing, but not for long."""
-    is_written = threading.Event()
-    db.when_written(is_written.set)
-    is_written.wait(_PATIENCE_SECONDS)
 
 
 def explain(db: Database, ids: ModelIds, healed: Healed, *, tokenizer: SegmentTokenizer | None) -> Explanation:

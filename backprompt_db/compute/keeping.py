@@ -68,20 +68,25 @@ class Keeper:
         segments = ancestry(tips)
         if keep.parts is not None:
             return dict.fromkeys(segments, keep.parts)
+        self._remember(segments)
         ends = [each for each in _ends(segments) if not self._was_computed(each, addresses)]
-        return dict.fromkeys(self._further(ends), _SCORES)
+        return dict.fromkeys([end for end in ends if not self._is_first(end)], _SCORES)
 
     def to_warm(self, tips: Iterable[Segment], keep: Keep) -> Wanted:
         """Return the parts of each segment up to `tips` that running them may need, as long as nothing follows."""
         segments = ancestry(tips)
-        wanted = dict.fromkeys(segments, _ALL if keep.parts is None else keep.parts)
-        further = self._further(_ends(segments)) if keep.parts is None else []
-        return wanted | dict.fromkeys(further, _SCORES | {Part.LOGITS})
+        if keep.parts is not None:
+            return dict.fromkeys(segments, keep.parts)
+        self._remember(segments)
+        further = [end for end in _ends(segments) if not self._is_first(end)]
+        return dict.fromkeys(segments, _ALL) | dict.fromkeys(further, _SCORES | {Part.LOGITS})
 
     def of_endings(self, endings: Sequence[Ending], keep: Keep, addresses: Addresses) -> Wanted:
         """Return the parts to store where completions are scored: of these, only scores."""
         scored = dict.fromkeys([each for some in endings for each in (*some.segments, *some.without)], _SCORES)
-        before = [each for each in ancestry(scored) if each not in scored]
+        segments = ancestry(scored)
+        self._remember(segments)
+        before = [each for each in segments if each not in scored]
         if keep.parts is not None:
             return dict.fromkeys(before, keep.parts) | scored
         ends = [end for end in _ends(before) if not self._was_computed(end, addresses)]
@@ -91,20 +96,20 @@ class Keeper:
         """Whether a segment that must be computed had been before: its scores are stored, and no more of it."""
         return self._db.has(Key(addresses.address(segment), Part.SCORES))
 
-    def _further(self, ends: Sequence[Segment]) -> list[Segment]:
-        """Return the ends from whose parents other texts have gone on, or go on here, and in another way."""
-        num_siblings = Counter(end.parent_ids for end in ends)
-        return [end for end in ends if end.parents and not self._is_first(end, num_siblings[end.parent_ids])]
+    def _remember(self, segments: Sequence[Segment]) -> None:
+        """Remember how texts go on here: what the catalog knows comes later, when it is written."""
+        if len(self._first) > _MAX_REMEMBERED:
+            self._first.clear()
+        together = Counter(segment.parent_ids for segment in segments)
+        for segment in segments:
+            self._first.setdefault(segment.parent_ids, segment.id if together[segment.parent_ids] == 1 else None)
 
-    def _is_first(self, end: Segment, num_siblings: int) -> bool:
-        """Whether a text has not gone on from the parents of this segment in any other way."""
-        key = end.parent_ids
-        if key not in self._first:
-            if len(self._first) > _MAX_REMEMBERED:
-                self._first.clear()
-            is_alone = num_siblings == 1 and not self._db.catalogs.is_continued(key, besides=end.id)
-            self._first[key] = end.id if is_alone else None
-        return self._first.get(key) == end.id
+    def _is_first(self, end: Segment) -> bool:
+        """Whether a segment begins a prompt, or its parents have not gone on in any other way."""
+        if not end.parents:
+            return True
+        is_first = self._first.get(end.parent_ids) == end.id
+        return is_first and not self._db.catalogs.is_continued(end.parent_ids, besides=end.id)
 
 
 def _ends(segments: Sequence[Segment]) -> list[Segment]:

@@ -56,8 +56,8 @@ _Taken = TypeVar("_Taken")
 MEMORY = ":memory:"
 """The location of a database that is kept in memory and leaves nothing behind."""
 
-_PATIENCE_SECONDS = 2.0
-"""How long `stats` waits for what is being written."""
+_PATIENCE_SECONDS = 10.0
+"""How long those who only look wait for what is being written."""
 
 _OVERHEAD_NBYTES = 2048
 """What a part costs in memory beside its bytes, roughly."""
@@ -130,9 +130,7 @@ class Database:
             raise CatalogError(
                 "a database in memory has no statistics", hint="Open one in a directory; `counters` are there always."
             )
-        is_written = threading.Event()
-        self.when_written(is_written.set)
-        is_written.wait(_PATIENCE_SECONDS)
+        self.wait_until_written()
         self._resources.record_uses()
         return gathered(self.directory, namespace=namespace)
 
@@ -213,6 +211,12 @@ class Database:
     def when_written(self, then: Callable[[], None]) -> None:
         """Call `then`, which must not raise, as soon as all that was put by now is stored, or given up."""
         self.writer.when_done(then)
+
+    def wait_until_written(self) -> None:
+        """Wait for what is queued for writing, but not for long."""
+        is_written = threading.Event()
+        self.when_written(is_written.set)
+        is_written.wait(_PATIENCE_SECONDS)
 
     def discard(self, key: Key) -> None:
         """Remove a stored part that turned out to be unusable, and count it as quarantined."""

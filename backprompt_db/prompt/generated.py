@@ -79,14 +79,7 @@ class Generated:
     @property
     def counters(self) -> ModelCounters:
         """What was found, computed and generated, and about how long computing what was found would have taken."""
-        return ModelCounters(
-            num_model_calls=self.num_model_calls,
-            num_computed_tokens=self.num_computed_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            num_decoded_tokens=self.num_decoded_tokens,
-            seconds=self.seconds,
-            saved_seconds=self.prompt.model.seconds_for(self.num_cached_tokens),
-        )
+        return ModelCounters.of(self, saved_seconds=self.prompt.model.seconds_for(self.num_cached_tokens))
 
     def report(self) -> str:
         """Return in one line what was found, computed and generated, and the seconds that this took and saved."""

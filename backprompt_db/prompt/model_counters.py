@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from backprompt_db.views.formatting import duration, plural
 
@@ -23,6 +24,12 @@ class ModelCounters:
     """What all of it took; waiting for models to load is part of it."""
     saved_seconds: float | None = None
     """About what computing the cached tokens would have taken, at the usual pace of the model; None if unknown."""
+
+    @classmethod
+    def of(cls, result: Any, *, saved_seconds: float | None) -> ModelCounters:
+        """Return the counts that a result has, under the same names."""
+        names = ("num_model_calls", "num_computed_tokens", "num_cached_tokens", "num_decoded_tokens", "seconds")
+        return cls(**{name: getattr(result, name, 0) for name in names}, saved_seconds=saved_seconds)
 
     @property
     def num_asked_tokens(self) -> int:

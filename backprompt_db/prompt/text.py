@@ -522,13 +522,7 @@ class ModelRepr:
     @property
     def counters(self) -> ModelCounters:
         """What was found and computed, and about how long computing what was found would have taken."""
-        return ModelCounters(
-            num_model_calls=self.num_model_calls,
-            num_computed_tokens=self.num_computed_tokens,
-            num_cached_tokens=self.num_cached_tokens,
-            seconds=self.seconds,
-            saved_seconds=self.text.model.seconds_for(self.num_cached_tokens),
-        )
+        return ModelCounters.of(self, saved_seconds=self.text.model.seconds_for(self.num_cached_tokens))
 
     def report(self) -> str:
         """Return in one line what was found, what was computed, and the seconds that this took and saved."""

@@ -88,7 +88,8 @@ def test_in_a_directory_with_a_pipe_no_database_is_made_or_the_pipe_is_replaced(
 def test_no_command_waits_for_a_pipe(place: Path, name: str) -> None:
     plant(place / name)
     for command in (["ls"], ["stats"], ["config"], ["doctor"], ["export", "-"]):
-        run(*command, "--db", place)
+        result = run(*command, "--db", place)
+        assert result.exception is None or isinstance(result.exception, SystemExit), "an answer, or an error of our own"
 
 
 @pytest.mark.parametrize("name", ["catalog.sqlite", "catalog.sqlite-journal", "catalog.sqlite-wal"])

@@ -22,7 +22,6 @@ from backprompt_db.compute.batch.costs import (
 from backprompt_db.compute.batch.requests import IsStored, Request, Requests, Work, batches, lacking, too_long, work_of
 from backprompt_db.compute.batch.run_plan import MAX_LISTED, NO_MEMORY, MemoryForecast, RoomForecast, RunPlan, TooLong
 from backprompt_db.compute.call import Addresses
-from backprompt_db.compute.explain import wait_until_written
 from backprompt_db.compute.misses import Records
 from backprompt_db.compute.prefill import Passes
 from backprompt_db.errors import CatalogError, StoreError
@@ -49,7 +48,7 @@ def forecast(engine: Engine, source: ModelSource, db: Database, requests: Reques
     Loads the tokenizer where something is missing, and the model's configuration; where all is stored, nothing.
     Memory grows by some 200 bytes for each distinct segment, whatever the length of its text.
     """
-    wait_until_written(db)
+    db.wait_until_written()
     ids = source.ids
     record = db.model_metadata.recall(lambda catalog: catalog.model(ids.weights_id))
     dry_run = DryRun(db, source, ids, record, deterministic=engine.is_deterministic)

@@ -282,7 +282,8 @@ def locate(name_or_path: str, arguments: dict[str, Any]) -> Path | None:
 
 def _defaults_digest(model: Any) -> bytes:
     """Return a digest of a model's generation configuration, and of the version of the library that reads it."""
-    values = {} if model.generation_config is None else model.generation_config.to_dict()
+    configuration = getattr(model, "generation_config", None)
+    values = {} if configuration is None else configuration.to_dict()
     facts = [version("transformers"), {name: value for name, value in values.items() if name != "transformers_version"}]
     return hashlib.sha256(_DEFAULTS + json.dumps(facts, sort_keys=True, default=str).encode()).digest()
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -18,27 +17,11 @@ import platformdirs
 
 from backprompt_db.catalog.records import ModelRecord
 from backprompt_db.prompt.ids import WeightsId
+from backprompt_db.system.files import read_small, replacing
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "BACKPROMPT_DB_VERDICTS"
-
-
-class _Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What a file holds: the fields of a `ModelRecord` that do not depend on where the model lies."""
-
-    architecture: str
-    dtype: str
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_positions: int | None
-    verdict: str
-    mask_form: str | None
-    max_error: float | None
-    reason: str | None
-    checked_with: str | None
 
 
 def recalled(weights_id: WeightsId, *, device: str, name: str) -> ModelRecord | None:
@@ -47,13 +30,13 @@ def recalled(weights_id: WeightsId, *, device: str, name: str) -> ModelRecord | 
     if path is None:
         return None
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Found)
+        found = msgspec.json.decode(read_small(path), type=ModelRecord)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         logger.info("%s cannot be used: %s", path, error)
         return None
-    return ModelRecord(weights_id=weights_id, name=name, **msgspec.structs.asdict(found))
+    return replace(found, name=name) if found.weights_id == weights_id else None
 
 
 def remember(record: ModelRecord, *, device: str) -> None:
@@ -61,12 +44,10 @@ def remember(record: ModelRecord, *, device: str) -> None:
     path = _path(record.weights_id, device)
     if path is None:
         return
-    content = msgspec.json.encode(msgspec.convert(asdict(record), type=_Found))
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        Path(file.name).replace(path)
+        with replacing(path) as file:
+            file.write(msgspec.json.encode(record))
 
 
 def _path(weights_id: WeightsId, device: str) -> Path | None:
