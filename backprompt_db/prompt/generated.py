@@ -53,8 +53,8 @@ class Generated:
     num_cached_tokens: int = 0
     num_computed_tokens: int = 0
     num_decoded_tokens: int = 0
-    num_model_calls: int = 0
-    seconds: float = 0.0
+    num_model_calls: int = field(default=0, repr=False)
+    seconds: float = field(default=0.0, repr=False)
 
     @cached_property
     def token_ids(self) -> torch.Tensor:

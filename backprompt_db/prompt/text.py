@@ -467,8 +467,8 @@ class ModelRepr:
     ids: ModelIds
     """The weights id and tokenizer id that this was computed under."""
     fidelity: str = "exact"
-    num_model_calls: int = 0
-    seconds: float = 0.0
+    num_model_calls: int = field(default=0, repr=False)
+    seconds: float = field(default=0.0, repr=False)
     store_logits: Callable[[], None] | None = field(default=None, repr=False)
     """Stores `last_logits`, where they were computed and are not stored unless somebody asks for them."""
 

@@ -118,7 +118,7 @@ def _seconds(seconds: float) -> str:
 def _speed(runs: list[Run], plain: Plain | None) -> str:
     first, second = runs
     ratios = [f"{first.seconds / second.seconds:,.0f} times less than the first"]
-    for result in plain.results if plain else ():
+    for result in plain.results[-1:] if plain else ():  # nobody would compute full prompts again and again
         seconds = (plain.start_seconds if plain else 0.0) + result.scoring_seconds
         ratios.append(f"{seconds / second.seconds:,.0f} times less than transformers with {result.name}")
     return f"The second process took {second.seconds:.1f} s and loaded no model: {', '.join(ratios)}."
