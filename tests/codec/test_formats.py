@@ -60,7 +60,7 @@ def written(
         return bp.LanguageModel(model, tokenizer, db=opened[-1])
 
     first = lm()
-    first(prompts(first))
+    first(prompts(first), keep="all")
     first.score("Yes or no?", [" Yes.", " No."])
     first.db.close()
     yield Written(tmp_path / "db", lm, namespace, secret)

@@ -123,7 +123,7 @@ def test_what_nobody_else_computes_is_not_held_up(lm: bp.LanguageModel) -> None:
     busy, free = context + "The quick brown fox", context + "jumps over"
     (busy_address,) = addresses_of(lm, busy)[1:]
     holder = take(lm.db.directory / LOCK, [busy_address])
-    thread, results = in_thread(lambda: lm([busy + " and more", free]))
+    thread, results = in_thread(lambda: lm([busy + " and more", free], keep="all"))
     until(lambda: all(lm.db.has(Key(each, Part.KV)) for each in addresses_of(lm, free)))
     until(lambda: lm.db.counters.num_waits == 1)
     assert not lm.db.has(Key(busy_address, Part.KV))
