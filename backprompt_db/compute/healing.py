@@ -114,10 +114,9 @@ class Healer:
         tokenizer_id = self._source.tokenizer_id if any(chains) else b""
         keys = [_key(tokenizer_id, chain[-1]) if chain else b"" for chain in chains]
         known = self._recall({key: chain for key, chain in zip(keys, chains, strict=True) if chain})
-        new: dict[bytes, tuple[int, ...]] = {}
-        for key, chain in zip(keys, chains, strict=True):
-            if chain and key not in known:
-                known[key] = new[key] = self._cuts(chain, tokenizer_id)
+        unknown = {key: chain for key, chain in zip(keys, chains, strict=True) if chain and key not in known}
+        new = self._cut(unknown, tokenizer_id) if unknown else {}
+        known |= new
         if new and self._source.tokenizer_id != tokenizer_id:  # once loaded, it is another one than was recorded
             return self.heal(texts, namespace=namespace)
         self._metadata.save(*(CutsRecord(key, cuts) for key, cuts in new.items()))
@@ -153,14 +152,26 @@ class Healer:
             self._remembered.clear()
         self._remembered.update(found)
 
-    def _cuts(self, chain: Sequence[Segment], tokenizer_id: bytes) -> tuple[int, ...]:
+    def _cut(self, chains: Mapping[bytes, Sequence[Segment]], tokenizer_id: bytes) -> dict[bytes, tuple[int, ...]]:
+        """Return where to cut the joined strings of chains."""
+        cutter = _Cutter(self._source.tokenizer)
+        ends = []
+        for chain in chains.values():
+            cuts = self._remembered.get(_key(tokenizer_id, chain[-2])) if len(chain) > 2 else ()
+            if cuts is not None:  # as where many completions follow one prompt
+                before = "".join(segment.string for segment in chain[:-1])
+                ends.append(cutter.seam(before, cuts, chain[-1].string))
+        cutter.encode(ends)
+        return {key: self._cuts(chain, tokenizer_id, cutter) for key, chain in chains.items()}
+
+    def _cuts(self, chain: Sequence[Segment], tokenizer_id: bytes, cutter: _Cutter) -> tuple[int, ...]:
         """Return where to cut the joined string of a chain, piece by piece from the left."""
         keys = [_key(tokenizer_id, segment) for segment in chain]
         known = ((number, self._remembered.get(key)) for number, key in reversed(list(enumerate(keys))))
         num_known, cuts = next(((number, cuts) for number, cuts in known if cuts is not None), (0, ()))
         string = "".join(segment.string for segment in chain[: num_known + 1])
         for key, segment in zip(keys[num_known + 1 :], chain[num_known + 1 :], strict=True):
-            cuts = _continued(self._source.tokenizer, string, cuts, segment.string)
+            cuts = cutter.continued(string, cuts, segment.string)
             string += segment.string
             self._remember({key: cuts})
         return cuts
@@ -245,20 +256,72 @@ def _key(tokenizer_id: bytes, tip: Segment) -> bytes:
     return hashlib.sha256(_SEAMS + tokenizer_id + tip.id).digest()
 
 
-def _continued(tokenizer: SegmentTokenizer, string: str, cuts: Sequence[int], more: str) -> tuple[int, ...]:
-    """Return where to cut `string + more`, given where `string` is cut."""
-    seam = len(string)
-    begin = _window(string, cuts, tokenizer.separators) if tokenizer.separators else 0
-    window = (string + more)[begin:]
-    inside = [cut - begin for cut in cuts if cut > begin]
-    kept = tokenizer.exact_cuts(window, [*inside, seam - begin])
-    if seam - begin not in kept:
+class _SeamWindow(NamedTuple):
+    """The end of a string that goes on: as much of it as may have other tokens then, with what follows."""
+
+    begin: int
+    """Where it begins in the string."""
+    string: str
+    cuts: list[int]
+    """Where the string is cut, in the window."""
+    seam: int
+    """Where the string ends, in the window."""
+
+    @property
+    def pieces(self) -> list[str]:
+        """The strings between cuts, if it is cut at the seam too."""
+        places = [0, *self.cuts, self.seam, len(self.string)]
+        return [self.string[begin:end] for begin, end in itertools.pairwise(places)]
+
+
+class _Cutter:
+    """Finds cuts with a tokenizer as it is now, and remembers the ids of the strings that it has read for that."""
+
+    def __init__(self, tokenizer: SegmentTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._separators = tokenizer.separators
+        self._encoded: dict[str, list[int]] = {}
+
+    def encode(self, seams: Iterable[_SeamWindow]) -> None:
+        """Encode what is read at seams in one call: it is most of what finding cuts takes."""
+        strings = dict.fromkeys([string for seam in seams for string in (seam.string, *seam.pieces)])
+        self._encoded |= self._tokenizer.encode_strings(list(strings))
+
+    def seam(self, string: str, cuts: Sequence[int], more: str) -> _SeamWindow:
+        """Return what is read to find out where to cut `string + more`, given where `string` is cut."""
+        begin = _window_begin(string, cuts, self._separators) if self._separators else 0
+        inside = [cut - begin for cut in cuts if cut > begin]
+        return _SeamWindow(begin, string[begin:] + more, inside, len(string) - begin)
+
+    def continued(self, string: str, cuts: Sequence[int], more: str) -> tuple[int, ...]:
+        """Return where to cut `string + more`, given where `string` is cut."""
+        begin, window, inside, seam = self.seam(string, cuts, more)
+        kept = self._tokenizer.exact_cuts(window, [*inside, seam], self._encoded)
+        if seam not in kept:
+            last = kept[-1] if kept else 0
+            kept = self._cut_before(window, kept, window[last:seam])
+        return (*(cut for cut in cuts if cut <= begin), *(cut + begin for cut in kept))
+
+    def _cut_before(self, window: str, kept: list[int], piece: str) -> list[int]:
+        """Return the cuts `kept`, and one at a word in the piece after them; it ends at a seam that a token crosses."""
         last = kept[-1] if kept else 0
-        kept = _cut_before(tokenizer, window, kept, window[last : seam - begin])
-    return (*(cut for cut in cuts if cut <= begin), *(cut + begin for cut in kept))
+        for word in self._tokenizer.words(piece)[: -_NUM_TRIES - 1 : -1]:
+            if word >= _MIN_CHARS:
+                more = self._tokenizer.exact_cuts(window, [*kept, last + word], self._encoded)
+                # The piece alone must be one that may be cut there too.
+                if last + word in more and self._tokenizer.exact_cuts(piece, [word], self._encoded):
+                    return more
+        if len(piece) > _WINDOW_CHARS and self._tokenizer not in _warned:
+            _warned.add(self._tokenizer)
+            logger.warning(
+                "this tokenizer gives %r and what follows it other tokens apart than joined, wherever they are cut: "
+                'they are run as one piece, and computed anew with each continuation (seams="keep" keeps the pieces)',
+                piece[-20:],
+            )
+        return kept
 
 
-def _window(string: str, cuts: Sequence[int], separators: str) -> int:
+def _window_begin(string: str, cuts: Sequence[int], separators: str) -> int:
     """Return an offset before which no token changes, whatever follows the string: a cut, or a word.
 
     What follows a separator between two words does not change the tokens before it, nor do these change those after it.
@@ -270,21 +333,3 @@ def _window(string: str, cuts: Sequence[int], separators: str) -> int:
         return 0
     cut = next((cut for cut in reversed(cuts) if cut <= places[-1]), 0)
     return cut if places[-1] - cut < _LONG_CHARS else places[-1]
-
-
-def _cut_before(tokenizer: SegmentTokenizer, window: str, kept: list[int], piece: str) -> list[int]:
-    """Return the cuts `kept`, and one at a word in the piece after them; it ends at a seam that a token crosses."""
-    last = kept[-1] if kept else 0
-    for word in tokenizer.words(piece)[: -_NUM_TRIES - 1 : -1]:
-        if word >= _MIN_CHARS:
-            more = tokenizer.exact_cuts(window, [*kept, last + word])
-            if last + word in more and tokenizer.exact_cuts(piece, [word]):  # so the piece alone may be cut there too
-                return more
-    if len(piece) > _WINDOW_CHARS and tokenizer not in _warned:
-        _warned.add(tokenizer)
-        logger.warning(
-            "this tokenizer gives %r and what follows it other tokens apart than joined, wherever they are cut: "
-            'they are run as one piece, and computed anew with each continuation (seams="keep" keeps the pieces)',
-            piece[-20:],
-        )
-    return kept

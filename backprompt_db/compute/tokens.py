@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from backprompt_db.database.vocabulary import open_vocabulary, vocabulary_of
@@ -151,7 +151,7 @@ class SegmentTokenizer:
                 if encode_strings(self.own, [string[cuts[-1] : cut]])[0] == ids[begin:index]:
                     cuts.append(cut)
                     begin = index
-        return self._exact(string, cuts[1:], ids)
+        return self._exact(string, cuts[1:], ids, {})
 
     @property
     def separators(self) -> str:
@@ -181,21 +181,33 @@ class SegmentTokenizer:
         )
         return sorted({*begins} - {0})
 
-    def exact_cuts(self, string: str, cuts: Sequence[int]) -> list[int]:
+    def encode_strings(self, strings: Sequence[str]) -> dict[str, list[int]]:
+        """Return the ids of each string alone, without special tokens."""
+        return dict(zip(strings, encode_strings(self._refreshed().tokenizer, strings), strict=True))
+
+    def exact_cuts(
+        self, string: str, cuts: Sequence[int], encoded: MutableMapping[str, list[int]] | None = None
+    ) -> list[int]:
         """Return the `cuts`, ascending offsets, at which `string` can be cut into pieces with exactly its tokens.
 
         Cuts that would change tokens are dropped. Whether one stays depends on what precedes it and on the piece after
-        it, so strings with a common beginning share its pieces.
+        it, so strings with a common beginning share its pieces. `encoded` has the ids of strings that were encoded
+        already, and gets those of others.
         """
-        return self._exact(string, cuts, encode_strings(self._refreshed().tokenizer, [string])[0])
+        encoded = {} if encoded is None else encoded
+        if string not in encoded:
+            encoded.update(self.encode_strings([string]))
+        return self._exact(string, cuts, encoded[string], encoded)
 
     def writes_start(self, string: str) -> bool:
         """Return whether `string` itself begins with the start tokens of a prompt."""
         learned = self._refreshed()
         return _begin(encode_strings(learned.tokenizer, [string])[0], learned.start_ids)
 
-    def _exact(self, string: str, cuts: Sequence[int], ids: list[int]) -> list[int]:
-        pieces = _Pieces(self.own, string, ids, self.start_ids)
+    def _exact(
+        self, string: str, cuts: Sequence[int], ids: list[int], encoded: MutableMapping[str, list[int]]
+    ) -> list[int]:
+        pieces = _Pieces(self.own, string, ids, self.start_ids, encoded)
         pieces.learn([0, *cuts, len(string)])
         for cut in cuts:
             pieces.end_at(cut, num_tries=2)
@@ -374,18 +386,27 @@ class _Place(NamedTuple):
 class _Pieces:
     """The beginning of a string, cut into pieces that have the same tokens alone as within the string."""
 
-    def __init__(self, tokenizer: Any, string: str, ids: list[int], start_ids: list[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        string: str,
+        ids: list[int],
+        start_ids: list[int],
+        known: MutableMapping[str, list[int]],
+    ) -> None:
         self._tokenizer = tokenizer
         self._string = string
         self._ids = ids
         self._start_ids = start_ids
-        self._known: dict[str, list[int]] = {}
+        self._known = known
+        """The ids of strings."""
         self.places = [_Place(0, 0)]
         """Where each piece begins, and where the last one ends."""
 
     def learn(self, offsets: Sequence[int]) -> None:
         """Encode the pieces between `offsets` in one call: most of them will be needed."""
         pieces = [self._string[first:last] for first, last in itertools.pairwise(offsets)]
+        pieces = [piece for piece in pieces if piece not in self._known]
         self._known.update(zip(pieces, encode_strings(self._tokenizer, pieces), strict=True))
 
     def end_at(self, end: int, *, num_tries: int) -> None:
