@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from backprompt_db.database.statistics import Stats as Stats
     from backprompt_db.errors import BackpromptError as BackpromptError
     from backprompt_db.model import LanguageModel as LanguageModel
+    from backprompt_db.prompt.best import Best as Best
     from backprompt_db.prompt.explanation import Explanation as Explanation
     from backprompt_db.prompt.explanation import SegmentExplanation as SegmentExplanation
     from backprompt_db.prompt.generated import Generated as Generated
@@ -49,6 +50,7 @@ __version__ = version("backprompt-db")
 _HOMES = {
     "Adopted": "compute.adopt.adopt",
     "BackpromptError": "errors",
+    "Best": "prompt.best",
     "Counters": "database.counters",
     "Database": "database.database",
     "Explanation": "prompt.explanation",

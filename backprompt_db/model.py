@@ -26,6 +26,7 @@ from backprompt_db.compute.tokens import vocabulary
 from backprompt_db.database.database import MEMORY, Database
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
+from backprompt_db.prompt.best import Best
 from backprompt_db.prompt.explanation import Explanation
 from backprompt_db.prompt.generated import Generated
 from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
@@ -306,6 +307,51 @@ class LanguageModel:
         return self._score(list(prompt), completions, keep)
 
     @overload
+    def best(  # type: ignore[overload-overlap]  # a str is iterable
+        self, prompt: Text | str, completions: Iterable[Text | str], *, k: None = ..., **ranking: Any
+    ) -> Best: ...
+    @overload
+    def best(  # type: ignore[overload-overlap]
+        self, prompt: Text | str, completions: Iterable[Text | str], *, k: int, **ranking: Any
+    ) -> list[Best]: ...
+    @overload
+    def best(
+        self, prompt: Iterable[Text | str], completions: Iterable[Text | str], *, k: None = ..., **ranking: Any
+    ) -> list[Best]: ...
+    @overload
+    def best(
+        self, prompt: Iterable[Text | str], completions: Iterable[Text | str], *, k: int, **ranking: Any
+    ) -> list[list[Best]]: ...
+    def best(
+        self,
+        prompt: _Texts,
+        completions: Iterable[Text | str],
+        *,
+        k: int | None = None,
+        bias: npt.ArrayLike | None = None,
+        normalize: str | npt.ArrayLike | None = None,
+        keep: _Keep | None = None,
+    ) -> Best | list[Best] | list[list[Best]]:
+        """Return the likeliest completion of a prompt, or of each of several, without scoring all of them to the end.
+
+        With `k`, a list of the `k` best, the best first. It is what sorting `bias + weight * lm.score(...)` gives, those
+        of equal value in the order given, mostly from a fraction of the tokens: a completion is left as soon as enough
+        others are better, whatever its other tokens. What was learned is stored, and computed once.
+
+        `bias` has a number for each completion, or a row of them for each prompt: minus what `score` says without the
+        request calibrates. `normalize` says what a log-probability is divided by: `"tokens"` of the completion,
+        `"bytes"` of its string, or an array of weights, above 0, by which it is multiplied. `keep` is as in `score`.
+
+        Raises `PromptError` where `score` does, and for `k`, `bias` or `normalize` that do not fit.
+        """
+        if isinstance(completions, str | Text):
+            raise PromptError("completions is one text", hint="Give a list of completions.")
+        prompts = [prompt] if isinstance(prompt, str | Text) else list(prompt)
+        results = self._best(prompts, list(completions), k=1 if k is None else k, bias=bias, normalize=normalize, keep=keep)
+        several = results if k is not None else [best[0] for best in results]
+        return several[0] if isinstance(prompt, str | Text) else several
+
+    @overload
     def generate(self, prompt: Text | str, *, num_return_sequences: None = ..., **arguments: Any) -> Generated: ...
     @overload
     def generate(self, prompt: Text | str, *, num_return_sequences: int, **arguments: Any) -> list[Generated]: ...
@@ -508,8 +554,28 @@ class LanguageModel:
         own = [self._own(prompt) for prompt in as_texts(prompts, what="prompt")]
         others = [completion.on(self) for completion in as_texts(completions, what="completion")]
         endings = self._healer.endings(own, others, namespace=self.namespace)
-        scores = answers.score(self._engine, self._keeper, endings, keep=self._kept(keep))
-        return scores.reshape(len(own), len(others))
+        scored = answers.scored(self._engine, self._keeper, endings, keep=self._kept(keep))
+        return np.array([each.logprob for each in scored]).reshape(len(own), len(others))
+
+    def _best(
+        self, prompts: Sequence[Text | str], completions: Sequence[Text | str], *, k: Any, bias: Any, normalize: Any,
+        keep: _Keep | None,
+    ) -> list[list[Best]]:  # fmt: skip
+        from backprompt_db.compute.best import Chooser, Ranking
+
+        own = [self._own(prompt) for prompt in as_texts(prompts, what="prompt")]
+        others = [completion.on(self) for completion in as_texts(completions, what="completion")]
+        if not others:
+            raise PromptError("there are no completions", hint="Give at least one.")
+        strings = [str(each) for each in others]
+        ranking = Ranking.of(k=k, bias=bias, normalize=normalize, num_prompts=len(own), completions=strings)
+        endings = self._healer.endings(own, others, namespace=self.namespace)
+        each_prompt = [endings[begin : begin + len(others)] for begin in range(0, len(endings), len(others))]
+        chooser = Chooser(self._engine, self._source, self._keeper, self._kept(keep))
+        return [
+            [Best(each.index, completions[each.index], each.value, each.logprob, each.num_tokens) for each in found]
+            for found in chooser.choose(each_prompt, ranking)
+        ]
 
     def _requests(self, texts: _Texts, completions: _Texts | None, keep: _Keep | None) -> Requests:
         return Requests.of(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from backprompt_db.compute import plan
 from backprompt_db.compute.call import Call
@@ -27,6 +27,10 @@ from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import ModelRepr
 
 _SCORES, _LOGITS, _KV = (frozenset({part}) for part in (Part.SCORES, Part.LOGITS, Part.KV))
+
+Parts = Mapping[Need, Arrays]
+"""Parts of segments that were found or computed."""
+
 _NEEDED_BY_OTHERS = frozenset({Part.LOGITS, Part.KV})
 
 
@@ -67,8 +71,17 @@ def past_key_values(engine: Engine, healed: Healed) -> list[Arrays]:
     return [call.found[segment, Part.KV] for segment in segments]
 
 
-def score(engine: Engine, keeper: Keeper, endings: Sequence[Ending], *, keep: Keep) -> npt.NDArray[np.float64]:
-    """Return the log-probability of each completion: [num_endings].
+class Scored(NamedTuple):
+    """A completion after a prompt."""
+
+    logprob: float
+    """Its natural log-probability, summed over its tokens."""
+    num_tokens: int
+    """How many tokens it adds to those of the prompt."""
+
+
+def scored(engine: Engine, keeper: Keeper, endings: Sequence[Ending], *, keep: Keep) -> list[Scored]:
+    """Return the log-probability of each completion.
 
     It is that of prompt and completion less that of the prompt, each with the tokens of its joined string. Raises
     `PromptError` where they differ in their first token, which nothing predicts.
@@ -85,13 +98,24 @@ def score(engine: Engine, keeper: Keeper, endings: Sequence[Ending], *, keep: Ke
                     "the first token of the prompt crosses the seam, and nothing predicts it",
                     hint="Give the prompt one more word.",
                 )
-    return np.array([_sum(found, ending.segments) - _sum(found, ending.without) for ending in endings])
+    return [
+        Scored(
+            logprob(found, ending.segments) - logprob(found, ending.without),
+            num_tokens(found, ending.segments) - num_tokens(found, ending.without),
+        )
+        for ending in endings
+    ]
 
 
-def _sum(found: Mapping[Need, Arrays], segments: Iterable[Segment]) -> float:
+def logprob(found: Parts, segments: Iterable[Segment]) -> float:
     """Return the sum of the log-probabilities of segments; a first token, which is in both sums, counts for nothing."""
     rows = ((segment, found[segment, Part.SCORES]["token_logprobs"].numpy()) for segment in segments)
     return sum(float(row[0 if segment.parents else 1 :].sum(dtype=np.float64)) for segment, row in rows)
+
+
+def num_tokens(found: Parts, segments: Iterable[Segment]) -> int:
+    """Return how many tokens segments have."""
+    return sum(found[segment, Part.SCORES]["input_ids"].shape[0] for segment in segments)
 
 
 class Recomputer:
@@ -115,7 +139,7 @@ class Recomputer:
         """The safetensors name of the dtype of keys and values."""
         return self._source.runner.kv_dtype
 
-    def compute(self, wanted: Wanted) -> Mapping[Need, Arrays]:
+    def compute(self, wanted: Wanted) -> Parts:
         """Return the wanted parts. Raises a `ComputeError` where the model cannot be used."""
         keep = dict.fromkeys(ancestry(wanted), _NEEDED_BY_OTHERS)
         with open_database(MEMORY) as db:
@@ -139,9 +163,9 @@ def _result(healed: Healed, segments: Sequence[Segment], call: Call, *, fidelity
     """Collect the parts of one text. A segment that was computed counts for the first text that contains it."""
     found, computed = call.found, call.computed
     scores = tuple(found[segment, Part.SCORES] for segment in segments)
-    num_tokens = {segment: part["input_ids"].shape[0] for segment, part in zip(segments, scores, strict=True)}
+    lengths = {segment: part["input_ids"].shape[0] for segment, part in zip(segments, scores, strict=True)}
     is_computed = tuple(segment in computed for segment in segments)
-    num_computed = sum(num_tokens[segment] for segment in segments if segment in computed)
+    num_computed = sum(lengths[segment] for segment in segments if segment in computed)
     computed.difference_update(segments)
     after = found.get((segments[-1], Part.LOGITS)) if len(healed.tips) == 1 else None
     return ModelRepr(
@@ -150,7 +174,7 @@ def _result(healed: Healed, segments: Sequence[Segment], call: Call, *, fidelity
         scores=scores,
         last_logits=None if after is None else after["logits"],
         store_logits=call.spare.get(segments[-1]),
-        num_cached_tokens=sum(num_tokens.values()) - num_computed,
+        num_cached_tokens=sum(lengths.values()) - num_computed,
         num_computed_tokens=num_computed,
         is_computed=is_computed,
         num_model_calls=call.num_model_calls,

@@ -26,6 +26,9 @@ from backprompt_db.prompt.representation import Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from backprompt_db.compute.inference.forward import PassResult
     from backprompt_db.compute.inference.kv_cache import KVBuffer
     from backprompt_db.compute.inference.loading import ModelSource
@@ -119,9 +122,32 @@ class Engine:
 
     def find(self, wanted: Wanted, addresses: Addresses) -> Call:
         """Return the call with those of the wanted parts that are stored; nothing is computed."""
-        call = Call(self._db, self._source, addresses, wanted=wanted, keep={})
+        call = self.look(wanted, addresses)
         self._count(call)
         return call
+
+    def look(self, wanted: Wanted, addresses: Addresses) -> Call:
+        """Do as `find`, without counting what was found as tokens that needed no computation."""
+        return Call(self._db, self._source, addresses, wanted=wanted, keep={})
+
+    def follow(self, call: Call, prefill: Prefill) -> dict[Segment, npt.NDArray[np.float32]] | None:
+        """Compute passes of which nothing is stored, and return the log-probabilities of the followers asked for.
+
+        Keys and values stay in `call.found`. None where those of a context are not there any more.
+        """
+        logprobs: dict[Segment, npt.NDArray[np.float32]] = {}
+        for pack in prefill.packs:
+            context = self._acquire_prefix(call, prefill, pack)
+            if context is None:
+                return None
+            result = prefill.compute(pack, context, call.found)
+            self._release_prefix(call, prefill, pack, context, num_whole=result.num_whole)
+            call.add(pack, result, prefill)
+            self._pace.add(result.seconds, result.num_tokens)
+            self.num_computed_tokens += result.num_tokens
+            self.seconds += result.seconds
+            logprobs.update(result.followers)
+        return logprobs
 
     def count_decoded(self, num_tokens: int, *, seconds: float) -> None:
         """Count tokens that were generated."""
@@ -182,6 +208,12 @@ class Engine:
         addresses = Addresses(ids)
         origin = addresses.origin(segment, num_tokens, seconds, versions=self._source.runner.versions)
         self._db.put([NewPart(addresses.key(segment, part), arrays, origin) for part, arrays in parts.items()])
+
+    def store_continuations(self, segment: Segment, arrays: Arrays, *, ids: ModelIds, num_tokens: int) -> None:
+        """Queue what is known of the tokens after a segment; it takes the place of what was known before."""
+        addresses = Addresses(ids)
+        origin = addresses.origin(segment, num_tokens, 0.0, versions=self._source.runner.versions)
+        self._db.put_later(NewPart(addresses.key(segment, Part.CONTINUATIONS), arrays, origin))
 
     def _take_beginnings(self, call: Call, missing: Wanted, donors: Mapping[Segment, Segment]) -> None:
         """Store the missing segments that stored ones begin with: only the logits after them must be computed.

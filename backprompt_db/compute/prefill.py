@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,8 @@ class Prefill(Passes):
     """Passes to compute with one model."""
 
     runner: ModelRunner
+    followers: Mapping[Segment, Sequence[int]] = field(default_factory=dict)
+    """Tokens of which the log-probabilities after segments are asked for."""
 
     def fits(self, segment: Segment, kv: Arrays) -> bool:
         """Whether keys and values have the shape that this model gives to those of a segment."""
@@ -74,6 +76,7 @@ class Prefill(Passes):
             context=context,
             predictions={segment: found[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
             produce={segment: self.produced(segment) for segment in pack.segments},
+            followers=self.followers,
         )
 
     def retain(self, pack: Pack, computed: PassResult, found: MutableMapping[Need, Arrays]) -> None:

@@ -43,6 +43,8 @@ class PassResult:
     """Tokens that went through the model; 0 where all scores followed from stored logits."""
     num_whole: int
     """How many segments, from the first on, have the keys and values of all their tokens in the buffer."""
+    followers: Mapping[Segment, npt.NDArray[np.float32]]
+    """The log-probabilities that were asked for of tokens after segments."""
 
 
 def compute_pack(
@@ -56,19 +58,21 @@ def compute_pack(
     context: KVBuffer,
     predictions: Mapping[Segment, Array],
     produce: Mapping[Segment, frozenset[Part]],
+    followers: Mapping[Segment, Sequence[int]],
 ) -> PassResult:
     """Run the model once, at most, and return the parts of the pack's segments that `produce` names.
 
     `context` holds the keys and values of `pack.context`, in that order, and is extended by those of the new tokens;
     `head` is the module that alone makes the logits, if there is one. `predictions` are the stored logits of the
-    pack's predictors.
+    pack's predictors. `followers` are tokens of which the log-probabilities after segments are asked for; of these
+    segments keys and values must be produced.
     """
     began = time.perf_counter()
     lengths = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
     fed = {**lengths, **fed_lengths(pack, lengths, produce)}
     ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
     first = context.length
-    scores = _PackScores(pack, input_ids, fed, produce)
+    scores = _PackScores(pack, input_ids, fed, produce, followers)
     if len(ids):
         places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
         with evaluation(model):
@@ -82,7 +86,7 @@ def compute_pack(
             is_kv = part is Part.KV
             parts[segment, part] = context.slice(first + begin, first + end) if is_kv else scores.part(segment, part)
     num_whole = next((n for n, each in enumerate(pack.segments) if fed[each] < lengths[each]), len(pack.segments))
-    return PassResult(parts, time.perf_counter() - began, len(ids), num_whole)
+    return PassResult(parts, time.perf_counter() - began, len(ids), num_whole, scores.followers)
 
 
 def extend(
@@ -119,7 +123,10 @@ class _PackScores:
         input_ids: Mapping[Segment, Sequence[int]],
         fed: Mapping[Segment, int],
         produce: Mapping[Segment, frozenset[Part]],
+        followers: Mapping[Segment, Sequence[int]],
     ) -> None:
+        self.followers: dict[Segment, npt.NDArray[np.float32]] = {}
+        self._followers = followers
         self._input_ids = input_ids
         self._logprobs: dict[Segment, npt.NDArray[np.float32]] = {}
         self._outside: dict[Segment, list[Segment]] = {}
@@ -128,9 +135,10 @@ class _PackScores:
         self._rows: list[tuple[Segment, int, npt.NDArray[np.int64]]] = []
         """Each segment, the index of its first token that the pass predicts, and the rows that predict its tokens."""
         offsets = {segment: begin for begin, segment in token_offsets(pack, fed)}
+        self._last = {segment: begin + fed[segment] - 1 for segment, begin in offsets.items()}
         for segment, begin in offsets.items():
             if Part.LOGITS in produce[segment]:
-                self._ends[segment] = begin + fed[segment] - 1
+                self._ends[segment] = self._last[segment]
             if Part.SCORES in produce[segment]:
                 self._ask(segment, begin, offsets, fed)
 
@@ -140,15 +148,18 @@ class _PackScores:
         rows = np.arange(begin, begin + num_tokens - 1)
         parent = segment.parents[0] if len(segment.parents) == 1 else None
         if parent is not None and parent in offsets:
-            rows = np.concatenate([[offsets[parent] + fed[parent] - 1], rows])
+            rows = np.concatenate([[self._last[parent]], rows])
         elif parent is not None:
             self._outside.setdefault(parent, []).append(segment)
         self._rows.append((segment, num_tokens - len(rows), rows))
 
     def read(self, predicted: Predictions) -> None:
         """Read the scores and last logits from the predictions of the pass."""
+        asked = [segment for segment in self._last if segment in self._followers]
         rows = [each for _, _, each in self._rows]
+        rows += [np.full(len(self._followers[segment]), self._last[segment]) for segment in asked]
         targets = [np.asarray(self._input_ids[segment])[first:] for segment, first, _ in self._rows]
+        targets += [np.asarray(self._followers[segment]) for segment in asked]
         none = np.empty(0, dtype=np.int64)
         query = LogitsQuery(
             np.concatenate([none, *rows]), np.concatenate([none, *targets]), np.array([*self._ends.values()], np.int64)
@@ -156,8 +167,9 @@ class _PackScores:
         logprobs, logits = predicted.read(query)
         self._logits = dict(zip(self._ends, logits, strict=True))
         parts = np.split(logprobs, np.cumsum([len(each) for each in rows])[:-1]) if rows else []
-        for (segment, first, _), part in zip(self._rows, parts, strict=True):
+        for (segment, first, _), part in zip(self._rows, parts, strict=False):
             self._logprobs[segment][first:] = part
+        self.followers = dict(zip(asked, parts[len(self._rows) :], strict=True))
 
     def read_outside(self, predictions: Mapping[Segment, Array]) -> None:
         """Read the log-probabilities of first tokens from stored logits of the segments before them."""

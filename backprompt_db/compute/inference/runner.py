@@ -199,11 +199,12 @@ class ModelRunner:
         context: KVBuffer,
         predictions: Mapping[Segment, Array],
         produce: Mapping[Segment, frozenset[Part]],
+        followers: Mapping[Segment, Sequence[int]],
     ) -> PassResult:
         """Run the model at most once; see `compute_pack`. Raises `UnsupportedModel` for a refused model."""
         computed = compute_pack(
             self.model, pack, form=self.require_supported(), head=self.head, input_ids=input_ids, starts=starts,
-            context=context, predictions=predictions, produce=produce,
+            context=context, predictions=predictions, produce=produce, followers=followers,
         )  # fmt: skip
         self.num_calls += computed.num_tokens > 0
         return computed

@@ -286,7 +286,7 @@ def _in_passes(model: Any, shape: KVShape, form: MaskForm, tree: _Tree, *, max_s
             model, pack, form=form, head=head, input_ids=tree.input_ids, starts=starts,
             context=assemble(shape, context, capacity=num_tokens, device=model.device),
             predictions={segment: parts[segment, Part.LOGITS]["logits"] for segment in pack.predictors},
-            produce=dict.fromkeys(pack.segments, _ALL),
+            produce=dict.fromkeys(pack.segments, _ALL), followers={},
         )  # fmt: skip
         parts.update(computed.parts)
     return {
