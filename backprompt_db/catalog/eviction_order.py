@@ -141,7 +141,7 @@ class EvictionOrder(CatalogFile):
         Such a part is recorded, its representation is not pinned, and if it is keys and values, none of a following
         segment are recorded.
         """
-        addresses: dict[Part, set[Address]] = {part: set() for part in Part}
+        addresses: dict[Part, set[Address]] = {part: set() for part in NBYTES}
         for address, part in keys:
             addresses[part].add(address)
         with self.reading() as connection:
@@ -165,7 +165,7 @@ def _first_to_go(
     Pinned parts never go, and keys and values only if no others build on them.
     """
     only_expired = [] if nbytes else [choice.is_expired]
-    found = [_ranked(connection, part, nbytes, choice, [*among, *only_expired]) for part in Part]
+    found = [_ranked(connection, part, nbytes, choice, [*among, *only_expired]) for part in NBYTES]
     chosen, sum_nbytes = list[EvictionCandidate](), 0
     for (group, _), candidate in heapq.merge(*found, key=itemgetter(0)):
         if len(chosen) == choice.limit or (group != _EXPIRED and sum_nbytes >= nbytes):
