@@ -83,7 +83,8 @@ class _Choice:
     def value(self, part: Part) -> ColumnElement[float]:
         """Return what a part is worth: seconds of computation per byte, the less the longer it was not used."""
         age = func.max(0.0, self.at - USED_AT) / _HALVING_SECONDS  # a clock may have been set back
-        return Representation.compute_seconds / func.max(NBYTES[part], 1) / (1.0 + age)
+        nbytes = _LEAST_NBYTES if part is Part.CONTINUATIONS else NBYTES[part]
+        return Representation.compute_seconds / func.max(nbytes, 1) / (1.0 + age)
 
 
 class EvictionOrder(CatalogFile):
@@ -236,6 +237,9 @@ def _candidates(
     columns = (Representation.address, nbytes, Representation.compute_seconds, USED_AT, group, value.label("worth"))
     return select(*columns).where(*_may_go(part), *among)
 
+
+_LEAST_NBYTES: ColumnElement[int] = func.min(*(func.coalesce(each, 2**62) for each in NBYTES.values()))
+"""The bytes of the smallest stored part. Continuations count as so many, however much they have grown: they go last."""
 
 _ADDRESS = Representation.address
 _ADDRESSES = select(_ADDRESS)
