@@ -308,19 +308,47 @@ class LanguageModel:
 
     @overload
     def best(  # type: ignore[overload-overlap]  # a str is iterable
-        self, prompt: Text | str, completions: Iterable[Text | str], *, k: None = ..., **ranking: Any
+        self,
+        prompt: Text | str,
+        completions: Iterable[Text | str],
+        *,
+        k: None = ...,
+        bias: npt.ArrayLike | None = ...,
+        normalize: str | npt.ArrayLike | None = ...,
+        keep: _Keep | None = ...,
     ) -> Best: ...
     @overload
-    def best(  # type: ignore[overload-overlap]
-        self, prompt: Text | str, completions: Iterable[Text | str], *, k: int, **ranking: Any
+    def best(  # type: ignore[overload-overlap]  # a str is iterable
+        self,
+        prompt: Text | str,
+        completions: Iterable[Text | str],
+        *,
+        k: int,
+        bias: npt.ArrayLike | None = ...,
+        normalize: str | npt.ArrayLike | None = ...,
+        keep: _Keep | None = ...,
     ) -> list[Best]: ...
     @overload
     def best(
-        self, prompt: Iterable[Text | str], completions: Iterable[Text | str], *, k: None = ..., **ranking: Any
+        self,
+        prompt: Iterable[Text | str],
+        completions: Iterable[Text | str],
+        *,
+        k: None = ...,
+        bias: npt.ArrayLike | None = ...,
+        normalize: str | npt.ArrayLike | None = ...,
+        keep: _Keep | None = ...,
     ) -> list[Best]: ...
     @overload
     def best(
-        self, prompt: Iterable[Text | str], completions: Iterable[Text | str], *, k: int, **ranking: Any
+        self,
+        prompt: Iterable[Text | str],
+        completions: Iterable[Text | str],
+        *,
+        k: int,
+        bias: npt.ArrayLike | None = ...,
+        normalize: str | npt.ArrayLike | None = ...,
+        keep: _Keep | None = ...,
     ) -> list[list[Best]]: ...
     def best(
         self,
@@ -334,9 +362,9 @@ class LanguageModel:
     ) -> Best | list[Best] | list[list[Best]]:
         """Return the likeliest completion of a prompt, or of each of several, without scoring all of them to the end.
 
-        With `k`, a list of the `k` best, the best first. It is what sorting `bias + weight * lm.score(...)` gives, those
-        of equal value in the order given, mostly from a fraction of the tokens: a completion is left as soon as enough
-        others are better, whatever its other tokens. What was learned is stored, and computed once.
+        With `k`, a list of the `k` best, the best first, those of equal value in the order given. It is what sorting
+        `bias + weight * lm.score(...)` gives, mostly from a fraction of the tokens: a completion is left as soon as
+        enough others are better, whatever the rest of its tokens. What was learned is stored, and computed once.
 
         `bias` has a number for each completion, or a row of them for each prompt: minus what `score` says without the
         request calibrates. `normalize` says what a log-probability is divided by: `"tokens"` of the completion,
@@ -347,7 +375,9 @@ class LanguageModel:
         if isinstance(completions, str | Text):
             raise PromptError("completions is one text", hint="Give a list of completions.")
         prompts = [prompt] if isinstance(prompt, str | Text) else list(prompt)
-        results = self._best(prompts, list(completions), k=1 if k is None else k, bias=bias, normalize=normalize, keep=keep)
+        results = self._best(
+            prompts, list(completions), k=1 if k is None else k, bias=bias, normalize=normalize, keep=keep
+        )
         several = results if k is not None else [best[0] for best in results]
         return several[0] if isinstance(prompt, str | Text) else several
 
@@ -562,6 +592,7 @@ class LanguageModel:
         keep: _Keep | None,
     ) -> list[list[Best]]:  # fmt: skip
         from backprompt_db.compute.best import Chooser, Ranking
+        from backprompt_db.compute.encodings import Encodings
 
         own = [self._own(prompt) for prompt in as_texts(prompts, what="prompt")]
         others = [completion.on(self) for completion in as_texts(completions, what="completion")]
@@ -571,9 +602,10 @@ class LanguageModel:
         ranking = Ranking.of(k=k, bias=bias, normalize=normalize, num_prompts=len(own), completions=strings)
         endings = self._healer.endings(own, others, namespace=self.namespace)
         each_prompt = [endings[begin : begin + len(others)] for begin in range(0, len(endings), len(others))]
-        chooser = Chooser(self._engine, self._source, self._keeper, self._kept(keep))
+        encodings = Encodings(self._source, self._answering_db.model_metadata)
+        chooser = Chooser(self._engine, self._source, self._keeper, encodings, self._kept(keep))
         return [
-            [Best(each.index, completions[each.index], each.value, each.logprob, each.num_tokens) for each in found]
+            [Best(each.number, completions[each.number], each.value, each.logprob, each.num_tokens) for each in found]
             for found in chooser.choose(each_prompt, ranking)
         ]
 

@@ -48,11 +48,13 @@ def endpoints(directory: Path) -> list[Measurement]:
     measured = []
     for name, (ranking, values, target) in rankings.items():
         place = directory / "scratch" / name.replace(" ", "-")
-        num_tokens, num_calls, took = _best_of(place, model, tokenizer, task.context, real, task.completions, ranking, values)
+        num_tokens, num_calls, took = _best_of(
+            place, model, tokenizer, task.context, real, task.completions, ranking, values
+        )
         what = (
             f"{NUM_REQUESTS} requests, {len(task.completions)} endpoints, {name}, SmolLM2-135M-Instruct: label tokens "
-            f"computed, of {num_label_tokens} a request ({num_tokens / NUM_REQUESTS:.1f} a request in {num_calls} passes; "
-            f"{took / seconds:.2f} of the time of scoring all, prompts stored before)"
+            f"computed, of {num_label_tokens} a request ({num_tokens / NUM_REQUESTS:.1f} a request in {num_calls} "
+            f"passes; {took / seconds:.2f} of the time of scoring all, prompts stored before)"
         )
         share = num_tokens / NUM_REQUESTS / num_label_tokens
         measured.append(Measurement("best", what, share, "x", target, is_lower_better=True))
@@ -92,7 +94,7 @@ def names(directory: Path) -> list[Measurement]:
 
 
 def function_names(num_names: int) -> list[str]:
-    """Return public functions, classes and methods of Python's standard library and of NumPy, read from their source."""
+    """Return names of public functions, classes and methods of Python's standard library and NumPy."""
     places = Path(sysconfig.get_path("stdlib")), Path(np.__path__[0])
     found = dict.fromkeys([name for place in places for name in _public_names(place)])
     step = max(1, len(found) // num_names)

@@ -17,6 +17,7 @@ from backprompt_db.catalog.schema import (
     NBYTES,
     USED_AT,
     Base,
+    EncodingRow,
     GenerationRow,
     GreedyPathRow,
     Model,
@@ -102,6 +103,7 @@ class Changes(CatalogFile):
             addresses = {address for address, _ in gone}
             with self.writing() as connection:
                 models.forget_continuations(connection, addresses)  # first: it needs to know what they follow
+                connection.execute(delete(EncodingRow))  # which strings these are tokens of, nobody can tell
                 forget(connection, gone)
                 search.clear(connection)
                 events.forget_events(connection, addresses)

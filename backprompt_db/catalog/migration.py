@@ -15,7 +15,7 @@ from backprompt_db.system.platform import set_mode
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0006"
+HEAD = "0007"
 """The newest revision in `migrations/versions`. Revisions are numbers of four digits; a newer one is greater."""
 
 _REVISION = re.compile("[0-9]{4}")

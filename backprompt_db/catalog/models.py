@@ -12,6 +12,7 @@ from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
 from backprompt_db.catalog.records import (
     CutsRecord,
+    EncodingRecord,
     GenerationRecord,
     GreedyPath,
     Known,
@@ -23,6 +24,7 @@ from backprompt_db.catalog.records import (
 from backprompt_db.catalog.schema import (
     Base,
     Cuts,
+    EncodingRow,
     GenerationRow,
     GreedyPathRow,
     Model,
@@ -43,6 +45,7 @@ _TABLES: dict[type, type[Base]] = {
     TokenizerRecord: Tokenizer,
     Source: SourceFiles,
     CutsRecord: Cuts,
+    EncodingRecord: EncodingRow,
     GreedyPath: GreedyPathRow,
     GenerationRecord: GenerationRow,
 }
@@ -50,6 +53,7 @@ _MODELS = select(*Model.__table__.columns)
 _TOKENIZERS = select(*Tokenizer.__table__.columns).order_by(Tokenizer.name, Tokenizer.tokenizer_id)
 _SOURCES = select(*SourceFiles.__table__.columns)
 _CUTS = select(Cuts.key, Cuts.offsets, Cuts.signature)
+_ENCODINGS = select(*EncodingRow.__table__.columns)
 _MAX_TOKEN_ID = 2**32
 _LOGPROB_NBYTES = 4
 _GENERATIONS = select(*GenerationRow.__table__.columns)
@@ -120,6 +124,16 @@ class Models(CatalogFile):
                 for row in rows
                 if row.offsets is not None and are_cuts(row.offsets)
             }
+
+    def encoding(self, key: bytes) -> EncodingRecord | None:
+        """Return the tokens of strings that were encoded together, `None` if they are unknown."""
+        with self.reading() as connection:
+            row = connection.execute(_ENCODINGS.where(EncodingRow.key == key)).mappings().one_or_none()
+            if row is None or row["key"] != key or row["offsets"] is None or row["token_ids"] is None:
+                return None
+            ends, ids = tuple(row["offsets"]), tuple(row["token_ids"])
+            is_whole = are_cuts(ends) and ends[-1:] == (len(ids),) and all(0 <= token < _MAX_TOKEN_ID for token in ids)
+            return EncodingRecord(key, ends, ids, row["signature"]) if is_whole else None
 
     def greedy_paths(self, addresses: Iterable[Address]) -> dict[Address, GreedyPath]:
         """Return how models go on after prompts that end with these representations, as far as that is known."""

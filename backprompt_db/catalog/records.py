@@ -80,6 +80,18 @@ def are_cuts(offsets: Iterable[int], *, num_characters: float = math.inf) -> boo
 
 
 @dataclass(frozen=True, slots=True)
+class EncodingRecord:
+    """The tokens of strings that were encoded together, each alone."""
+
+    key: bytes
+    """32-byte digest of the tokenizer and the strings."""
+    offsets: tuple[int, ...]
+    """Where the tokens of each string end, ascending."""
+    token_ids: tuple[int, ...]
+    signature: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GreedyPath:
     """The tokens that a model goes on with after a prompt, as far as they are known: each time the likeliest one."""
 
@@ -122,8 +134,8 @@ class Source:
     signature: bytes | None = None
 
 
-Known = ModelRecord | TokenizerRecord | Source | CutsRecord | GreedyPath | GenerationRecord
-"""Something to save: about a model, a tokenizer, a model's files, a long string or a prompt."""
+Known = ModelRecord | TokenizerRecord | Source | CutsRecord | EncodingRecord | GreedyPath | GenerationRecord
+"""Something to save: about a model, a tokenizer, a model's files, strings or a prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks
-from backprompt_db.catalog.records import CutsRecord, GenerationRecord, GreedyPath, ModelRecord, Source
+from backprompt_db.catalog.records import CutsRecord, EncodingRecord, GenerationRecord, GreedyPath, ModelRecord, Source
 from backprompt_db.catalog.schema import (
     Base,
     Cuts,
+    EncodingRow,
     GenerationRow,
     GreedyPathRow,
     Model,
@@ -24,7 +25,7 @@ from backprompt_db.catalog.schema import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    Signed = ModelRecord | Source | CutsRecord | GreedyPath | GenerationRecord
+    Signed = ModelRecord | Source | CutsRecord | EncodingRecord | GreedyPath | GenerationRecord
     """What has a signature, because it decides what is computed and what is found.
 
     Whoever could change it unseen could have one model answer with another one's values.
@@ -37,6 +38,7 @@ _RECORDS: dict[type[Base], type[Signed]] = {
     Model: ModelRecord,
     SourceFiles: Source,
     Cuts: CutsRecord,
+    EncodingRow: EncodingRecord,
     GreedyPathRow: GreedyPath,
     GenerationRow: GenerationRecord,
 }

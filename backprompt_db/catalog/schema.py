@@ -143,6 +143,17 @@ class Cuts(Base):
     signature: Mapped[bytes | None]
 
 
+class EncodingRow(Base):
+    """The tokens of strings that were encoded together, such as those of the completions of a prompt."""
+
+    __tablename__ = "encodings"
+
+    key: Mapped[bytes] = mapped_column(primary_key=True)
+    offsets: Mapped[list[int]]
+    token_ids: Mapped[list[int]]
+    signature: Mapped[bytes | None]
+
+
 class GreedyPathRow(Base):
     """The likeliest tokens after a prompt, one after the other. The prompt's representation may not be listed yet."""
 

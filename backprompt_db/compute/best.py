@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from backprompt_db.prompt.segments import Segment, ancestry
 
 if TYPE_CHECKING:
     from backprompt_db.compute.call import Addresses, Call
+    from backprompt_db.compute.encodings import Encodings
     from backprompt_db.compute.engine import Engine
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.keeping import Keep, Keeper
@@ -40,10 +41,11 @@ _SCORES, _LOGITS, _KV, _CONTINUATIONS = (
 )
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Found:
     """One of the best completions of a prompt."""
 
-    index: int
+    number: int
     value: float
     logprob: float
     num_tokens: int
@@ -175,6 +177,7 @@ class Chooser:
     engine: Engine
     source: ModelSource
     keeper: Keeper
+    encodings: Encodings
     keep: Keep
 
     def choose(self, prompts: Sequence[Sequence[Ending]], ranking: Ranking) -> list[list[Found]]:
@@ -185,6 +188,7 @@ class Chooser:
         addresses = self.engine.addresses()
         searches = self._searches(prompts, ranking, addresses)
         self._recall(list(searches.values()), addresses)
+        self._read_scores([search for search in searches.values() if search.choice.open], addresses)
         unanswered = [search for search in searches.values() if search.choice.open]
         if unanswered and self.engine.prove().takes_packs:
             for group in self._groups(unanswered):
@@ -204,7 +208,7 @@ class Chooser:
             return {}
         numbers = [number for number, endings in enumerate(prompts) if all(map(_has_root, endings))]
         endings = [ending for number in numbers for ending in prompts[number]]
-        ids = self.source.tokenizer.encode(dict.fromkeys([each for ending in endings for each in ending.segments]))
+        ids = self.encodings.encode(dict.fromkeys([each for ending in endings for each in ending.segments]))
         without = dict.fromkeys([segment for ending in endings for segment in ending.without], _SCORES)
         found: answers.Parts = {}
         if without:
@@ -224,6 +228,27 @@ class Chooser:
                 search.choice.learn(search.continuations[-1].known(search.tree, root=number))
         answered = [root for search in searches if not search.choice.open for root in search.roots]
         self.engine.find({root: wanted[root] for root in answered}, addresses)
+
+    def _read_scores(self, searches: Sequence[_Search], addresses: Addresses) -> None:
+        """Learn from completions that were scored before."""
+        stored = {
+            segment: _SCORES
+            for search in searches
+            if any(self._is_scored(root, addresses) for root in search.roots)
+            for ending in search.endings
+            for segment in ending.segments
+            if self._is_scored(segment, addresses)
+        }
+        found = self.engine.look(stored, addresses).found
+        for search in searches:
+            for path, ending in zip(search.tree.paths.tolist(), search.endings, strict=True):
+                rows = [found.get((segment, Part.SCORES)) for segment in ending.segments]
+                logprobs = [each for row in rows if row for each in row["token_logprobs"].numpy().tolist()]
+                if None not in rows:
+                    search.choice.learn(dict(zip(path, logprobs, strict=False)))
+
+    def _is_scored(self, segment: Segment, addresses: Addresses) -> bool:
+        return self.engine.is_stored(segment, ids=addresses.ids, parts=_SCORES)
 
     def _groups(self, searches: Sequence[_Search]) -> Iterator[list[_Search]]:
         """Divide searches into groups whose prompts together are not too long to be held in memory."""
@@ -280,32 +305,12 @@ class _Passes:
 
     def compute(self) -> None:
         """Compute tokens until the best completions are known, and store what was learned."""
-        self._read_scores()
         self._read_logits()
         began = self.engine.seconds, self.engine.num_computed_tokens
         while searches := [search for search in self.searches if search.choice.open]:
             self._look_further(searches)
         seconds, num_tokens = self.engine.seconds - began[0], self.engine.num_computed_tokens - began[1]
         self._store(seconds_per_token=seconds / max(1, num_tokens))
-
-    def _read_scores(self) -> None:
-        """Learn from completions that were scored before."""
-        ids = self.addresses.ids
-        stored = {
-            segment: _SCORES
-            for search in self.searches
-            if any(self.engine.is_stored(root, ids=ids, parts=_SCORES) for root in search.roots)
-            for ending in search.endings
-            for segment in ending.segments
-            if self.engine.is_stored(segment, ids=ids, parts=_SCORES)
-        }
-        found = self.engine.look(stored, self.addresses).found
-        for search in self.searches:
-            for path, ending in zip(search.tree.paths.tolist(), search.endings, strict=True):
-                rows = [found.get((segment, Part.SCORES)) for segment in ending.segments]
-                logprobs = [each for row in rows if row for each in row["token_logprobs"].numpy().tolist()]
-                if None not in rows:
-                    search.choice.learn(dict(zip(path, logprobs, strict=False)))
 
     def _read_logits(self) -> None:
         """Learn the log-probabilities of first tokens, which are in the logits after the prompts."""
@@ -392,8 +397,8 @@ def _search(
     roots = list(dict.fromkeys(parents))
     tokens = [tuple(token for segment in ending.segments for token in ids[segment]) for ending in endings]
     completions = [(roots.index(parent), each) for parent, each in zip(parents, tokens, strict=True)]
-    tree = trees.setdefault(tuple(completions), None) or TokenTree(completions)
-    trees[tuple(completions)] = tree
+    same = tuple(completions)
+    tree = trees[same] if same in trees else trees.setdefault(same, TokenTree(completions))
     num_tokens = [
         len(each) - answers.num_tokens(found, ending.without) for each, ending in zip(tokens, endings, strict=True)
     ]

@@ -64,7 +64,7 @@ class Choice:
     @property
     def best(self) -> list[int]:
         """The best completions as far as is known: the best first, those of equal value in the order given."""
-        return self._leaders.tolist()
+        return list(map(int, self._leaders))
 
     def value(self, completion: int) -> float:
         """Return the value of a completion of which all is known."""
@@ -77,12 +77,12 @@ class Choice:
     @property
     def known(self) -> list[int]:
         """The completions of which all is known."""
-        return np.flatnonzero(self._known.is_whole).tolist()
+        return list(map(int, np.flatnonzero(self._known.is_whole)))
 
     @property
     def open(self) -> list[int]:
         """The completions that may yet be among the best, and of which not all is known; the likeliest first."""
-        return self._open.tolist()
+        return list(map(int, self._open))
 
     def next_nodes(self, held: Container[int], *, budget: float) -> list[int]:
         """Return the nodes to compute next, parents before children, without those that are `held`.

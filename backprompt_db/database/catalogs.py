@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.catalog.catalog import Catalog
     from backprompt_db.catalog.records import (
         CutsRecord,
+        EncodingRecord,
         GenerationRecord,
         Known,
         ModelRecord,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId
     from backprompt_db.store.records import Digest
 
-    _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord)
+    _Recalled = TypeVar("_Recalled", ModelRecord, Source, CutsRecord, EncodingRecord)
     _Read = TypeVar("_Read")
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class ModelMetadata:
                 self.save(description())
 
 
-def _is_empty(found: ModelRecord | Source | CutsRecord) -> bool:
+def _is_empty(found: ModelRecord | Source | CutsRecord | EncodingRecord) -> bool:
     """Whether only the existence of a model is recorded: the catalog below may know more."""
     return getattr(found, "verdict", None) == "unchecked"
 

@@ -21,8 +21,11 @@ MakeLM = Callable[..., bp.LanguageModel]
 CONTEXT = "Pick the endpoint for the request.\n"
 REQUESTS = [f"Request: {what}\nEndpoint:" for what in ("show me everyone", "create an order", "the lazy dog")]
 LABELS = [
-    f" {verb} /{place}{rest}" for verb in ("GET", "POST") for place in ("users", "orders", "dog") for rest in ("", "/all", "/{id} x")
-]  # fmt: skip
+    f" {verb} /{place}{rest}"
+    for verb in ("GET", "POST")
+    for place in ("users", "orders", "dog")
+    for rest in ("", "/all", "/{id} x")
+]
 TOLERANCE = 1e-4
 
 
@@ -52,19 +55,19 @@ class TestSameAsSortingScores:
         k=st.integers(1, 6),
         normalize=st.sampled_from([None, "tokens", "bytes", "weights"]),
         seed=st.integers(0, 1000),
-        has_bias=st.booleans(),
+        prior=st.sampled_from([0.0, 3.0]),
     )
     @settings(max_examples=25)
     def test_for_any_labels_and_ranking(
-        self, shared: bp.LanguageModel, labels: list[str], k: int, normalize: str | None, seed: int, has_bias: bool
+        self, shared: bp.LanguageModel, labels: list[str], k: int, normalize: str | None, seed: int, prior: float
     ) -> None:
         """Duplicates, labels that others begin with, labels of one token; the database may know any part of it."""
         values = np.random.default_rng(seed)
         prompts = [shared.text(CONTEXT) + request for request in random.Random(seed).sample(REQUESTS, k=2)]
-        bias = values.normal(scale=3, size=(2, len(labels))) if has_bias else np.zeros((2, len(labels)))
+        bias = prior * values.normal(size=(2, len(labels)))
         weights = values.uniform(0.1, 2, size=len(labels))
         found = shared.best(
-            prompts, labels, k=k, bias=bias if has_bias else None,
+            prompts, labels, k=k, bias=bias if prior else None,
             normalize=weights if normalize == "weights" else normalize,
         )  # fmt: skip
         scores = shared.score(prompts, labels)
@@ -75,8 +78,8 @@ class TestSameAsSortingScores:
             "bytes": np.array([len(label.encode()) for label in labels]),
             "weights": 1 / weights,
         }
-        for best, row, prior in zip(found, scores, bias, strict=True):
-            assert_best(best, prior + row / divisors[normalize], k=k)
+        for best, row, added in zip(found, scores, bias, strict=True):
+            assert_best(best, added + row / divisors[normalize], k=k)
             for each in best:
                 assert each.logprob == pytest.approx(row[each.index], abs=TOLERANCE)
                 assert each.num_tokens == num_tokens[each.index]
@@ -170,15 +173,14 @@ class TestLearnedOnce:
         assert lm.db.counters.num_computed_tokens == before
 
     def test_other_questions_about_a_prompt_add_to_what_is_known(self, lm: bp.LanguageModel, make_lm: MakeLM) -> None:
-        questions = [{"completions": LABELS[:9]}, {"completions": LABELS[6:]}, {"completions": LABELS, "k": 4}]
-        for question in questions:
-            in_new_process(lm, make_lm).best(CONTEXT, **question)
+        questions = [(LABELS[:9], 1), (LABELS[6:], 1), (LABELS, 4)]
+        for labels, k in questions:
+            in_new_process(lm, make_lm).best(CONTEXT, labels, k=k)
         other = in_new_process(lm, make_lm)
         scores = make_lm().score(CONTEXT, LABELS)
-        for question in questions:
-            labels = question["completions"]
-            found = other.best(CONTEXT, **{"k": 1, **question})
-            assert_best(found, scores[[LABELS.index(label) for label in labels]], k=question.get("k", 1))
+        for labels, k in questions:
+            found = other.best(CONTEXT, labels, k=k)
+            assert_best(found, scores[[LABELS.index(label) for label in labels]], k=k)
         assert other.counters.num_model_calls == 0
 
     def test_where_nothing_can_be_stored(self, lm: bp.LanguageModel, make_lm: MakeLM, open_db: Any) -> None:
@@ -197,7 +199,8 @@ class TestLearnedOnce:
         prompts = [bp.Text(CONTEXT) + request for request in REQUESTS]
         lm(prompts, keep="all")
         other = in_new_process(lm, make_lm)
-        load, lost = bp.Database.load, []
+        load = bp.Database.load
+        lost: list[Any] = []
 
         def lose_first(db: bp.Database, key: Any, *arguments: Any) -> bool:
             if len(lost) < 1:

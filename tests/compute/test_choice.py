@@ -21,18 +21,19 @@ def choice_of(tree: TokenTree, num_wanted: int, values: np.random.Generator) -> 
 
 def all_values(choice: Choice, logprobs: np.ndarray) -> np.ndarray:
     sums = [logprobs[path[path >= 0]].sum() for path in choice.tree.paths]
-    return choice.bias + choice.weight * (choice.offset + np.array(sums))
+    values: np.ndarray = choice.bias + choice.weight * (choice.offset + np.array(sums))
+    return values
 
 
-@given(COMPLETIONS, st.integers(1, 14), st.integers(0, 99), st.sampled_from([0.1, 3.0, 100.0]), st.booleans())
+@given(COMPLETIONS, st.integers(1, 14), st.integers(0, 99), st.sampled_from([0.1, 3.0, 100.0]), st.integers(0, 1))
 def test_the_best_are_those_of_sorting_all(
-    completions: list[tuple[int, list[int]]], num_wanted: int, seed: int, budget: float, has_ties: bool
+    completions: list[tuple[int, list[int]]], num_wanted: int, seed: int, budget: float, num_ties: int
 ) -> None:
     values = np.random.default_rng(seed)
     tree = TokenTree(completions)
     choice = choice_of(tree, num_wanted, values)
     logprobs = -values.exponential(size=len(tree))
-    if has_ties:
+    if num_ties:
         logprobs = np.floor(logprobs)
         choice.bias, choice.weight, choice.offset = (np.full(len(tree.paths), each) for each in (0.0, 1.0, -1.0))
     for root in {root for root, _ in completions}:
