@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# The tests' many processes load compiled modules, wherever they are told to write none.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run in two processes, each taking whole modules. `test` leaves out what is marked `exhaustive`, `test-all` nothing.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
