@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 ANY_PACE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("quick", ANY_PACE, max_examples=20, stateful_step_count=15)
-settings.register_profile("exhaustive", ANY_PACE, max_examples=100, stateful_step_count=30)
+settings.register_profile("exhaustive", ANY_PACE, max_examples=50, stateful_step_count=20)
 settings.load_profile("quick")  # `--hypothesis-profile exhaustive` comes later and wins
 
 VOCAB_SIZE = 600
