@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from backprompt_db.compute.inference.loading import source_key
 from backprompt_db.errors import ContextLengthExceeded, ModelMismatch, PromptError, StoreError
 from backprompt_db.prompt.ids import ModelIds
 from tests.conftest import tiny_gpt2
+from tests.support.scripts import run_here, run_in_a_process
 
 assert sys.platform != "win32"
 
@@ -58,14 +57,8 @@ def save_model(directory: Path, tokenizer: Any) -> Path:
     return directory
 
 
-def run_in_a_process(database: Path, model: Path, *, script: str = RUN) -> dict[str, Any]:
-    command = [sys.executable, "-c", script, str(database), str(model)]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(finished.stdout))
-
-
 class FirstRun(NamedTuple):
-    """What a process has left behind that loaded a model and computed."""
+    """What this process has left behind when it had loaded a model and computed."""
 
     database: Path
     model: Path
@@ -76,11 +69,11 @@ class FirstRun(NamedTuple):
 def first_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> FirstRun:
     place = tmp_path_factory.mktemp("first run")
     model = save_model(place / "a model", tokenizer)
-    return FirstRun(place / "db", model, run_in_a_process(place / "db", model))
+    return FirstRun(place / "db", model, run_here(RUN, place / "db", model))
 
 
 def test_the_second_process_loads_no_model_and_computes_nothing(first_run: FirstRun) -> None:
-    first, second = first_run.answer, run_in_a_process(first_run.database, first_run.model)
+    first, second = first_run.answer, run_in_a_process(RUN, first_run.database, first_run.model)
     assert first["calls"] > 0
     assert (second["calls"], second["computed"], second["modules"], second["is_loaded"]) == (0, 0, [], False)
     assert (second["scores"], second["last"]) == (first["scores"], first["last"])
@@ -105,7 +98,7 @@ with bp.open(sys.argv[1]) as db:
 
 
 def test_a_plan_of_what_is_stored_loads_neither_model_nor_tokenizer(first_run: FirstRun) -> None:
-    plan = run_in_a_process(first_run.database, first_run.model, script=PLAN)
+    plan = run_in_a_process(PLAN, first_run.database, first_run.model)
     assert (plan["modules"], plan["num_stored_texts"], plan["total_nbytes"]) == ([], 1, 0)
     assert "memory" in plan["shown"]
     with bp.open(first_run.database) as db:
