@@ -18,7 +18,7 @@ import backprompt_db as bp
 from backprompt_db.database.config import Config
 from backprompt_db.database.manifest import Manifest
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId, address, namespace_id, segment_id
-from tests.conftest import VOCAB_SIZE
+from tests.conftest import VOCAB_SIZE, cases
 from tests.support import independent_reader
 from tests.support.cli import run
 from tests.support.independent_reader import StoredPart, Unreadable, read_bundle, read_database, values
@@ -44,7 +44,9 @@ def model() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=512, n_embd=256, n_layer=4, n_head=4)).eval()
 
 
-@pytest.fixture(params=["exact", "bfloat16", "int8", "secret", "namespace"])
+@pytest.fixture(
+    params=cases(["exact", "bfloat16", "int8", "secret", "namespace"], by_default={"exact", "int8", "secret"})
+)
 def written(
     request: pytest.FixtureRequest, tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Written]:
