@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import stat
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from backprompt_db.catalog.schema_check import revision_of
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.ids import WeightsId
+
+STATEMENT_SECONDS = 60.0
+"""How long a statement may run. In a damaged file pages may lead to each other, and a statement would never end."""
+
+STEPS_BETWEEN_LOOKS = 100_000
+"""After how many of SQLite's steps the clock is looked at: a few milliseconds."""
 
 _TIMEOUT_SECONDS = 5.0
 _NUM_TIMED = 1_000
@@ -37,12 +45,20 @@ def require_regular(path: Path) -> None:
                 )
 
 
+def passing(seconds: float) -> Callable[[], bool]:
+    """Return what SQLite asks whether to stop: it says so once these seconds have passed."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() > end
+
+
 def rows(path: Path, query: str, **values: object) -> Sequence[tuple[Any, ...]]:
     """Return what a query finds in the catalog at `path`; raises `CatalogError` if it is unusable."""
     require_regular(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
+            connection.set_progress_handler(passing(STATEMENT_SECONDS), STEPS_BETWEEN_LOOKS)
+            revision_of(connection.execute)
             return connection.execute(query, values).fetchall()
     except sqlite3.Error as error:
         raise CatalogError(
