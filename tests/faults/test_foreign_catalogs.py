@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 import backprompt_db as bp
 from backprompt_db.catalog import connection, plain_sql
 from backprompt_db.catalog.catalog import Catalog
+from backprompt_db.catalog.records import Event
 from backprompt_db.catalog.schema_check import HEAD, revision_of
 from backprompt_db.errors import CatalogError, CatalogTooNew
-from tests.support.catalogs import new_catalog, origin_of, stored
+from tests.conftest import cases
+from tests.support.catalogs import new_catalog, origin_of, put, stored
 from tests.support.cli import run
+from tests.support.faults import assert_reads_back, put_prompts
 from tests.support.operations import catalog_of, reindexed, run_prompts
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -78,6 +82,30 @@ COMMANDS = [
 ]
 
 
+SWAPPED: list[tuple[str, str, object]] = [
+    ("representations", "created_at", math.inf),
+    ("events", "at", "yesterday"),
+    ("segments", "text", b"\xff"),
+    ("segments", "text", None),
+    ("segments", "namespace", 7),
+    ("representations", "num_hits", "many"),
+    ("representations", "num_tokens", None),
+    ("representations", "last_used_at", 1e300),
+    ("representations", "compute_seconds", -math.inf),
+    ("representations", "is_pinned", b"yes"),
+    ("representations", "label", b"\xff"),
+    ("representations", "weights_id", b"short"),
+    ("models", "name", None),
+    ("models", "max_positions", "none"),
+    ("tokenizers", "vocab_size", b"\xff"),
+    ("sums", "saved_seconds", math.inf),
+    ("sums", "num_tokens", None),
+    ("counts", "value", math.inf),
+    ("events", "address", "words"),
+    ("namespaces", "num_segments", "many"),
+]
+
+
 def plant(path: Path, statements: list[str]) -> None:
     with closing(sqlite3.connect(path)) as catalog, catalog:
         for statement in statements:
@@ -127,6 +155,38 @@ def test_commands_say_so_runs_go_on_and_reindex_builds_another(
     assert done.moved_aside.exists()
     assert run("doctor", "--db", place).exit_code == 0
     assert "show me everyone" in run("ls", "--db", place).stdout
+
+
+def swap(path: Path, table: str, column: str, value: object) -> None:
+    """Put a value into a column of every row, whatever the schema allows; the schema stays as it was."""
+    with closing(sqlite3.connect(path)) as catalog, catalog:
+        schema = catalog.execute("SELECT sql, rowid FROM sqlite_master").fetchall()
+        catalog.execute("PRAGMA writable_schema = ON")
+        catalog.execute("UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '') WHERE type = 'table'")
+    put(path, table, column, value)
+    with closing(sqlite3.connect(path)) as catalog, catalog:
+        catalog.execute("PRAGMA writable_schema = ON")
+        catalog.executemany("UPDATE sqlite_master SET sql = ? WHERE rowid = ?", schema)
+
+
+@pytest.mark.parametrize("swapped", cases(SWAPPED, by_default=SWAPPED[:2]), ids=str)
+def test_values_that_do_not_belong_there_are_told_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: tuple[str, str, object]
+) -> None:
+    place = tmp_path / "db"
+    monkeypatch.chdir(tmp_path)
+    with bp.open(place) as db:
+        put_prompts(db, [0])
+        assert db.catalog is not None
+        db.catalog.log([Event(1.0, "kind", None, "detail")])
+        db.catalog.count({"hits": 1.0})
+    swap(catalog_of(place), *swapped)
+    for command in COMMANDS:
+        assert isinstance(run(*command, "--db", place).exception, SystemExit | None), command
+    assert run("doctor", "--fix", "--db", place).exit_code == 0
+    assert run("ls", "--db", place).exit_code == 0
+    with bp.open(place) as db:
+        assert_reads_back(db, [0])
 
 
 def test_a_statement_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
