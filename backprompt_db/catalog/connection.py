@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from backprompt_db.catalog.plain_sql import require_regular
+from backprompt_db.catalog.plain_sql import STATEMENT_SECONDS, STEPS_BETWEEN_LOOKS, passing, require_regular
 from backprompt_db.catalog.search import folded
 from backprompt_db.errors import CatalogError
 from backprompt_db.system.platform import register_at_fork
@@ -37,6 +37,7 @@ register_at_fork(before=OPERATION.acquire, after_in_parent=OPERATION.release, af
 
 _BUSY = "Another process has kept it locked; try again, and look for a process that hangs if this stays."
 _FULL = "Free disk space; the store is not affected and the catalog catches up with the next reindex."
+_SLOW = "Try again when the machine has less to do; if this stays, a reindex rebuilds the catalog from the store."
 _DAMAGED = "Delete the file: the catalog is derived, and a reindex rebuilds it from the store."
 _DENIED = "Open it as a user who may write to the file and its directory."
 _MISSING = "Check that the path is a file that this user may open, in a directory that exists."
@@ -47,6 +48,7 @@ _OTHER = "If this stays, delete the file: the catalog is derived, and a reindex 
 _SQLITE_HINTS = {
     sqlite3.SQLITE_BUSY: _BUSY,
     sqlite3.SQLITE_LOCKED: _BUSY,
+    sqlite3.SQLITE_INTERRUPT: _SLOW,
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_IOERR: _DISK,
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
@@ -123,6 +125,7 @@ class CatalogFile:
         self._is_closed = False
         self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
         event.listen(self._engine, "begin", _begin)
+        event.listen(self._engine, "before_cursor_execute", _limit_time)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -180,6 +183,17 @@ def _begin(connection: Connection) -> None:
     # The driver would begin only before an INSERT, UPDATE or DELETE: too late for a read that must be consistent, and
     # without IMMEDIATE a write that has read first fails at once when another process writes.
     connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+
+_ROWS_PER_STATEMENT = 1_000
+
+
+def _limit_time(
+    connection: Connection, cursor: Any, _statement: str, parameters: Any, _context: object, executemany: Any
+) -> None:
+    num_statements = 1 + len(parameters) // _ROWS_PER_STATEMENT if executemany else 1
+    seconds = connection.get_execution_options().get("statement_seconds", STATEMENT_SECONDS) * num_statements
+    cursor.connection.set_progress_handler(passing(seconds), STEPS_BETWEEN_LOOKS)
 
 
 _TIMEOUT_SECONDS = 5.0

@@ -26,7 +26,7 @@ from backprompt_db.catalog.connection import catalog_flaws
 from backprompt_db.catalog.plain_sql import rows
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.creating import group_id
-from backprompt_db.database.location import CATALOG, STORE, Fault, faults, require_local
+from backprompt_db.database.location import CATALOG, STORE, Fault, access_problem, faults, require_local
 from backprompt_db.database.manifest import Manifest, digest_of
 from backprompt_db.database.opening import open_catalog, open_existing, open_store
 from backprompt_db.database.reconcile import differences
@@ -214,6 +214,9 @@ def writing(subject: Subject) -> Finding:
             "This user may only read: what is missing is computed each time.",
             "Ask the owner for write permission, if that is not meant.",
         )
+    problem = access_problem(subject.directory, sharing_of(subject.directory), readonly=False)
+    if problem is not None:
+        return Finding(Status.PROBLEM, f"{problem.message}.", problem.hint)
     num_cleared = probe(subject.directory / STORE)
     readers = f" {num_cleared} slots of dead readers were cleared." if num_cleared else ""
     return fine(f"This user may write, and got a turn.{readers}")
@@ -321,6 +324,11 @@ def catalog(subject: Subject) -> Finding:
     if num_changed:
         what = f"What {num_changed:,} of its rows remember is not what was written, and is not used."
         return _to_reindex(subject, Status.WARNING, what)
+    with open_catalog(subject.directory) as opened:
+        tables = opened.misfit_tables()
+    if tables:
+        what = f"The catalog is damaged: values in {', '.join(tables)} do not belong there."
+        return _to_reindex(subject, Status.PROBLEM, what)
     return fine("The catalog is whole.")
 
 

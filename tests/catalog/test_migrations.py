@@ -24,8 +24,8 @@ from sqlalchemy import NullPool, create_engine, exc
 import backprompt_db
 from backprompt_db.catalog import connection
 from backprompt_db.catalog.catalog import Catalog
-from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.schema import Base
+from backprompt_db.catalog.schema_check import HEAD
 from backprompt_db.errors import CatalogError, CatalogTooNew
 from backprompt_db.prompt.ids import Address
 from tests.support.catalogs import origin_of, stored

@@ -20,8 +20,8 @@ from alembic import command
 from alembic.config import Config as Alembic
 
 import backprompt_db as bp
-from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.records import Selection
+from backprompt_db.catalog.schema_check import HEAD
 from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
 from backprompt_db.database.location import faults
