@@ -11,8 +11,8 @@ from typing import Any
 
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.ids import WeightsId
+from backprompt_db.system.locks import patience_for
 
-_TIMEOUT_SECONDS = 5.0
 _NUM_TIMED = 1_000
 
 _TIMINGS = """
@@ -42,7 +42,7 @@ def rows(path: Path, query: str, **values: object) -> Sequence[tuple[Any, ...]]:
     require_regular(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=patience_for(path))) as connection:
             return connection.execute(query, values).fetchall()
     except sqlite3.Error as error:
         raise CatalogError(

@@ -61,7 +61,8 @@ if sys.platform == "win32":
     set_mode = change_mode = give = give_open = _refuse
     user_id = group_ids = user_name = group_name = group_number = group_members = _refuse
 
-    is_byte_locked: Callable[[int, int], bool] = _refuse
+    is_byte_locked: Callable[..., bool] = _refuse
+    place_in_lock_table: Callable[[os.stat_result], bytes] = _refuse
     is_mounted_readonly: Callable[[Path], bool] = _refuse
 
     HAS_BYTE_LOCKS = False
@@ -125,12 +126,17 @@ else:
         """Unlock bytes; 0 of them are all from the offset on."""
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, offset, nbytes))
 
-    def is_byte_locked(descriptor: int, offset: int) -> bool:
-        """Whether another process has locked a byte for reading or writing."""
+    def is_byte_locked(descriptor: int, offset: int, *, is_alone: bool = False) -> bool:
+        """Whether another process has locked a byte, for reading or writing; only for writing if `is_alone`."""
         ask = fcntl.F_OFD_GETLK if HAS_BYTE_LOCKS else fcntl.F_GETLK
-        found = _FLOCK.unpack(fcntl.fcntl(descriptor, ask, _flock(fcntl.F_WRLCK, offset, 1)))
+        wish = fcntl.F_RDLCK if is_alone else fcntl.F_WRLCK
+        found = _FLOCK.unpack(fcntl.fcntl(descriptor, ask, _flock(wish, offset, 1)))
         kind: int = found[3 if sys.platform == "darwin" else 0]
         return kind != fcntl.F_UNLCK
+
+    def place_in_lock_table(status: os.stat_result) -> bytes:
+        """Return how the kernel of Linux names a file in its table of locks."""
+        return b"%02x:%02x:%d" % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
 
     def set_mode(descriptor: int, mode: int) -> None:
         """Give an open file or directory its permission bits, whatever the umask."""
