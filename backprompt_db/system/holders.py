@@ -48,6 +48,29 @@ def _pids(table: list[bytes], place: bytes) -> Iterator[int]:
             yield int(fields[4])
 
 
+def is_held_by_stopped(path: Path, offset: int) -> bool:
+    """Whether a process that is stopped holds a lock on a byte of a file, as far as this user may look.
+
+    The table tells nothing about who holds locks that belong to a descriptor; each process tells about its own.
+    """
+    try:
+        place = place_in_lock_table(path.stat())
+        pids = [int(each.name) for each in _PROCESSES.iterdir() if each.name.isdigit()]
+    except OSError:
+        return False
+    stopped = (holder.pid for holder in map(process, pids) if holder is not None and holder.is_stopped)
+    return any(_has_locked(pid, place, offset) for pid in stopped)
+
+
+def _has_locked(pid: int, place: bytes, offset: int) -> bool:
+    end = b" %b %d %d" % (place, offset, offset)
+    try:
+        descriptors = [each.read_bytes() for each in (_PROCESSES / str(pid) / "fdinfo").iterdir()]
+    except OSError:
+        return False
+    return any(line.startswith(b"lock:") and line.endswith(end) for each in descriptors for line in each.split(b"\n"))
+
+
 def process(pid: int) -> Holder | None:
     """Return what the kernel tells of a process; None of one that is gone, or in a container that is not seen."""
     try:
