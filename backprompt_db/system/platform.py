@@ -111,12 +111,13 @@ else:
     HAS_BYTE_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
     """Whether there are locks on single bytes of a file that belong to a descriptor and not to the process."""
 
-    _FLOCK = struct.Struct("qqihh" if sys.platform == "darwin" else "hhqqi4x")
+    _IS_START_FIRST: bool = sys.platform == "darwin"
+    _FLOCK = struct.Struct("qqihh" if _IS_START_FIRST else "hhqqi4x")
     """`struct flock`: start, length, pid, type, whence on macOS; type, whence, start, length, pid on Linux."""
 
     def _flock(kind: int, offset: int, nbytes: int) -> bytes:
         fields = (offset, nbytes, 0, kind, os.SEEK_SET)
-        return _FLOCK.pack(*(fields if sys.platform == "darwin" else (*fields[3:], *fields[:3])))
+        return _FLOCK.pack(*(fields if _IS_START_FIRST else (*fields[3:], *fields[:3])))
 
     def try_lock_byte(descriptor: int, offset: int) -> None:
         """Lock one byte for writing. Raises an `OSError` with EAGAIN or EACCES when somebody else holds it."""
@@ -131,7 +132,7 @@ else:
         ask = fcntl.F_OFD_GETLK if HAS_BYTE_LOCKS else fcntl.F_GETLK
         wish = fcntl.F_RDLCK if is_alone else fcntl.F_WRLCK
         found = _FLOCK.unpack(fcntl.fcntl(descriptor, ask, _flock(wish, offset, 1)))
-        kind: int = found[3 if sys.platform == "darwin" else 0]
+        kind: int = found[3 if _IS_START_FIRST else 0]
         return kind != fcntl.F_UNLCK
 
     def place_in_lock_table(status: os.stat_result) -> bytes:
