@@ -16,9 +16,6 @@ from backprompt_db.system.platform import set_mode
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-LOCK_TIMEOUT_SECONDS = 60.0
-"""How long to wait for another process that is creating or upgrading the same catalog."""
-
 
 def is_current(connection: Connection) -> bool:
     """Return whether the schema is the newest one; raise what `revision_of` raises."""
@@ -39,7 +36,8 @@ def upgrade(path: Path, *, mode: int) -> None:
 
     Any number of processes and threads may call this at once: one of them does the work, the others find it done.
     """
-    lock = file_lock(path.with_name(f"{path.name}.lock"), mode=mode, timeout_seconds=LOCK_TIMEOUT_SECONDS)
+    may_group_write = mode & 0o020
+    lock = file_lock(path.with_name(f"{path.name}.lock"), mode=mode if may_group_write else mode & 0o700)
     # Alembic's `context` and `op` are global: threads must take turns even with different files.
     with OPERATION, catalog_errors(path):
         # Before the lock: taking it would create a missing directory, with the permissions that the umask leaves.

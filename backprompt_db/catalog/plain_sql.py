@@ -14,6 +14,7 @@ from typing import Any
 from backprompt_db.catalog.schema_check import revision_of
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.ids import WeightsId
+from backprompt_db.system.locks import patience_for
 from backprompt_db.views.formatting import shortened
 
 STATEMENT_SECONDS = 60.0
@@ -25,7 +26,6 @@ STEPS_BETWEEN_LOOKS = 100_000
 MAX_NUMBER = 2.0**63
 """Larger than any time, duration or sum. SQLite keeps infinity too."""
 
-_TIMEOUT_SECONDS = 5.0
 _NUM_TIMED = 1_000
 
 _TIMINGS = """
@@ -68,7 +68,7 @@ def rows(path: Path, query: str, kinds: Sequence[Kind] = (), **values: object) -
     require_regular(path)
     uri = f"{path.absolute().as_uri()}?mode=ro"
     try:
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=patience_for(path))) as connection:
             connection.set_progress_handler(passing(STATEMENT_SECONDS), STEPS_BETWEEN_LOOKS)
             revision_of(connection.execute)
             found = connection.execute(query, values).fetchall()

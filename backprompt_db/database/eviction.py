@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WAIT_SECONDS = 60.0
 _BATCH_NUM_PARTS = 500
 _BATCH_NBYTES = 8 << 20
 """Up to so many parts and bytes, and at least one part, are removed in one transaction, while nobody else writes.
@@ -149,7 +148,7 @@ class Evictor:
         if self._lock_path is None:
             yield
             return
-        with locked(self._lock_path, mode=self.limits.modes.lock, timeout_seconds=_WAIT_SECONDS):
+        with locked(self._lock_path, mode=self.limits.modes.writers):
             yield
 
     def _share(self, share: float) -> int | None:

@@ -285,8 +285,9 @@ def _visible_files(directory: Path) -> list[_File]:
 def _mode(file: _File, modes: Modes) -> int:
     if file.is_folder:
         return modes.directory
-    is_lock = file.name == READER_TABLE or file.name.endswith(".lock")
-    return modes.lock if is_lock and not file.name.startswith(CATALOG) else modes.file  # readers take no lock there
+    if file.name == READER_TABLE:
+        return modes.lock
+    return modes.writers if file.name.endswith(".lock") else modes.file
 
 
 def _owners(uid: int, gid: int) -> str:

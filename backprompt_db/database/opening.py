@@ -113,7 +113,7 @@ def _open(directory: Path, manifest: Manifest, below: _Base | None, *, readonly:
 
 
 def _single_flight(directory: Path) -> SingleFlight:
-    return SingleFlight(directory / FLIGHTS_LOCK, mode=sharing_of(directory).modes.lock)
+    return SingleFlight(directory / FLIGHTS_LOCK, mode=sharing_of(directory).modes.writers)
 
 
 class _Base(NamedTuple):

@@ -44,6 +44,8 @@ from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION, release, shared_environment
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
+from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.turns import give_turn, take_turn
 from backprompt_db.system.platform import UNKNOWN, change_mode, filesystem_of, give
 from backprompt_db.views.formatting import size
 
@@ -52,7 +54,7 @@ _NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
 
 _LITTLE_NBYTES = 1 << 30
 _NUM_SHOWN = 3
-_SECONDS = 10.0
+_SECONDS = 5.0
 
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
 _LEFT_SECONDS = 3600
@@ -224,18 +226,15 @@ def writing(subject: Subject) -> Finding:
 
 _SCRIPT = """
 import lmdb, sys
-from backprompt_db.system.locks import give_turn, take_turn
 with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
     num_cleared = environment.reader_check()
-    turn = take_turn(sys.argv[1])
     environment.begin(write=True).abort()
-    give_turn(turn)
 print(num_cleared)
 """
 
 
 def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
-    """Take a writer's turn in a store, and return how many slots of dead readers were cleared.
+    """Take a writer's turn and LMDB's mutex in a store, and return how many slots of dead readers were cleared.
 
     Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
     """
@@ -243,7 +242,9 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
         release(shared_environment(store, readonly=False))
     command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+        with store_errors(store), contextlib.ExitStack() as stack:
+            stack.callback(give_turn, take_turn(store))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
     except subprocess.TimeoutExpired:
         raise StoreLocked(
             f"somebody has been writing to {store} for {timeout_seconds:g} s or longer",

@@ -59,7 +59,7 @@ def reindex(db: Database) -> Reindexing:
     """
     path = _writable_directory(db) / CATALOG
     modes = sharing_of(path.parent).modes
-    with _alone(path.parent, mode=modes.lock):
+    with _alone(path.parent, mode=modes.writers):
         try:
             return _reconcile(db, path, mode=modes.file, moved_aside=None)
         except CatalogError as error:

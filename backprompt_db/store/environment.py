@@ -24,7 +24,8 @@ from backprompt_db.store.contract import Usage
 from backprompt_db.store.files import Identity, identity_of, make_lock_file
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_pages import check_length, check_pages, newest_meta
-from backprompt_db.system.locks import give_turn, is_locked, take_turn
+from backprompt_db.store.turns import give_turn, prepare_turns, take_turn
+from backprompt_db.system.locks import is_locked, wait_for
 from backprompt_db.system.platform import register_at_fork
 
 LMDB_GENERATION = 0
@@ -66,7 +67,7 @@ class Environment:
     @contextmanager
     def transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[memoryview]]:
         """Run one transaction; commit at the end, abort on an exception. Values are views that die with it."""
-        use, turn = object(), None
+        use, turn = object(), list[int]()
         with store_errors(self.directory):
             try:
                 transaction, turn = self._begin(use, write=write)
@@ -161,18 +162,13 @@ class Environment:
         """Whether what is open is that of the process that forked this one, which opens its own when it is used."""
         return self._pid != os.getpid()
 
-    def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
-        """Return a transaction, and its turn among the writers.
-
-        The kernel gives turns, and only a writer that has its turn asks for LMDB's mutex. The reason: when a process is
-        killed while it waits for that mutex, the kernel compares thread numbers and ignores which container they are
-        from. It may take the killed thread for the holder, and let the next one in while the holder still writes.
-        """
+    def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], list[int]]:
+        """Return a transaction, and its turn among the writers."""
         while True:
             env = self._enter(use, write=write)
-            turn = None
+            turn = list[int]()
             try:
-                turn = take_turn(self.directory) if write else None
+                turn = take_turn(self.directory) if write else []
                 if self._is_lockless:
                     self._check_alone()
                 transaction = env.begin(write=write, buffers=True)
@@ -255,9 +251,9 @@ class Environment:
             if write:
                 raise
 
-    def _leave(self, use: object, turn: int | None = None) -> None:
+    def _leave(self, use: object, turn: list[int] | None = None) -> None:
         self._active.discard(use)
-        give_turn(turn)
+        give_turn(turn or [])
         with self._mutex:
             self._idle.notify_all()
 
@@ -315,6 +311,7 @@ class Environment:
                 if identity is None:
                     raise missing(self.directory)
                 if not self.readonly:
+                    prepare_turns(self.directory)
                     make_lock_file(self.directory, nbytes=_LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
                 env = self._open_largest_map()
                 if identity_of(data) == identity:
@@ -337,7 +334,10 @@ class Environment:
                 map_nbytes //= 2
 
     def _open_map(self, map_nbytes: int) -> lmdb.Environment:
-        self._is_lockless = self.readonly and not os.access(self.directory / "lock.mdb", os.W_OK)
+        lock = Path(self._lock_name)
+        self._is_lockless = self.readonly and not os.access(lock, os.W_OK)
+        if not self._is_lockless:  # LMDB would wait without end for who opens the file, or says so
+            wait_for(lambda: not is_locked(lock, _LIFE_BYTE, is_alone=True), lock)
         try:
             return lmdb.Environment(
                 os.fsencode(self.directory),

@@ -119,7 +119,7 @@ class LmdbStore:
         return self._open_environment().usage()
 
     def compact(self) -> None:
-        """Rewrite the file without its free pages, while others read; those who write wait until it is done.
+        """Rewrite the file without its free pages, while others read; those who write wait for a few seconds.
 
         The space of deleted blobs is given back, and nothing of them is left in the file. Other processes go over to
         the new file when they use the store next; until then the old file takes up its space. Raises `StoreFull`

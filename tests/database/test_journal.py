@@ -157,8 +157,7 @@ class TestStopped:
 
     @pytest.fixture(autouse=True)
     def _short_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("backprompt_db.database.journal._WAIT_SECONDS", 0.3)
-        monkeypatch.setattr("backprompt_db.database.eviction._WAIT_SECONDS", 0.3)
+        monkeypatch.setattr("backprompt_db.system.locks.PATIENCE_SECONDS", 0.3)
 
     def test_writers_go_on_beside_an_evictor_that_is_stopped(self, place: Path) -> None:
         script = "db = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\n"

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import connection as catalog_connection
 from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.codec.blob import encode
 from backprompt_db.database import reconcile
@@ -290,7 +289,7 @@ class TestReindex:
         assert catalog_of(directory).read_bytes() == before
 
     def test_a_locked_catalog_is_left_alone(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(catalog_connection, "BUSY_TIMEOUT_SECONDS", 0.01)
+        monkeypatch.setattr("backprompt_db.system.locks.PATIENCE_SECONDS", 0.01)
         remove_row(directory, stored_keys(directory)[0])
         with contextlib.closing(sqlite3.connect(catalog_of(directory), isolation_level=None)) as connection:
             connection.execute("BEGIN EXCLUSIVE")
