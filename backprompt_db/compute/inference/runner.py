@@ -65,6 +65,14 @@ class ModelRunner:
             self._probed = weights_id
         return weights_id
 
+    def recognise(self, weights_id: WeightsId, *, sketch: bytes) -> bool:
+        """Take over the weights id of files that have not changed, if the model has the sketch of what they were."""
+        return self._identity.trust(weights_id, sketch=sketch)
+
+    def sketch(self) -> bytes:
+        """Return the sketch by which `recognise` knows the model."""
+        return self._identity.sketch()
+
     @cached_property
     def shape(self) -> KVShape:
         """The shape of the model's keys and values. Raises `UnsupportedModel` where it has none."""
