@@ -108,7 +108,9 @@ class LanguageModel:
         _require_database(db)
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
-        source = pretrained_model(str(name_or_path), arguments, model_metadata=database.model_metadata)
+        source = pretrained_model(
+            str(name_or_path), arguments, model_metadata=database.model_metadata, checks_again=deterministic
+        )
         lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress, keep=keep)
         return lm
 

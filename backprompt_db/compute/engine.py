@@ -59,7 +59,7 @@ class Engine:
         self._deterministic = deterministic
         self._progress = progress
         self._unhealed = unhealed
-        self._prover = Prover(source, db.model_metadata, progress=progress)
+        self._prover = Prover(source, db.model_metadata, checks_again=deterministic, progress=progress)
         self._pace = Pace()
         self._logged_seams: set[Seam] = set()
         self._has_warned = False
