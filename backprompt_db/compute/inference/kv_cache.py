@@ -105,7 +105,7 @@ class KVBuffer:
         self.contents: list[tuple[Address, int]] = []
         """Addresses and numbers of tokens of the segments at its beginning; a pass adds its own when it ends."""
         self.num_followed = 0
-        """How many of these something has followed: no prompt has ended there only."""
+        """How many of these something has followed, so that more may follow them."""
 
     @property
     def nbytes(self) -> int:
