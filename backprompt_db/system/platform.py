@@ -66,6 +66,8 @@ if sys.platform == "win32":
 
     HAS_BYTE_LOCKS = False
 
+    read_at: Callable[[int, int, int], bytes] = _refuse
+
     def sync(descriptor: int) -> None:
         """Wait until what was written to an open file will outlast a power failure."""
         os.fsync(descriptor)
@@ -131,6 +133,9 @@ else:
         found = _FLOCK.unpack(fcntl.fcntl(descriptor, ask, _flock(fcntl.F_WRLCK, offset, 1)))
         kind: int = found[3 if sys.platform == "darwin" else 0]
         return kind != fcntl.F_UNLCK
+
+    read_at = os.pread
+    """Return so many bytes of an open file from a position on, fewer at its end, whoever else reads it."""
 
     def set_mode(descriptor: int, mode: int) -> None:
         """Give an open file or directory its permission bits, whatever the umask."""
