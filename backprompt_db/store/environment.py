@@ -93,7 +93,7 @@ class Environment:
             use = object()
             try:
                 env = self._enter(use, write=False)
-                self._file.require_meta()
+                self._file.require_uncut()
                 stat = env.stat()
                 nbytes = (self.directory / "data.mdb").stat().st_size
             finally:
@@ -186,7 +186,7 @@ class Environment:
                 turn = take_turn(self.directory) if write else None
                 if self._is_lockless:
                     self._check_alone()
-                self._file.require_meta()
+                self._file.require_uncut()
                 transaction = env.begin(write=write, buffers=True)
                 if not write or self._is_current():
                     return transaction, turn
@@ -324,7 +324,7 @@ class Environment:
 
     def _last_transaction_id(self) -> int:
         assert self._env is not None  # noqa: S101 - called for an open one
-        self._file.require_meta()
+        self._file.require_uncut()
         transaction = self._env.begin()
         try:
             return int(transaction.id())

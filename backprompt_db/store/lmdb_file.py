@@ -35,6 +35,7 @@ class CheckedFile:
             self._file = open_regular(data)
             status = os.fstat(self._file.fileno())
         self.identity: Identity = status.st_dev, status.st_ino
+        self._largest_nbytes = status.st_size
         self._newest: tuple[bytes, Meta] | None = None
         self._branches, self._leaves = _Known(_MAX_BRANCHES), _Known(_MAX_LEAVES)
         first = parse_meta(self.read(0, META_NBYTES))
@@ -58,10 +59,13 @@ class CheckedFile:
         """Return how long the file is now."""
         return os.fstat(self._file.fileno()).st_size
 
-    def require_meta(self) -> None:
-        """Raise `StoreCorrupt` for a file that was cut off so much that LMDB could not even begin."""
-        if self.nbytes() < NUM_META_PAGES * self.page_nbytes:
+    def require_uncut(self) -> None:
+        """Raise `StoreCorrupt` for a file that has become shorter: whoever reads the map behind its end is killed."""
+        largest = self._largest_nbytes  # first: another thread may see the file grow meanwhile
+        nbytes = self.nbytes()
+        if nbytes < largest:
             raise self.overwritten()
+        self._largest_nbytes = nbytes
 
     def meta(self, transaction_id: int) -> Meta:
         """Return the meta page of the state that has this id, or of another one where it was written over."""
