@@ -77,7 +77,8 @@ class Environment:
                 transaction, turn = self._begin(use, write=write)
                 with transaction:
                     try:
-                        yield CheckedTransaction(transaction, self._tree(transaction.id(), write=write))
+                        tree = self._tree(transaction.id(), write=write)
+                        yield CheckedTransaction(transaction, tree, is_writing=write)
                     finally:
                         if self._is_lockless:
                             self._check_overtaken(transaction)

@@ -12,13 +12,14 @@ without gaps, and each takes an even number of bytes. The machine's byte order h
 
 from __future__ import annotations
 
-import itertools
 import operator
 import struct
 import sys
+from array import array
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 HEADER_NBYTES = 16
 _HEADER = struct.Struct("=Q2xHHH")
@@ -48,9 +49,10 @@ class Page:
 
     number: int
     content: bytes
+    """All bytes of a leaf; nothing of a branch."""
     names: list[bytes]
     """Ascending. The first one of a branch is empty."""
-    below: list[int]
+    below: Sequence[int]
     """The pages below, one for each name; empty for a leaf."""
     values: list[Value]
     """One for each name; empty for a branch."""
@@ -66,8 +68,8 @@ class Page:
 
     def is_within(self, low: bytes, high: bytes | None) -> bool:
         """Whether all names are at least `low` and, unless it is None, below `high`."""
-        names = self.names[1:] if self.below else self.names
-        return not names or (low <= names[0] and (high is None or names[-1] < high))
+        first = 1 if self.below else 0
+        return len(self.names) == first or (low <= self.names[first] and (high is None or self.names[-1] < high))
 
 
 def parse_page(content: bytes, number: int, *, are_names_numbers: bool) -> Page:
@@ -76,22 +78,49 @@ def parse_page(content: bytes, number: int, *, are_names_numbers: bool) -> Page:
     Names that are numbers, as those of the tree of free pages, are made such that they ascend as bytes too.
     """
     is_leaf, begin, positions = _positions(content, number)
-    nodes = [_node(content, position, number) for position in positions]
-    names = [content[node.name_begin : node.begin] for node in nodes]
-    below, values = list[int](), list[Value]()
-    if is_leaf:
-        values = [_value(content, node, number) for node in nodes]
-        nums_bytes = [value.end - position for value, position in zip(values, positions, strict=True)]
-    else:
-        below = [node.below for node in nodes]
-        nums_bytes = [node.begin - position for node, position in zip(nodes, positions, strict=True)]
-        names[0] = b""
-    _require_no_gaps(begin, len(content), positions, nums_bytes, number)
+    try:
+        page, spans = (_leaf if is_leaf else _branch)(content, number, positions)
+    except struct.error:
+        raise _outside(number) from None
+    _require_no_gaps(begin, len(content), spans, number)
+    names = page.names
     if are_names_numbers:
-        names = [_ascending(name, number) if name else name for name in names]
-    if (is_leaf and not names[0]) or not all(itertools.starmap(operator.lt, itertools.pairwise(names))):
+        names[:] = [_ascending(name, number) if name else name for name in names]
+    if (is_leaf and not names[0]) or not all(map(operator.lt, names, names[1:])):
         raise ValueError(f"the names in page {number} do not ascend")
-    return Page(number, content, names, below, values)
+    return page
+
+
+def find_value(content: bytes, number: int, name: bytes) -> Value | None:
+    """Return where the value of a name is in a leaf; None where there is none.
+
+    For those who only read: it looks at just what LMDB looks at to find it, in a third of the time of `parse_page`.
+    Raises `ValueError` where that is wrong.
+    """
+    is_leaf, _, positions = _positions(content, number)
+    if not is_leaf:
+        raise ValueError(f"page {number} belongs elsewhere in the tree")
+    first, last = 0, len(positions) - 1
+    try:
+        while first <= last:
+            middle = (first + last) >> 1
+            low, high, flags, name_nbytes = _NODE.unpack_from(content, positions[middle])
+            name_begin = positions[middle] + _NODE.size
+            found = content[name_begin : name_begin + name_nbytes]
+            if found == name:
+                return _within(_value(content, name_begin + name_nbytes, low | high << 16, flags), content, number)
+            if name_begin + name_nbytes > len(content):
+                raise _outside(number)
+            first, last = (middle + 1, last) if found < name else (first, middle - 1)
+    except struct.error:
+        raise _outside(number) from None
+    return None
+
+
+def _within(value: Value, content: bytes, number: int) -> Value:
+    if value.end > len(content):
+        raise _outside(number)
+    return value
 
 
 def run_flaw(header: bytes, value: Value, page_nbytes: int) -> str | None:
@@ -120,51 +149,56 @@ def _positions(content: bytes, number: int) -> tuple[bool, int, tuple[int, ...]]
     return flags == _LEAF, begin, struct.unpack_from(f"={(end - HEADER_NBYTES) // 2}H", content, HEADER_NBYTES)
 
 
-class _Node(NamedTuple):
-    """The beginning of a node; `low`, `middle` and `high` mean what the kind of its page says."""
-
-    low: int
-    middle: int
-    high: int
-    name_begin: int
-    begin: int
-    """Where the content begins, behind the name."""
-
-    @property
-    def below(self) -> int:
-        return self.low | self.middle << 16 | self.high << 32
+_Span: TypeAlias = tuple[int, int]
+"""Where a node begins and ends."""
 
 
-def _node(content: bytes, position: int, number: int) -> _Node:
-    name_begin = position + _NODE.size
-    if name_begin > len(content):
-        raise _outside(number)
-    low, middle, high, name_nbytes = _NODE.unpack_from(content, position)
-    return _Node(low, middle, high, name_begin, name_begin + name_nbytes)
+def _branch(content: bytes, number: int, positions: Sequence[int]) -> tuple[Page, list[_Span]]:
+    names: list[bytes] = []  # `list[bytes]()` takes microseconds, and this is on the way of every read
+    spans: list[_Span] = []
+    below = array("Q")
+    for position in positions:
+        low, middle, high, name_nbytes = _NODE.unpack_from(content, position)
+        end = position + _NODE.size + name_nbytes
+        names.append(content[position + _NODE.size : end])
+        below.append(low | middle << 16 | high << 32)
+        spans.append((position, end))
+    names[0] = b""
+    return Page(number, b"", names, below, []), spans
 
 
-def _value(content: bytes, node: _Node, number: int) -> Value:
-    nbytes = node.low | node.middle << 16
-    if not node.high:
-        return Value(nbytes, node.begin, node.begin + nbytes, None)
-    if node.high != _ELSEWHERE:
-        raise ValueError(f"page {number} has a node of a kind that is never written")
-    end = node.begin + _NUMBER.size
-    if end > len(content):
-        raise _outside(number)
-    return Value(nbytes, node.begin, end, _NUMBER.unpack_from(content, node.begin)[0])
+def _leaf(content: bytes, number: int, positions: Sequence[int]) -> tuple[Page, list[_Span]]:
+    names: list[bytes] = []
+    values: list[Value] = []
+    spans: list[_Span] = []
+    for position in positions:
+        low, high, flags, name_nbytes = _NODE.unpack_from(content, position)
+        begin = position + _NODE.size + name_nbytes
+        names.append(content[position + _NODE.size : begin])
+        value = _value(content, begin, low | high << 16, flags)
+        values.append(value)
+        spans.append((position, value.end))
+    return Page(number, content, names, (), values), spans
+
+
+def _value(content: bytes, begin: int, nbytes: int, flags: int) -> Value:
+    if not flags:
+        return Value(nbytes, begin, begin + nbytes, None)
+    if flags != _ELSEWHERE:
+        raise ValueError("a node is of a kind that is never written")
+    return Value(nbytes, begin, begin + _NUMBER.size, _NUMBER.unpack_from(content, begin)[0])
 
 
 def _outside(number: int) -> ValueError:
     return ValueError(f"page {number} has its nodes outside itself")
 
 
-def _require_no_gaps(begin: int, end: int, positions: tuple[int, ...], nums_bytes: list[int], number: int) -> None:
+def _require_no_gaps(begin: int, end: int, spans: list[_Span], number: int) -> None:
     """Raise `ValueError` unless the nodes fill the page from where they begin to its end."""
-    for position, nbytes in sorted(zip(positions, nums_bytes, strict=True)):
-        if position != begin:
+    for node_begin, node_end in sorted(spans):
+        if node_begin != begin:
             break
-        begin += nbytes + nbytes % 2
+        begin = node_end + (node_end - node_begin) % 2
     else:
         if begin == end:
             return

@@ -7,20 +7,10 @@ the pages on the way to a name, and deleting may join those with the ones beside
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import NamedTuple
 
-from backprompt_db.store.lmdb_file import CheckedFile
+from backprompt_db.store.lmdb_file import CheckedFile, Place
 from backprompt_db.store.lmdb_meta import NO_PAGE, Meta, Tree
 from backprompt_db.store.lmdb_nodes import Page, Value
-
-
-class _Place(NamedTuple):
-    """A page of a tree in its place: how many levels lie below, and between which names its own are."""
-
-    page: Page
-    num_below: int
-    low: bytes
-    high: bytes | None
 
 
 class CheckedTree:
@@ -35,6 +25,17 @@ class CheckedTree:
         """Make the tree of a state of the file; none of its pages may be one that is `free`."""
         self._file, self._meta, self._tree = file, meta, tree
         self._are_names_numbers, self._free = are_names_numbers, free
+
+    def find(self, name: bytes) -> memoryview | Value | None:
+        """Return the value of a name, or, if it has pages of its own, where it is: LMDB can read it.
+
+        None where there is none. Raises `StoreCorrupt` for damage on the way.
+        """
+        place = self._root() if self._tree.depth > 1 else None
+        while place is not None and place.num_below > 1:
+            place = self._below(place, place.page.index_below(name))
+        leaf = self._tree.root if place is None else place.page.below[place.page.index_below(name)]
+        return None if leaf == NO_PAGE else self._file.find(leaf, name, self._meta)
 
     def check(self, name: bytes) -> None:
         """Raise `StoreCorrupt` unless LMDB can go to a name, read its value and put one there."""
@@ -71,46 +72,47 @@ class CheckedTree:
         if root is not None:
             yield from self._leaves(root, after)
 
-    def _root(self) -> _Place | None:
+    def _root(self) -> Place | None:
         if self._tree.root == NO_PAGE:
             return None
-        return self._place(self._tree.root, self._tree.depth - 1, b"", None)
+        return self._place(self._tree.root, self._tree.depth - 1, (b"", None))
 
-    def _below(self, place: _Place, index: int) -> _Place:
-        names = place.page.names
-        low = names[index] if index else place.low
-        high = names[index + 1] if index + 1 < len(names) else place.high
-        return self._place(place.page.below[index], place.num_below - 1, low, high)
+    def _below(self, place: Place, index: int) -> Place:
+        names, (low, high) = place.page.names, place.between
+        if index:
+            low = names[index]
+        if index + 1 < len(names):
+            high = names[index + 1]
+        return self._place(place.page.below[index], place.num_below - 1, (low, high))
 
-    def _before(self, before: _Place | None, place: _Place, index: int) -> _Place | None:
+    def _before(self, before: Place | None, place: Place, index: int) -> Place | None:
         """Return what is before a page below `place`, which may be the last below the page before `place`."""
         if index:
             return self._below(place, index - 1)
         return None if before is None else self._below(before, len(before.page.below) - 1)
 
-    def _after(self, place: _Place, after: _Place | None, index: int) -> _Place | None:
+    def _after(self, place: Place, after: Place | None, index: int) -> Place | None:
         if index + 1 < len(place.page.below):
             return self._below(place, index + 1)
         return None if after is None else self._below(after, 0)
 
-    def _check_first(self, place: _Place | None) -> None:
+    def _check_first(self, place: Place | None) -> None:
         """Look at all pages on the way to the first name below a page."""
         while place is not None and place.page.below:
             place = self._below(place, 0)
 
-    def _leaves(self, place: _Place, after: bytes) -> Iterator[Page]:
+    def _leaves(self, place: Place, after: bytes) -> Iterator[Page]:
         if not place.page.below:
             yield place.page
             return
         for index in range(place.page.index_below(after), len(place.page.below)):
             yield from self._leaves(self._below(place, index), after)
 
-    def _place(self, number: int, num_below: int, low: bytes, high: bytes | None) -> _Place:
-        page = self._file.page(number, self._meta, is_branch=num_below > 0, are_names_numbers=self._are_names_numbers)
-        if not page.is_within(low, high):
-            raise self._file.damaged(f"page {number} has names that belong elsewhere")
+    def _place(self, number: int, num_below: int, between: tuple[bytes, bytes | None]) -> Place:
         self._require_not_free(number)
-        return _Place(page, num_below, low, high)
+        return self._file.place(
+            number, self._meta, between, num_below=num_below, are_names_numbers=self._are_names_numbers
+        )
 
     def _check_value(self, value: Value) -> None:
         self._file.check_value(value, self._meta)

@@ -7,14 +7,15 @@ from typing import Any
 
 import lmdb
 
+from backprompt_db.store.lmdb_nodes import Value
 from backprompt_db.store.lmdb_trees import CheckedTree
 
 
 class CheckedTransaction:
     """One transaction. Values are views that die with it. Raises `StoreCorrupt` for a page that is damaged."""
 
-    def __init__(self, transaction: lmdb.Transaction[memoryview], tree: CheckedTree) -> None:
-        self._transaction, self._tree = transaction, tree
+    def __init__(self, transaction: lmdb.Transaction[memoryview], tree: CheckedTree, *, is_writing: bool) -> None:
+        self._transaction, self._tree, self._is_writing = transaction, tree, is_writing
 
     @property
     def id(self) -> int:
@@ -23,8 +24,11 @@ class CheckedTransaction:
 
     def get(self, name: bytes) -> memoryview | None:
         """Return the value of a name; None where there is none."""
-        self._tree.check(name)
-        return self._transaction.get(name)
+        if self._is_writing:
+            self._tree.check(name)
+            return self._transaction.get(name)
+        found = self._tree.find(name)
+        return self._transaction.get(name) if isinstance(found, Value) else found
 
     def put(self, name: bytes, value: bytes | memoryview, *, overwrite: bool = True) -> bool:
         """Write a value; whether it was written: without `overwrite`, the one that is there stays."""

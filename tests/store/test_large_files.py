@@ -12,6 +12,7 @@ import shutil
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.lmdb import LmdbStore
 from tests.conftest import cases
 from tests.support.damage import HEADER_NBYTES, PAGE_NBYTES, in_a_fork, newest_meta, structure
-from tests.support.store_contract import data
+from tests.support.store_contract import data, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -46,6 +47,10 @@ def value(number: int) -> bytes:
 
 def put(store: LmdbStore, numbers: Sequence[int]) -> None:
     store.put([Blob(key(number), value(number)) for number in numbers])
+
+
+def is_found(store: LmdbStore, number: int) -> bool:
+    return read(store, key(number)) == value(number)
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +79,13 @@ def use(directory: Path, numbers: Sequence[int], dice: random.Random) -> dict[st
         except StoreCorrupt:
             seen["refused"] += 1
 
-    def read(store: LmdbStore, number: int) -> None:
-        blob = store.get(key(number))
+    def look(store: LmdbStore, number: int) -> None:
+        blob = read(store, key(number))
         seen["missed" if blob is None else "found" if blob == value(number) else "wrong"] += 1
 
     with closing(LmdbStore(directory)) as store:
         for number in dice.sample(numbers, 100):
-            attempt(lambda number=number: read(store, number))
+            attempt(partial(look, store, number))
         attempt(lambda: list(store.keys()))
         attempt(lambda: put(store, range(5000, 5040)))
         attempt(lambda: store.delete(map(key, dice.sample(numbers, 150))))
@@ -184,7 +189,7 @@ def test_a_list_of_free_pages_that_is_wrong_stops_writers_alone(directory: Path)
     content[begin + 8 : begin + 16] = content[begin + 16 : begin + 24]
     (directory / "data.mdb").write_bytes(content)
     with closing(LmdbStore(directory)) as store:
-        assert [number for number in KEPT[:100] if store.get(key(number)) != value(number)] == []
+        assert [number for number in KEPT[:100] if read(store, key(number)) != value(number)] == []
         with pytest.raises(StoreCorrupt, match="list of free pages"):
             put(store, [5000])
         with pytest.raises(StoreCorrupt, match="list of free pages"):
@@ -205,9 +210,9 @@ def _first_free_list(content: bytes) -> int:
 def test_a_file_that_is_cut_off_while_it_is_open_kills_nobody(directory: Path, num_pages: int) -> None:
     def cut_off_and_use() -> Any:
         with closing(LmdbStore(directory)) as store:
-            assert store.get(key(KEPT[0])) == value(KEPT[0])
+            assert is_found(store, KEPT[0])
             os.truncate(directory / "data.mdb", num_pages * PAGE_NBYTES)
-            found = [_outcome(lambda number=number: store.get(key(number)) == value(number)) for number in KEPT[:300]]
+            found = [_outcome(partial(is_found, store, number)) for number in KEPT[:300]]
             writes = [_outcome(lambda: put(store, [5000])), _outcome(lambda: store.delete([key(KEPT[0])]))]
             return [sorted(set(found)), writes]
 
@@ -234,5 +239,5 @@ def test_what_was_copied_over_while_it_was_open_is_not_written_to(directory: Pat
         with pytest.raises(StoreCorrupt, match="copied over") as caught:
             put(store, [5020])
         assert "`mv`" in (caught.value.hint or "")
-        assert store.get(key(KEPT[0])) in (None, value(KEPT[0]))
+        assert read(store, key(KEPT[0])) in (None, value(KEPT[0]))
     assert (directory / "data.mdb").read_bytes()[: len(backup)] == backup
