@@ -63,7 +63,9 @@ class Environment:
         self._active = set[object]()  # not a number: an interrupt could come before it is counted down
         self._num_gates = 0
         self._was_forked_in_use = False
+        self._newest_tree: CheckedTree | None = None
         self._is_lockless = False
+        self._data = directory / "data.mdb"
         self._lock_name = str(directory / "lock.mdb")  # a str: making a Path takes longer than asking for a lock
         self._env: lmdb.Environment | None = self._open()
         self._pid = os.getpid()
@@ -210,8 +212,10 @@ class Environment:
         Raises `StoreCorrupt` where it may not write: LMDB would go on from another state than it believes to be there.
         """
         if not write:
-            meta = self._file.meta(transaction_id)
-            return CheckedTree(self._file, meta, meta.records)
+            meta, tree = self._file.meta(transaction_id), self._newest_tree
+            if tree is None or tree.meta is not meta:
+                tree = self._newest_tree = CheckedTree(self._file, meta, meta.records)
+            return tree
         meta = self._file.meta(transaction_id - 1)
         free = self._free_lists.at(meta)
         num_pages = self._file.nbytes() // meta.page_nbytes
@@ -278,6 +282,8 @@ class Environment:
 
     def _follow(self, *, write: bool) -> None:
         """Use the newest file. What is read from an older or a deleted one is still right, so readers need not care."""
+        if self._is_current():  # nearly always, and `follow` takes longer to find out
+            return
         try:
             self.follow()
         except StoreCorrupt:
@@ -309,7 +315,7 @@ class Environment:
 
     def _is_current(self) -> bool:
         """Whether the file that is open is still the one in the directory."""
-        return identity_of(self.directory / "data.mdb") == self.data_identity
+        return identity_of(self._data) == self.data_identity
 
     def _was_compacted(self) -> bool:
         """Whether the file in the directory continues the open one: it has the same lock file and the same count.
@@ -355,7 +361,7 @@ class Environment:
                 if identity_of(data) == identity == self._file.identity:
                     break
                 self._close(env)  # a compaction came in between: nobody knows which of the two files this is
-            self._free_lists = FreeLists(self._file)
+            self._free_lists, self._newest_tree = FreeLists(self._file), None
             self.data_identity, self.lock_identity = identity, identity_of(self.directory / "lock.mdb")
             if not self.readonly:
                 env.reader_check()

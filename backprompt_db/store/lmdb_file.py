@@ -15,7 +15,16 @@ from backprompt_db.errors import StoreCorrupt
 from backprompt_db.store.files import Identity
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.store.lmdb_meta import META_NBYTES, NUM_META_PAGES, Meta, parse_meta
-from backprompt_db.store.lmdb_nodes import HEADER_NBYTES, Page, Value, find_value, num_run_pages, parse_page, run_flaw
+from backprompt_db.store.lmdb_nodes import (
+    HEADER_NBYTES,
+    Page,
+    Value,
+    find_below,
+    find_value,
+    num_run_pages,
+    parse_page,
+    run_flaw,
+)
 from backprompt_db.system.files import open_regular
 from backprompt_db.system.platform import read_at
 
@@ -25,8 +34,8 @@ _CLOSE = (
     "copy beside it, then rename the copy with `mv`."
 )
 
-_MAX_BRANCHES, _MAX_LEAVES = 8192, 256
-"""How many checked pages are remembered, some 5 KiB each. A million records have up to 5,000 branches."""
+_MAX_BRANCHES, _MAX_LEAVES = 2048, 256
+"""How many checked pages are remembered, some 5 KiB each."""
 
 
 class Place(NamedTuple):
@@ -143,6 +152,13 @@ class CheckedFile:
         flaw = run_flaw(self.read(value.number * self.page_nbytes, HEADER_NBYTES), value, self.page_nbytes)
         if flaw is not None:
             raise self.damaged(flaw)
+
+    def below(self, branch: int, name: bytes, meta: Meta) -> int:
+        """Return the page below a branch in which a name belongs. The branch is not remembered."""
+        try:
+            return find_below(self._content(branch, meta), branch, name)
+        except ValueError as error:
+            raise self.damaged(str(error)) from None
 
     def find(self, leaf: int, name: bytes, meta: Meta) -> memoryview | Value | None:
         """Return a value that is in a leaf, or where its own pages are, which are there; None where there is none."""

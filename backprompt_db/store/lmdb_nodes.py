@@ -94,33 +94,58 @@ def parse_page(content: bytes, number: int, *, are_names_numbers: bool) -> Page:
 def find_value(content: bytes, number: int, name: bytes) -> Value | None:
     """Return where the value of a name is in a leaf; None where there is none.
 
-    For those who only read: it looks at just what LMDB looks at to find it, in a third of the time of `parse_page`.
-    Raises `ValueError` where that is wrong.
+    This and `find_below` are for those who only read: they look at just what LMDB looks at on its way, in a tenth of
+    the time of `parse_page`. They raise `ValueError` where that is wrong.
     """
-    is_leaf, _, positions = _positions(content, number)
-    if not is_leaf:
-        raise ValueError(f"page {number} belongs elsewhere in the tree")
-    first, last = 0, len(positions) - 1
+    positions = _positions_of(content, number, is_leaf=True)
+    position, is_found = _search(content, number, positions, name, first=0)
+    if not is_found:
+        return None
+    low, high, flags, _ = _NODE.unpack_from(content, positions[position])
     try:
-        while first <= last:
-            middle = (first + last) >> 1
-            low, high, flags, name_nbytes = _NODE.unpack_from(content, positions[middle])
-            name_begin = positions[middle] + _NODE.size
-            found = content[name_begin : name_begin + name_nbytes]
-            if found == name:
-                return _within(_value(content, name_begin + name_nbytes, low | high << 16, flags), content, number)
-            if name_begin + name_nbytes > len(content):
-                raise _outside(number)
-            first, last = (middle + 1, last) if found < name else (first, middle - 1)
+        value = _value(content, positions[position] + _NODE.size + len(name), low | high << 16, flags)
     except struct.error:
         raise _outside(number) from None
-    return None
-
-
-def _within(value: Value, content: bytes, number: int) -> Value:
     if value.end > len(content):
         raise _outside(number)
     return value
+
+
+def find_below(content: bytes, number: int, name: bytes) -> int:
+    """Return the page below a branch in which a name belongs."""
+    positions = _positions_of(content, number, is_leaf=False)
+    position, is_found = _search(content, number, positions, name, first=1)
+    try:
+        low, middle, high, _ = _NODE.unpack_from(content, positions[position if is_found else position - 1])
+    except struct.error:
+        raise _outside(number) from None
+    return int(low | middle << 16 | high << 32)
+
+
+def _positions_of(content: bytes, number: int, *, is_leaf: bool) -> tuple[int, ...]:
+    is_really, _, positions = _positions(content, number)
+    if is_really != is_leaf:
+        raise ValueError(f"page {number} belongs elsewhere in the tree")
+    return positions
+
+
+def _search(content: bytes, number: int, positions: tuple[int, ...], name: bytes, *, first: int) -> tuple[int, bool]:
+    """Return where a name is among the nodes, or would be, and whether it is there: by the same steps as LMDB."""
+    last = len(positions) - 1
+    while first <= last:
+        middle = (first + last) >> 1
+        begin = positions[middle] + _NODE.size
+        end = begin + int.from_bytes(content[begin - 2 : begin], sys.byteorder)
+        if end > len(content):
+            raise _outside(number)
+        found = content[begin:end]
+        if found == name:
+            return middle, True
+        if found < name:
+            first = middle + 1
+        else:
+            last = middle - 1
+    return first, False
 
 
 def run_flaw(header: bytes, value: Value, page_nbytes: int) -> str | None:

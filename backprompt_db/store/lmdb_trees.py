@@ -23,19 +23,27 @@ class CheckedTree:
         self, file: CheckedFile, meta: Meta, tree: Tree, *, are_names_numbers: bool = False, free: Container[int] = ()
     ) -> None:
         """Make the tree of a state of the file; none of its pages may be one that is `free`."""
-        self._file, self._meta, self._tree = file, meta, tree
+        self.meta = meta
+        self._file, self._tree = file, tree
         self._are_names_numbers, self._free = are_names_numbers, free
+        self._top: Place | None = None
 
     def find(self, name: bytes) -> memoryview | Value | None:
         """Return the value of a name, or, if it has pages of its own, where it is: LMDB can read it.
 
         None where there is none. Raises `StoreCorrupt` for damage on the way.
         """
-        place = self._root() if self._tree.depth > 1 else None
-        while place is not None and place.num_below > 1:
+        place = self._root()
+        if place is None:
+            return None
+        number = place.page.number
+        while place.num_below > 2:
             place = self._below(place, place.page.index_below(name))
-        leaf = self._tree.root if place is None else place.page.below[place.page.index_below(name)]
-        return None if leaf == NO_PAGE else self._file.find(leaf, name, self._meta)
+        if place.num_below:
+            number = place.page.below[place.page.index_below(name)]
+        if place.num_below > 1:
+            number = self._file.below(number, name, self.meta)
+        return self._file.find(number, name, self.meta)
 
     def check(self, name: bytes) -> None:
         """Raise `StoreCorrupt` unless LMDB can go to a name, read its value and put one there."""
@@ -73,9 +81,9 @@ class CheckedTree:
             yield from self._leaves(root, after)
 
     def _root(self) -> Place | None:
-        if self._tree.root == NO_PAGE:
-            return None
-        return self._place(self._tree.root, self._tree.depth - 1, (b"", None))
+        if self._top is None and self._tree.root != NO_PAGE:
+            self._top = self._place(self._tree.root, self._tree.depth - 1, (b"", None))
+        return self._top
 
     def _below(self, place: Place, index: int) -> Place:
         names, (low, high) = place.page.names, place.between
@@ -111,11 +119,11 @@ class CheckedTree:
     def _place(self, number: int, num_below: int, between: tuple[bytes, bytes | None]) -> Place:
         self._require_not_free(number)
         return self._file.place(
-            number, self._meta, between, num_below=num_below, are_names_numbers=self._are_names_numbers
+            number, self.meta, between, num_below=num_below, are_names_numbers=self._are_names_numbers
         )
 
     def _check_value(self, value: Value) -> None:
-        self._file.check_value(value, self._meta)
+        self._file.check_value(value, self.meta)
         if value.number is not None:
             self._require_not_free(value.number)
 
