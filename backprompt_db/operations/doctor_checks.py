@@ -45,6 +45,7 @@ from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION, release, shared_environment
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
 from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.lmdb_pages import check_length, check_pages
 from backprompt_db.store.turns import give_turn, take_turn
 from backprompt_db.system.platform import UNKNOWN, change_mode, filesystem_of, give
 from backprompt_db.views.formatting import size
@@ -254,6 +255,14 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
         lines = done.stderr.splitlines() or ["it was killed"]
         raise StoreError(f"nothing can be written to {store}: {lines[-1]}", hint="Mend what the message says.")
     return int(done.stdout)
+
+
+def store_file(subject: Subject) -> Finding:
+    """Check that the store's file is whole and that LMDB can walk all of its pages; what is stored is not read."""
+    data = subject.directory / STORE / DATA
+    check_length(data)
+    check_pages(data, however_many=True)
+    return fine("The file of the store is whole.")
 
 
 def leftovers(subject: Subject) -> Finding:

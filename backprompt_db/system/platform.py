@@ -67,6 +67,8 @@ if sys.platform == "win32":
 
     HAS_BYTE_LOCKS = False
 
+    read_at: Callable[[int, int, int], bytes] = _refuse
+
     def sync(descriptor: int) -> None:
         """Wait until what was written to an open file will outlast a power failure."""
         os.fsync(descriptor)
@@ -138,6 +140,9 @@ else:
     def place_in_lock_table(status: os.stat_result) -> bytes:
         """Return how the kernel of Linux names a file in its table of locks."""
         return b"%02x:%02x:%d" % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+
+    read_at = os.pread
+    """Return so many bytes of an open file from a position on, fewer at its end, whoever else reads it."""
 
     def set_mode(descriptor: int, mode: int) -> None:
         """Give an open file or directory its permission bits, whatever the umask."""
