@@ -61,7 +61,7 @@ class LanguageModel:
 
     `keep` says what is stored of what is computed, where a call does not say otherwise. With `"auto"`, scores always
     are; keys, values and logits are where something follows or may follow, and else once they are asked for, or
-    computed for the second time. `"all"` stores all three parts, `["scores"]` and the like only these.
+    computed for the second time. `"all"` stores scores, logits and kv, `["scores"]` and the like only these.
 
     The model is used in evaluation mode; its training mode is restored after each call. Raises `PromptError` for names
     in place of objects, see `from_pretrained` and `bp.open`.

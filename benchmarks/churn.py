@@ -19,7 +19,7 @@ from backprompt_db.database.database import Database
 from backprompt_db.database.writer import NewPart
 from backprompt_db.operations.inspection import inspect
 from backprompt_db.prompt.ids import TokenizerId, WeightsId, address
-from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Origin, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Key, needs_of
@@ -171,7 +171,7 @@ def _missing(db: Database, writer: int, section: int) -> list[NewPart]:
     requests = range(section * REQUESTS_PER_SECTION, (section + 1) * REQUESTS_PER_SECTION)
     segments = dict.fromkeys(segment for request in requests for segment in _prompt(writer, request))
     missing = [segment for segment in segments if not db.has(_key(segment, Part.KV))]
-    return [NewPart(_key(each, part), _contents(each, part), _origin(each)) for each in missing for part in Part]
+    return [NewPart(_key(each, part), _contents(each, part), _origin(each)) for each in missing for part in OWN_PARTS]
 
 
 def _read(place: Path, stop: Any, queue: Any) -> None:
@@ -182,8 +182,8 @@ def _read(place: Path, stop: Any, queue: Any) -> None:
             segments = _prompt(
                 int(dice.integers(NUM_WRITERS)), int(dice.integers(max(1, TOTAL_NBYTES // NBYTES_PER_REQUEST)))
             )
-            found = db.fetch({_key(segment, Part.KV).address: list(Part) for segment in segments})
-            right = {_key(segment, part): (segment, part) for segment in segments for part in Part}
+            found = db.fetch({_key(segment, Part.KV).address: list(OWN_PARTS) for segment in segments})
+            right = {_key(segment, part): (segment, part) for segment in segments for part in OWN_PARTS}
             num_read += len(found)
             num_wrong += sum(not _is_equal(arrays, _contents(*right[key])) for key, arrays in found.items())
     queue.put(Looks(num_read, num_wrong))

@@ -83,7 +83,8 @@ class _Choice:
     def value(self, part: Part) -> ColumnElement[float]:
         """Return what a part is worth: seconds of computation per byte, the less the longer it was not used."""
         age = func.max(0.0, self.at - USED_AT) / _HALVING_SECONDS  # a clock may have been set back
-        return Representation.compute_seconds / func.max(NBYTES[part], 1) / (1.0 + age)
+        nbytes = _LEAST_NBYTES if part is Part.CONTINUATIONS else NBYTES[part]
+        return Representation.compute_seconds / func.max(nbytes, 1) / (1.0 + age)
 
 
 class EvictionOrder(CatalogFile):
@@ -141,7 +142,7 @@ class EvictionOrder(CatalogFile):
         Such a part is recorded, its representation is not pinned, and if it is keys and values, none of a following
         segment are recorded.
         """
-        addresses: dict[Part, set[Address]] = {part: set() for part in Part}
+        addresses: dict[Part, set[Address]] = {part: set() for part in NBYTES}
         for address, part in keys:
             addresses[part].add(address)
         with self.reading() as connection:
@@ -165,7 +166,7 @@ def _first_to_go(
     Pinned parts never go, and keys and values only if no others build on them.
     """
     only_expired = [] if nbytes else [choice.is_expired]
-    found = [_ranked(connection, part, nbytes, choice, [*among, *only_expired]) for part in Part]
+    found = [_ranked(connection, part, nbytes, choice, [*among, *only_expired]) for part in NBYTES]
     chosen, sum_nbytes = list[EvictionCandidate](), 0
     for (group, _), candidate in heapq.merge(*found, key=itemgetter(0)):
         if len(chosen) == choice.limit or (group != _EXPIRED and sum_nbytes >= nbytes):
@@ -236,6 +237,9 @@ def _candidates(
     columns = (Representation.address, nbytes, Representation.compute_seconds, USED_AT, group, value.label("worth"))
     return select(*columns).where(*_may_go(part), *among)
 
+
+_LEAST_NBYTES: ColumnElement[int] = func.min(*(func.coalesce(each, 2**62) for each in NBYTES.values()))
+"""The bytes of the smallest stored part. Continuations count as so many, however much they have grown: they go last."""
 
 _ADDRESS = Representation.address
 _ADDRESSES = select(_ADDRESS)

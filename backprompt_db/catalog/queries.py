@@ -182,7 +182,7 @@ def _sum(column: InstrumentedAttribute[int]) -> ColumnElement[int]:
     return func.coalesce(func.sum(column), 0).label(column.key)
 
 
-_NBYTES = (Sums.scores_nbytes, Sums.logits_nbytes, Sums.kv_nbytes)
+_NBYTES = (Sums.scores_nbytes, Sums.logits_nbytes, Sums.kv_nbytes, Sums.continuations_nbytes)
 _TOTALS = select(
     *(_sum(column) for column in (Sums.num_representations, Sums.num_tokens, *_NBYTES, Sums.num_hits)),
     func.total(Sums.saved_seconds).label("saved_seconds"),

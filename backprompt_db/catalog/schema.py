@@ -118,6 +118,7 @@ class Representation(Base):
     namespace: Mapped[str] = mapped_column(server_default=text("''"))
     num_kv_children: Mapped[int] = mapped_column(server_default=text("0"))
     """How many following segments have kv under the same model and tokenizer. A trigger keeps it right."""
+    continuations_nbytes: Mapped[int | None]
 
 
 class SourceFiles(Base):
@@ -225,12 +226,14 @@ class Sums(Base):
     kv_nbytes: Mapped[int]
     num_hits: Mapped[int]
     saved_seconds: Mapped[float]
+    continuations_nbytes: Mapped[int] = mapped_column(server_default=text("0"))
 
 
 NBYTES = {
     Part.SCORES: Representation.scores_nbytes,
     Part.LOGITS: Representation.logits_nbytes,
     Part.KV: Representation.kv_nbytes,
+    Part.CONTINUATIONS: Representation.continuations_nbytes,
 }
 """The column that holds the size of each part."""
 

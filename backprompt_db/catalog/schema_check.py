@@ -12,7 +12,7 @@ from hashlib import sha256
 
 from backprompt_db.errors import CatalogError, CatalogTooNew
 
-HEAD = "0005"
+HEAD = "0006"
 """The newest revision in `migrations/versions`. Revisions are numbers of four digits; a newer one is greater."""
 
 _REVISION = re.compile("[0-9]{4}")
@@ -34,10 +34,17 @@ _DIGESTS = {
     "ix_representations_created_at": "b7a878acd62057c8c565a4fbed09cfbbd0a5f4dcf54bdcb62db4d4a525e42ca5",
     "ix_evictions_at": "88d6b4a1ee5a557f55aa876475ebdf4bd2feca0b18ae3d7c29cf60a4e76dc5e8",
     "ix_generations_address": "70917d8559c0146ff50c85ac66c12a92c811e4adb1d1deb29e0fe45aafc25fb1",
+    "representations_inserted": "1e507bf5db96ec7e5dd804293321e45f10a0e5fc4da3c5b5e25efea98eaff111",
+    "representations_updated": "b562f13b19b9428ca9341249454e083da65b47a507594871ddfc226d832611ec",
+    "representations_deleted": "5757bfa8e480bbb279543b3e239caec13529cd79143f9b1ca4eeb2ee92dead17",
+}
+_EARLIER_DIGESTS = {
     "representations_inserted": "639a8e9d77d3f32d4e5f471648ec7370c537c4f258a0367f9c1096c61113bffd",
     "representations_updated": "5c59a5fc49a0c2568d852085504062102fd5d06d14d8de948cd21b4d7bc3ab19",
     "representations_deleted": "fb05504f19cfb5dc6958d2f11e62332e0fa03b600c257612a580c9b27c63c92f",
 }
+"""Those of triggers before revision 0006."""
+
 _SEARCH_DIGESTS = {
     "search": "199892e9eabb295b0a34b88ddeadf50d9962b29b2fb2cfa5e0410de2c8357402",
     "segments_inserted": "549c144926aeb050b34dcdfd9931dd6655e1c16f42e8ad5f6f3c09056cf56597",
@@ -72,7 +79,7 @@ def revision_of(read: Callable[[str], Iterable[tuple[object, ...]]]) -> str | No
         )
     found = next(iter(read("SELECT version_num FROM alembic_version")), (None,))[0]
     revision = None if found is None else _known_revision(found)
-    _require_own(objects, is_complete=revision == HEAD)
+    _require_own(objects, is_newest=revision == HEAD)
     return revision
 
 
@@ -90,8 +97,10 @@ def _known_revision(found: object) -> str:
     return found
 
 
-def _require_own(objects: Sequence[tuple[object, ...]], *, is_complete: bool) -> None:
-    foreign = [f"the {kind} {name}" for kind, name, definition in objects if not _is_own(name, definition)]
+def _require_own(objects: Sequence[tuple[object, ...]], *, is_newest: bool) -> None:
+    foreign = [
+        f"the {kind} {name}" for kind, name, definition in objects if not _is_own(name, definition, is_newest=is_newest)
+    ]
     if foreign:
         raise CatalogError(
             f"the catalog's schema has what this library does not make: {', '.join(foreign[:_NUM_SHOWN])}",
@@ -99,20 +108,21 @@ def _require_own(objects: Sequence[tuple[object, ...]], *, is_complete: bool) ->
         )
     names = {name for _, name, _ in objects}
     missing = {*_DIGESTS, *(_SEARCH_DIGESTS if names & {*_SEARCH_DIGESTS} else ())} - names
-    if is_complete and missing:
+    if is_newest and missing:
         raise CatalogError(
             f"the catalog's schema lacks {', '.join(sorted(missing)[:_NUM_SHOWN])}",
             hint="Run `backprompt-db reindex`: it moves the catalog aside and builds another from the store.",
         )
 
 
-def _is_own(name: object, definition: object) -> bool:
+def _is_own(name: object, definition: object, *, is_newest: bool = True) -> bool:
     if not isinstance(name, str):
         return False
     if definition is None:  # an index that is part of its table
         return name.startswith(_INTERNAL)
     plain = _plain(str(definition))
-    digest = _DIGESTS.get(name) or _SEARCH_DIGESTS.get(name)
+    digests = _DIGESTS | _SEARCH_DIGESTS | ({} if is_newest else _EARLIER_DIGESTS)
+    digest = digests.get(name)
     if digest is not None:
         return sha256(plain.encode(errors="replace")).hexdigest() == digest
     # SQLite goes by the definition, whatever kind stands beside it.

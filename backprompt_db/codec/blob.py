@@ -20,6 +20,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from backprompt_db.codec.continuations import flaw_of_tree
 from backprompt_db.errors import BackpromptError, BlobFormat, FormatTooNew, StoreClosed
 from backprompt_db.prompt.ids import ID_NBYTES, SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import FORMAT, ITEMSIZE, Array, Arrays, Origin, Part
@@ -39,6 +40,7 @@ _METADATA_KEY = "backprompt-db"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INT8 = frozenset({"I8"})
 _FLOAT32 = frozenset({"F32"})
+_INT32 = frozenset({"I32"})
 _DTYPE_ORDER = ("F64", "F32", "I32", "BF16", "F16", "I8")
 """The order of arrays in safetensors: wide elements first, so that each array is aligned; then by name."""
 
@@ -46,12 +48,13 @@ _Layout: TypeAlias = dict[str, tuple[frozenset[str], int]]
 """Name, dtypes and number of dimensions of each array."""
 
 _LAYOUTS: dict[Part, tuple[_Layout, ...]] = {
-    Part.SCORES: ({"input_ids": (frozenset({"I32"}), 1), "token_logprobs": (_FLOAT32, 1)},),
+    Part.SCORES: ({"input_ids": (_INT32, 1), "token_logprobs": (_FLOAT32, 1)},),
     Part.LOGITS: ({"logits": (_FLOATS, 1)},),
     Part.KV: (
         {"keys": (_FLOATS, 4), "values": (_FLOATS, 4)},
         {"keys": (_INT8, 4), "keys_scale": (_FLOAT32, 3), "values": (_INT8, 4), "values_scale": (_FLOAT32, 3)},
     ),
+    Part.CONTINUATIONS: ({"input_ids": (_INT32, 1), "parents": (_INT32, 1), "token_logprobs": (_FLOAT32, 1)},),
 }
 """What each part may hold. The second layout of keys and values is that of int8, see `fidelity`."""
 
@@ -67,6 +70,7 @@ def encode_pieces(part: Part, arrays: Arrays, origin: Origin) -> list[bytes | me
     Raises `BlobFormat` for arrays that are not those of the part.
     """
     _check_layout(part, {name: (array.dtype, array.shape) for name, array in arrays.items()})
+    _check_tree(part, arrays)
     ordered = sorted(arrays.items(), key=lambda item: (_DTYPE_ORDER.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {"__metadata__": {_METADATA_KEY: _to_json(_origin_to_json(part, origin))}}
     end = 0
@@ -87,7 +91,9 @@ def decode(part: Part, blob: memoryview) -> Arrays:
     end = max(place.end for place in places.values())
     if end != data.nbytes:
         raise _malformed(f"{data.nbytes - end} bytes belong to no array")
-    return {name: _array(place, data) for name, place in places.items()}
+    arrays = {name: _array(place, data) for name, place in places.items()}
+    _check_tree(part, arrays)
+    return arrays
 
 
 class ArrayPlace(NamedTuple):
@@ -273,6 +279,12 @@ def _check_layout(part: Part, found: Mapping[str, tuple[str, tuple[int, ...]]]) 
     # have the first three dimensions of what they scale, and no more.
     if len({shape[:3] for _, shape in found.values()}) != 1:
         raise _malformed(f"its arrays differ in shape: {[list(shape) for _, shape in found.values()]}")
+
+
+def _check_tree(part: Part, arrays: Arrays) -> None:
+    flaw = flaw_of_tree(arrays) if part is Part.CONTINUATIONS else None
+    if flaw is not None:
+        raise _malformed(flaw)
 
 
 def _origin_to_json(part: Part, origin: Origin) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from backprompt_db.compute.proving import Prover
 from backprompt_db.database.writer import NewPart
 from backprompt_db.prompt.ids import ModelIds, SegmentId, WeightsId
 from backprompt_db.prompt.model_counters import ModelCounters
-from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Arrays, Part
 from backprompt_db.prompt.segments import Seam, Segment, ancestry
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Engine:
         """Return about how long computing so many tokens takes once the model is warm; None if nothing tells."""
         return self._pace.seconds_for(num_tokens, recorded=self._db.catalogs.timings(weights_id))
 
-    def is_stored(self, segment: Segment, *, ids: ModelIds, parts: Iterable[Part] = tuple(Part)) -> bool:
+    def is_stored(self, segment: Segment, *, ids: ModelIds, parts: Iterable[Part] = OWN_PARTS) -> bool:
         """Whether parts of a segment are stored or queued under the model that has these ids."""
         addresses = Addresses(ids)
         return all(self._db.has(addresses.key(segment, part)) for part in parts)
@@ -193,7 +193,7 @@ class Engine:
             return
         for segment, donor in [(segment, donors[segment]) for segment in missing if segment in donors]:
             if donor in missing:
-                own = Call(self._db, self._source, call.addresses, wanted={donor: frozenset(Part)}, keep={})
+                own = Call(self._db, self._source, call.addresses, wanted={donor: frozenset(OWN_PARTS)}, keep={})
                 self._answer(own, {})
                 call.include(own)
                 call.fetch_wanted(donor)
@@ -292,7 +292,7 @@ class Engine:
         num_tokens = call.lengths = {segment: len(ids) for segment, ids in input_ids.items()}
         starts = plan.positions(segments, num_tokens)
         runner = self._prover.runner(call.addresses)
-        kept = {segment: frozenset(call.keep.get(segment, Part)) for segment in missing}
+        kept = {segment: frozenset(call.keep.get(segment, OWN_PARTS)) for segment in missing}
         produced = {
             segment: missing[segment] | kept[segment] | call.taken.get(segment, frozenset()) for segment in missing
         }
@@ -323,7 +323,7 @@ class Engine:
                 NewPart(addresses.key(segment, part), result.parts[segment, part], origin)
                 for part in prefill.keep[segment]
             ]
-            if Part.LOGITS in call.taken.get(segment, ()) and Part.LOGITS not in call.keep.get(segment, Part):
+            if Part.LOGITS in call.taken.get(segment, ()) and Part.LOGITS not in call.keep.get(segment, OWN_PARTS):
                 logits = NewPart(addresses.key(segment, Part.LOGITS), result.parts[segment, Part.LOGITS], origin)
                 call.spare[segment] = partial(self._db.put_later, logits)
         self._db.put(new)

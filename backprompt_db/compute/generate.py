@@ -20,7 +20,7 @@ from backprompt_db.compute.inference.decoding import Begun, Decoding, Outcome, P
 from backprompt_db.compute.inference.kv_cache import slice_row
 from backprompt_db.errors import InvalidText
 from backprompt_db.prompt.generated import Generated
-from backprompt_db.prompt.representation import Array, Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from backprompt_db.compute.tokens import SegmentTokenizer
     from backprompt_db.prompt.ids import ModelIds
 
-_ALL_PARTS, _SCORES = frozenset(Part), frozenset({Part.SCORES})
+_ALL_PARTS, _SCORES = frozenset(OWN_PARTS), frozenset({Part.SCORES})
 _KV, _KV_AND_LOGITS = frozenset({Part.KV}), frozenset({Part.KV, Part.LOGITS})
 
 

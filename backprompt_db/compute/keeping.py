@@ -17,19 +17,19 @@ from backprompt_db.compute.healing import Ending
 from backprompt_db.compute.plan import Wanted
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.ids import SegmentId
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
     from backprompt_db.database.database import Database
 
-PARTS = tuple(part.name.lower() for part in Part)
-"""The names that people give the three parts."""
+PARTS = tuple(part.name.lower() for part in OWN_PARTS)
+"""The names that people give the parts of a segment itself."""
 
 AUTO = "auto"
 
-_ALL, _SCORES = frozenset(Part), frozenset({Part.SCORES})
+_ALL, _SCORES = frozenset(OWN_PARTS), frozenset({Part.SCORES})
 _MAX_REMEMBERED = 1 << 18
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from backprompt_db.compute.plan import Need, Pack, Wanted
-from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Arrays, Part
 from backprompt_db.prompt.segments import Segment
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Passes:
     def produced(self, segment: Segment) -> frozenset[Part]:
         """Return the parts of a segment that its pass makes."""
         if self.is_deterministic:
-            return frozenset(Part)
-        return self.keep[segment] | {part for part in Part if self.is_used((segment, part))}
+            return frozenset(OWN_PARTS)
+        return self.keep[segment] | {part for part in OWN_PARTS if self.is_used((segment, part))}
 
     def is_used(self, need: Need) -> bool:
         """Whether the caller wants a part, or another pack needs it."""

@@ -211,6 +211,7 @@ class Database:
         """Queue a part of something that was put before; it is dropped where nothing can be stored any more."""
         if not (self.readonly or self._is_closed):
             self.writer.put([part])
+            self.memory.discard(part.key)  # which may hold what it was before it has grown
 
     def when_written(self, then: Callable[[], None]) -> None:
         """Call `then`, which must not raise, as soon as all that was put by now is stored, or given up."""

@@ -23,7 +23,7 @@ from backprompt_db.database.counters import Tally
 from backprompt_db.database.eviction import Evictor
 from backprompt_db.errors import BackpromptError, StoreClosed, StoreFull
 from backprompt_db.prompt.representation import Arrays, Origin
-from backprompt_db.store.contract import Blob, Key, Store, needs_of
+from backprompt_db.store.contract import Blob, Key, Store, needs_of, replaces
 from backprompt_db.system.platform import register_at_fork, step_back
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class Writer:
     def put(self, parts: Sequence[NewPart]) -> None:
         """Queue parts; waits while more than `MAX_QUEUED_NBYTES` are queued. Their arrays must not change any more.
 
+        One that has grown takes the place of the one that is queued under its key.
         Raises `StoreClosed` after `close`.
         """
         self._wait_until(lambda: self._queued_nbytes <= MAX_QUEUED_NBYTES or self._is_closing)
@@ -145,11 +146,13 @@ class Writer:
             if self._is_closing:
                 raise StoreClosed("the database was closed", hint="Open it again with backprompt_db.open(...).")
             for part in parts:
-                nbytes = part.nbytes
-                if part.key not in self._queue:  # nothing is called from here on: an interrupt cannot come in between
+                queued = self._queue.get(part.key)
+                nbytes, taken_nbytes = part.nbytes, 0 if queued is None else queued.nbytes
+                is_taken = queued is not None and not replaces(part.key, nbytes, taken_nbytes)
+                if not is_taken:  # nothing is called from here on: an interrupt cannot come in between
                     self._queue[part.key] = part
-                    self._queued_nbytes += nbytes
-                    self._num_queued += 1
+                    self._queued_nbytes += nbytes - taken_nbytes
+                    self._num_queued += queued is None
             self._changed.notify_all()
             has_thread = self._has_thread()
         if not has_thread:
@@ -230,8 +233,9 @@ class Writer:
         """Take a group that was stored, or given up, out of the queue."""
         with self._mutex:
             for part in group:
-                # Without a thread, several callers may have stored the same group.
-                if self._queue.pop(part.key, None) is not None:
+                # Without a thread, several callers may have stored the same group. What has grown meanwhile stays.
+                if self._queue.get(part.key) is part:
+                    del self._queue[part.key]
                     self._queued_nbytes -= part.nbytes
                     self._num_done += 1
             self._changed.notify_all()

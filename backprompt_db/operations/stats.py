@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,8 @@ from backprompt_db.prompt.representation import Part
 
 _NUM_INCIDENTS = 10
 
-_COUNTS = """
-    coalesce(sum(num_representations), 0), coalesce(sum(scores_nbytes), 0), coalesce(sum(logits_nbytes), 0),
-    coalesce(sum(kv_nbytes), 0)
-"""
+_SUMMED = ("num_representations", *(f"{part.name.lower()}_nbytes" for part in Part))
+_COUNTS = ", ".join(f"coalesce(sum({column}), 0)" for column in _SUMMED)
 _TOTALS = f"""
     SELECT {_COUNTS},
         (SELECT coalesce(sum(num_segments), 0) FROM namespaces WHERE :namespace IS NULL OR name = :namespace),
@@ -38,7 +36,7 @@ _TOTALS = f"""
 """  # noqa: S608 - constants
 _BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
 
-_TOTALS_KINDS = (*[int] * 8, float)
+_TOTALS_KINDS = (*[int] * 9, float)
 _EVENTS = "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT :limit"
 
 _Group = TypeVar("_Group")
@@ -158,10 +156,10 @@ def sums(path: Path, *, namespace: str | None = None) -> Totals:
 
     Raises `CatalogError` if it is unusable.
     """
-    [(count, scores, logits, kv, *others)] = rows(path, _TOTALS, _TOTALS_KINDS, namespace=namespace)
-    num_segments, num_models, num_tokens, num_hits, saved_seconds = others
-    nbytes = _nbytes(scores, logits, kv)
-    return Totals(count, num_segments, num_models, num_tokens, nbytes, num_hits, saved_seconds)
+    [(count, *sizes, num_segments, num_models, num_tokens, num_hits, saved_seconds)] = rows(
+        path, _TOTALS, _TOTALS_KINDS, namespace=namespace
+    )
+    return Totals(count, num_segments, num_models, num_tokens, _nbytes(sizes), num_hits, saved_seconds)
 
 
 def sums_by_model(path: Path) -> dict[WeightsId, GroupTotals]:
@@ -186,10 +184,12 @@ def events(path: Path, *, limit: int) -> list[tuple[float, str, bytes | None, st
 
 def _by(path: Path, column: str, kind: type) -> dict[Any, GroupTotals]:
     return {
-        key: GroupTotals(count, _nbytes(scores, logits, kv))
-        for count, scores, logits, kv, key in rows(path, _BY.format(counts=_COUNTS, column=column), (*[int] * 4, kind))
+        key: GroupTotals(count, _nbytes(sizes))
+        for count, *sizes, key in rows(
+            path, _BY.format(counts=_COUNTS, column=column), (*[int] * (1 + len(Part)), kind)
+        )
     }
 
 
-def _nbytes(scores: int, logits: int, kv: int) -> dict[Part, int]:
-    return {Part.SCORES: scores, Part.LOGITS: logits, Part.KV: kv}
+def _nbytes(sizes: Sequence[int]) -> dict[Part, int]:
+    return dict(zip(Part, sizes, strict=True))

@@ -1,4 +1,4 @@
-"""A segment's representation: its three parts, what they were computed from, and the arrays that they consist of.
+"""A segment's representation: its parts, what they were computed from, and the arrays that they consist of.
 
 Nothing here needs torch: a run of full hits does not import it. Arrays are raw buffers with a safetensors dtype
 name; `Array.numpy()` and `Array.torch()` are views of them.
@@ -27,7 +27,7 @@ FORMAT = 1
 
 
 class Part(enum.Enum):
-    """One of the three parts of a representation. The value is its one-byte code in store keys."""
+    """One of the parts of a representation. The value is its one-byte code in store keys."""
 
     SCORES = b"s"
     """`input_ids` int32 [T] and `token_logprobs` float32 [T]."""
@@ -35,6 +35,13 @@ class Part(enum.Enum):
     """`logits` [vocab_size] after the segment's last token, in the model's dtype."""
     KV = b"k"
     """`keys` and `values` [num_layers, num_kv_heads, T, head_dim] of the segment's own tokens, in the model's dtype."""
+    CONTINUATIONS = b"c"
+    """What is known of the tokens that may follow: a tree, `input_ids` and `parents` int32 [N] and `token_logprobs`
+    float32 [N]. A parent is the index of the token before, -1 directly after the segment. It grows as more is asked."""
+
+
+OWN_PARTS = (Part.SCORES, Part.LOGITS, Part.KV)
+"""The parts of a segment itself: a pass over it computes them, once and for all."""
 
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1}

@@ -43,6 +43,16 @@ def needs_of(key: Key, origin: Origin) -> tuple[Key, ...]:
     return tuple(Key(each, Part.KV) for each in origin.parent_addresses) if key.part is Part.KV else ()
 
 
+def grows(key: Key) -> bool:
+    """Whether what a key names becomes more with time: a tree of continuations does, everything else stays."""
+    return key.part is Part.CONTINUATIONS
+
+
+def replaces(key: Key, nbytes: int, taken_nbytes: int) -> bool:
+    """Whether a blob takes the place of a smaller one under its key: it has grown."""
+    return grows(key) and nbytes > taken_nbytes
+
+
 class Usage(NamedTuple):
     """How much room a store takes."""
 
@@ -87,11 +97,11 @@ class Store(Protocol):
         """Return how many bytes a blob has, None where there is none; nothing is verified, and nothing counted."""
 
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
-        """Store all of `blobs` in one transaction and return the keys that were new.
+        """Store all of `blobs` in one transaction and return the keys that were new, each once.
 
-        The first writer wins: a key that is taken keeps its blob. A blob is left out when something that it `needs` is
-        not there. When this returns, the blobs are on disk. Raises `StoreFull`, and stores nothing, when more than
-        `max_nbytes` would be live after it.
+        The first writer wins: a key that is taken keeps its blob, unless the new one `replaces` it: then it is new. A
+        blob is left out when something that it `needs` is not there. When this returns, the blobs are on disk. Raises
+        `StoreFull`, and stores nothing, when more than `max_nbytes` would be live after it.
         """
 
     def delete(self, keys: Iterable[Key]) -> int:
@@ -112,3 +122,9 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release the store. Closing twice is allowed."""
+
+
+def lacks(store: Store, key: Key, nbytes: int) -> bool:
+    """Whether a store has nothing under a key, or less of what grows than a blob of so many bytes."""
+    taken_nbytes = store.size(key)
+    return taken_nbytes is None or replaces(key, nbytes, taken_nbytes)

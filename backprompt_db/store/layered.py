@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from backprompt_db.errors import StoreError
-from backprompt_db.store.contract import Blob, Key, Store, Usage
+from backprompt_db.store.contract import Blob, Key, Store, Usage, grows, replaces
 
 _Found = TypeVar("_Found")
 
@@ -31,13 +31,13 @@ class LayeredStore:
 
     def get(self, key: Key) -> memoryview | None:
         """Return a verified, writable copy of a blob; None for a miss in both."""
-        found = self.own.get(key)
+        found = None if self._has_grown_below(key) else self.own.get(key)
         return found if found is not None else self._from_base(key, self._base.get)
 
     def scan(self, key: Key, take: Callable[[memoryview], None]) -> bool:
         """Give a blob's verified bytes to `take`, piece by piece, from whichever store has it."""
         num_quarantined = self.own.num_quarantined
-        if self.own.scan(key, take):
+        if not self._has_grown_below(key) and self.own.scan(key, take):
             return True
         if self.own.num_quarantined > num_quarantined:  # `take` already has pieces: those of the base must not follow
             return False
@@ -49,12 +49,12 @@ class LayeredStore:
 
     def size(self, key: Key) -> int | None:
         """Return how many bytes a blob has, in whichever store has it."""
-        nbytes = self.own.size(key)
+        nbytes = None if self._has_grown_below(key) else self.own.size(key)
         return self._base.size(key) if nbytes is None and self._base_has(key) else nbytes
 
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
-        """Store blobs here; what they need may be in the base."""
-        return self.own.put([self._freed(blob) for blob in blobs], max_nbytes=max_nbytes)
+        """Store blobs here; what they need may be in the base, and what is no more than is there is left out."""
+        return self.own.put([self._freed(blob) for blob in blobs if not self._is_below(blob)], max_nbytes=max_nbytes)
 
     def delete(self, keys: Iterable[Key]) -> int:
         """Remove blobs here. A blob that only the base has stays there, and is not found any more."""
@@ -101,6 +101,19 @@ class LayeredStore:
         elif self._base.num_quarantined > num_quarantined:
             self._unusable.add(key)
         return found
+
+    def _has_grown_below(self, key: Key) -> bool:
+        """Whether the base has more under a key than what is here."""
+        own_nbytes = self.own.size(key) if grows(key) else None
+        if own_nbytes is None or not self._base_has(key):
+            return False
+        return replaces(key, self._base.size(key) or 0, own_nbytes)
+
+    def _is_below(self, blob: Blob) -> bool:
+        """Whether the base has as much as a blob that grows, or more."""
+        if not grows(blob.key) or not self._base_has(blob.key):
+            return False
+        return not replaces(blob.key, blob.nbytes, self._base.size(blob.key) or 0)
 
     def _freed(self, blob: Blob) -> Blob:
         """Return the blob without those of its needs that the base has."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from backprompt_db.errors import StoreClosed, StoreError, StoreReadOnly
 from backprompt_db.store.compaction import compact
-from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit
+from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit, grows, replaces
 from backprompt_db.store.environment import Environment, live_nbytes, release, shared_environment
 from backprompt_db.store.files import PRIVATE, Modes, create_files
 from backprompt_db.store.records import (
@@ -92,7 +92,7 @@ class LmdbStore:
             return None if value is None else blob_nbytes(value)
 
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
-        """Store all of `blobs` in one synced transaction and return the keys that were new.
+        """Store all of `blobs` in one synced transaction and return the keys that were new, each once.
 
         Raises `StoreFull`, and stores nothing, when more than `max_nbytes` would be live after it.
         """
@@ -100,7 +100,7 @@ class LmdbStore:
         prepared = [(blob, records(blob.key, blob.pieces, self._digest)) for blob in blobs]
         reach("store.put.before")
         with self._writable().transaction(write=True) as transaction:
-            new = [blob.key for blob, entries in prepared if _put(transaction, blob, entries)]
+            new = list(dict.fromkeys(blob.key for blob, entries in prepared if _put(transaction, blob, entries)))
             # Counted here, where no other writer is: several that looked before would go beyond the limit together.
             if max_nbytes is not None and new and live_nbytes(transaction.stat()) > max_nbytes:
                 raise beyond_limit(max_nbytes)
@@ -220,6 +220,8 @@ def _put(transaction: CheckedTransaction, blob: Blob, entries: Sequence[tuple[by
     """Write the records of a blob; False where its key is taken, or something that it needs is not there."""
     if any(transaction.get(record_key(need)) is None for need in blob.needs):
         return False
+    if _is_outgrown(transaction, blob):
+        _delete(transaction, blob.key)
     head, *chunks = entries
     if not transaction.put(*head, overwrite=False):
         return False
@@ -227,6 +229,12 @@ def _put(transaction: CheckedTransaction, blob: Blob, entries: Sequence[tuple[by
     for chunk in chunks:
         transaction.put(*chunk)
     return True
+
+
+def _is_outgrown(transaction: CheckedTransaction, blob: Blob) -> bool:
+    """Whether what is stored under a blob's key has to make way for it."""
+    value = transaction.get(record_key(blob.key)) if grows(blob.key) else None
+    return value is not None and replaces(blob.key, blob.nbytes, blob_nbytes(value) or 0)
 
 
 def _delete(transaction: CheckedTransaction, key: Key) -> bool:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from backprompt_db.errors import StoreClosed
-from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit
+from backprompt_db.store.contract import Blob, Key, Usage, beyond_limit, replaces
 
 
 class MemoryStore:
@@ -41,14 +41,16 @@ class MemoryStore:
         return None if blob is None else len(blob)
 
     def put(self, blobs: Sequence[Blob], *, max_nbytes: int | None = None) -> list[Key]:
-        """Store the blobs whose keys are free, all at once; return those keys."""
+        """Store the blobs whose keys are free, or that replace smaller ones, all at once; return those keys."""
         with self._lock:
             stored = self._open_blobs()
             new: dict[Key, bytes] = {}
             for blob in blobs:
-                if blob.key not in stored and all(need in stored or need in new for need in blob.needs):
-                    new.setdefault(blob.key, b"".join(blob.pieces))
-            nbytes = self._nbytes + sum(map(len, new.values()))
+                taken = new.get(blob.key, stored.get(blob.key))
+                is_new = taken is None or replaces(blob.key, blob.nbytes, len(taken))
+                if is_new and all(need in stored or need in new for need in blob.needs):
+                    new[blob.key] = b"".join(blob.pieces)
+            nbytes = self._nbytes + sum(len(data) - len(stored.get(key, b"")) for key, data in new.items())
             if max_nbytes is not None and nbytes > max_nbytes:
                 raise beyond_limit(max_nbytes)
             stored.update(new)

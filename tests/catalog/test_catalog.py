@@ -265,6 +265,19 @@ def test_text_of_any_kind_comes_back_unchanged(catalog: Catalog, hostile: str) -
     assert row.text == row.namespace == row.label == row.model_name == hostile
 
 
+def test_what_has_grown_is_entered_again_with_its_size(catalog: Catalog) -> None:
+    origin = origin_of("prompt", namespace="tenant")
+    catalog.record([stored(origin, Part.SCORES, 30), stored(origin, Part.CONTINUATIONS, 100)], at=1.0)
+    catalog.record([stored(origin, Part.CONTINUATIONS, 700)], at=2.0)
+    assert [row.nbytes for row in catalog.rows()] == [{Part.SCORES: 30, Part.CONTINUATIONS: 700}]
+    for totals in (catalog.totals(), catalog.totals(namespace="tenant"), catalog.totals_by_model()[origin.weights_id]):
+        assert (totals.num_representations, totals.nbytes[Part.CONTINUATIONS]) == (1, 700)
+    catalog.forget([(origin.address, Part.SCORES)])
+    assert [row.nbytes for row in catalog.rows()] == [{Part.CONTINUATIONS: 700}]
+    catalog.forget([(origin.address, Part.CONTINUATIONS)])
+    assert (catalog.rows(), catalog.totals().nbytes[Part.CONTINUATIONS]) == ([], 0)
+
+
 def test_keys_are_all_parts_and_hold_no_lock(catalog: Catalog) -> None:
     parts = [stored(origin_of(str(number)), part) for number in range(5) for part in Part]
     catalog.record(parts, at=1.0)

@@ -12,7 +12,7 @@ import pytest
 from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.catalog.records import EvictionCandidate, Selection, StoredPart
 from backprompt_db.prompt.ids import Address, TokenizerId
-from backprompt_db.prompt.representation import Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Origin, Part
 from tests.support.catalogs import OTHER_WEIGHTS, evicted_at, new_catalog, origin_of, stored
 
 DAY = 86_400.0
@@ -82,6 +82,21 @@ def test_the_order_is_that_of_the_formula(catalog: Catalog) -> None:
     found = [(candidate.address, candidate.part) for candidate in candidates(catalog)]
     assert found == sorted(worth, key=worth.__getitem__)
     assert [candidate[:2] for candidate in candidates(catalog, limit=50)] == found[:50]
+
+
+def test_what_may_follow_goes_after_all_else_of_its_segment_however_large_it_is(catalog: Catalog) -> None:
+    sizes = {Part.SCORES: 300, Part.LOGITS: 200, Part.KV: 4_000, Part.CONTINUATIONS: 50_000}
+    record(catalog, *(stored(origin_of("prompt"), part, nbytes) for part, nbytes in sizes.items()))
+    assert [(candidate.part, candidate.nbytes) for candidate in candidates(catalog)] == [
+        (Part.KV, 4_000), (Part.SCORES, 300), (Part.LOGITS, 200), (Part.CONTINUATIONS, 50_000),
+    ]  # fmt: skip
+
+
+def test_what_may_follow_is_worth_as_much_as_the_smallest_part_beside_it(catalog: Catalog) -> None:
+    beside = [scores("beside", nbytes=100), stored(origin_of("beside", compute_seconds=1.0), Part.CONTINUATIONS, 900)]
+    alone = stored(origin_of("alone", compute_seconds=1.0), Part.CONTINUATIONS, 900)
+    record(catalog, alone, *beside, scores("less", nbytes=101), scores("more", nbytes=99))
+    assert texts(catalog, candidates(catalog)) == ["alone", "less", "beside", "beside", "more"]
 
 
 @pytest.mark.parametrize("first", [0, 1, 255])
@@ -163,7 +178,7 @@ def test_parts_without_bytes_or_seconds_are_ranked_too(catalog: Catalog) -> None
 
 def test_the_parts_of_a_representation_go_by_themselves(catalog: Catalog) -> None:
     origin = origin_of("text")
-    record(catalog, *(stored(origin, part, nbytes) for part, nbytes in zip(Part, (10, 100, 1000), strict=True)))
+    record(catalog, *(stored(origin, part, nbytes) for part, nbytes in zip(OWN_PARTS, (10, 100, 1000), strict=True)))
     assert [candidate.part for candidate in candidates(catalog)] == [Part.KV, Part.LOGITS, Part.SCORES]
     assert [candidate.part for candidate in candidates(catalog, 1001)] == [Part.KV, Part.LOGITS]
 
@@ -257,7 +272,7 @@ class TestRemovable:
         origins = [origin_of(str(number)) for number in range(5)]
         record(catalog, *(stored(origin, part) for origin in origins for part in Part))
         chosen = [candidate[:2] for candidate in candidates(catalog)]
-        assert len(chosen) == 15
+        assert len(chosen) == 20
         assert catalog.removable(chosen) == set(chosen)
 
     def test_not_what_is_unknown_or_gone(self, catalog: Catalog) -> None:

@@ -90,6 +90,16 @@ def test_an_upgraded_catalog_is_like_one_that_was_always_current(current: Path, 
     assert rows["after"].namespace == "tenant"
 
 
+@pytest.mark.parametrize("revision", OLDER)
+def test_an_upgraded_catalog_sums_what_may_follow(current: Path, revision: str) -> None:
+    with Catalog.open(as_of(revision, current)) as upgraded:
+        before = upgraded.totals()
+        upgraded.record([stored(origin_of("context"), Part.CONTINUATIONS, nbytes) for nbytes in (40, 90)], at=5.0)
+        assert upgraded.totals().nbytes == before.nbytes | {Part.CONTINUATIONS: 90}
+        upgraded.forget([(origin_of("context").address, Part.CONTINUATIONS)])
+        assert upgraded.totals() == before
+
+
 def test_an_upgrade_that_fails_changes_nothing(current: Path, first: Path) -> None:
     query(first, "CREATE TABLE sums (mine)")
     schema = query(first, "SELECT sql FROM sqlite_master ORDER BY sql")

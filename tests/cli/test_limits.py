@@ -17,7 +17,7 @@ from backprompt_db.database.config import Config, read_config
 from backprompt_db.database.manifest import read_manifest
 from backprompt_db.errors import StoreError, StoreFull
 from backprompt_db.operations.verify import verify
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS
 from backprompt_db.store.contract import Key
 from tests.support.cli import run, run_json
 from tests.support.faults import dangling, keys_of, prompt, put_prompts
@@ -353,7 +353,7 @@ class TestPinAndLabel:
             lm("Something else")
             db.flush()
             run("evict", "--db", tmp_path / "db", "--to", "0")
-            assert {key.part for key in stored(db)} == set(Part)
+            assert {key.part for key in stored(db)} == set(OWN_PARTS)
             assert len(stored(db)) == 6
             assert [row["label"] for row in run_json("ls", "--db", tmp_path / "db")] == ["endpoints"] * 2
             calls = lm.counters.num_model_calls

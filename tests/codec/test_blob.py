@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 import tracemalloc
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backprompt_db.codec.blob import decode, decode_origin, encode, encode_pieces
+from backprompt_db.codec.continuations import flaw_of_tree
 from backprompt_db.errors import BlobFormat, FormatTooNew
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Array, Origin, Part
@@ -32,6 +34,7 @@ from tests.support.blobs import (
     parts,
     small_blob,
     tensor,
+    tree,
     view,
 )
 
@@ -98,6 +101,9 @@ GOLDEN: dict[str, tuple[Part, dict[str, Array]]] = {
     "4ea0115ecc1b4f6133716ba945c5cbc43cafa5bda686bf5c6beb09b96a0d6ea6": (
         Part.KV, {"keys": array("F32", 2, 1, 2, 3, fill=0), "values": array("F32", 2, 1, 2, 3, fill=0)}
     ),
+    "9057771b037e3fe118ca573e791037d684bb629e1a06d28419ff869f16b28a85": (
+        Part.CONTINUATIONS, tree([5, 6, 5], [-1, 0, 0], [-0.25, -1.5, -3.0])
+    ),
     "35b58dbd564542eff421ad461f1e9c12d93758cf70e06fb6fbacbb9c21d07153": (
         Part.KV, {"keys": array("BF16", 2, 1, 2, 3, fill=0), "values": array("F64", 2, 1, 2, 2, fill=0)}
     ),
@@ -146,12 +152,32 @@ def test_keys_and_values_cost_less_than_one_percent_more(num_tokens: int) -> Non
     assert len(encode(Part.KV, arrays, origin)) <= 1.01 * sum(each.nbytes for each in arrays.values())
 
 
+NO_TREES: dict[str, tuple[list[int], list[int], list[float]]] = {
+    "a negative id": ([1, -1], [-1, 0], [-1.0, -1.0]),
+    "a token before itself": ([1, 2], [-1, 1], [-1.0, -1.0]),
+    "a token that comes later": ([1, 2, 3], [-1, 2, 0], [-1.0, -1.0, -1.0]),
+    "a token that is not there": ([1], [-2], [-1.0]),
+    "NaN": ([1, 2], [-1, -1], [-1.0, float("nan")]),
+    "more than certain": ([1], [-1], [0.5]),
+    "the same token twice at the beginning": ([5, 6, 5], [-1, 0, -1], [-1.0, -1.0, -2.0]),
+    "the same token twice after another": ([5, 6, 7, 6], [-1, 0, 0, 0], [-1.0, -1.0, -1.0, -1.0]),
+}
+TREES: dict[str, tuple[list[int], list[int], list[float]]] = {
+    "nothing": ([], [], []),
+    "a chain of one token again and again": ([5, 5, 5], [-1, 0, 1], [-1.0, 0.0, 1e-6]),
+    "a fork with what is impossible": ([0, 7, 7, 0, 2**31 - 1], [-1, -1, 0, 1, 3], [-0.5, -2.0, -1.0, -1.0, -math.inf]),
+}
+
 INT8 = int8_arrays((2, 1, 2, 3), (2, 1, 2, 2))
 NOT_SCALES = [(), (4,), (2, 1), (2, 1, 1), (2, 1, 3), (1, 2, 2), (2, 1, 2, 1), (2, 1, 2, 3), (0, 1, 2)]
 WRONG_PARTS: list[tuple[Part, dict[str, Array]]] = [
     (Part.SCORES, {"input_ids": array("I32", 2)}),
     (Part.SCORES, {"input_ids": array("I64", 2), "token_logprobs": array("F32", 2)}),
     (Part.SCORES, {"input_ids": array("I32", 2), "token_logprobs": array("F32", 3)}),
+    (Part.CONTINUATIONS, {"input_ids": array("I32", 0), "token_logprobs": array("F32", 0)}),
+    (Part.CONTINUATIONS, {**tree([1], [-1], [-1.0]), "parents": array("F32", 1)}),
+    (Part.CONTINUATIONS, {**tree([1], [-1], [-1.0]), "parents": array("I32", 0)}),
+    *[(Part.CONTINUATIONS, tree(*columns)) for columns in NO_TREES.values()],
     (Part.LOGITS, {"logits": array("F32", 2, 2)}),
     (Part.LOGITS, {"logits": array("I32", 2)}),
     (Part.LOGITS, {"logits": array("F32", 2), "more": array("F32", 2)}),
@@ -179,6 +205,18 @@ def test_what_is_not_the_part_is_neither_written_nor_read(part: Part, arrays: di
     foreign = safetensors.numpy.save({name: np.array(each.numpy()) for name, each in arrays.items()})
     with pytest.raises(BlobFormat):
         decode(part, view(foreign))
+
+
+@pytest.mark.parametrize("about", TREES)
+def test_a_tree_of_continuations_comes_back(about: str) -> None:
+    arrays = tree(*TREES[about])
+    assert flaw_of_tree(arrays) is None
+    assert content(decode(Part.CONTINUATIONS, view(encode(Part.CONTINUATIONS, arrays, ORIGIN)))) == content(arrays)
+
+
+@pytest.mark.parametrize("about", NO_TREES)
+def test_what_is_no_tree_is_told(about: str) -> None:
+    assert "tree" in (flaw_of_tree(tree(*NO_TREES[about])) or "")
 
 
 def test_a_valid_blob_of_another_part_is_not_read() -> None:

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 import backprompt_db as bp
 from backprompt_db.errors import ModelMismatch, PromptError
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from tests.conftest import plain_logprobs
 from tests.support.stored import parts_of
 
 MakeLM = Callable[..., bp.LanguageModel]
 
-ALL, SCORES = set(Part), {Part.SCORES}
+ALL, SCORES = set(OWN_PARTS), {Part.SCORES}
 CONTEXT = "Say whether the review is good."
 REVIEWS = [f"\nReview {number}: the film was {word}" for number, word in enumerate(["long", "short", "loud", "good"])]
 

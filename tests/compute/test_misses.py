@@ -12,7 +12,7 @@ import backprompt_db as bp
 from backprompt_db.catalog.records import Selection
 from backprompt_db.database.opening import open_catalog
 from backprompt_db.prompt.explanation import Difference, Reason
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from tests.conftest import tiny_gpt2, train_tokenizer
 from tests.support.explanations import CONTEXT, ENDING, REQUEST, MakeLM, Open, key_of, last_miss, prompt, reasons, run
 from tests.support.operations import flip_a_bit, remove_blob
@@ -123,7 +123,7 @@ class TestReasons:
     def test_what_came_back_after_an_eviction_is_not_called_evicted(self, lm: bp.LanguageModel) -> None:
         run(lm, CONTEXT, REQUEST)
         assert lm.db.catalog is not None
-        tip = [key_of(lm, prompt(lm), part) for part in Part]
+        tip = [key_of(lm, prompt(lm), part) for part in OWN_PARTS]
         run(lm)
         lm.db.store.delete(tip)
         lm.db.catalog.evict(tip, at=time.time())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import backprompt_db as bp
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.store.contract import Blob
 from tests.conftest import plain_logprobs, tiny_gpt2
 from tests.support.stored import key_of, parts_of
@@ -63,7 +63,7 @@ def test_a_part_that_is_asked_for_later_is_computed_and_added_then(lm: bp.Langua
     assert float(result.token_logprobs[-num_tokens(lm, " GET /users") :].double().sum()) == pytest.approx(scored[0])
     continued = (prompt + " GET /users" + " again")()
     assert continued.num_computed_tokens == num_tokens(lm, "\nEndpoint:", " GET /users", " again")
-    assert parts_of(lm, result.text) == [set(Part)] * 3
+    assert parts_of(lm, result.text) == [set(OWN_PARTS)] * 3
     assert (prompt + " GET /users" + " at last")().num_computed_tokens == num_tokens(lm, " at last")
 
 
@@ -77,7 +77,7 @@ def test_scoring_again_reads_only_scores(lm: bp.LanguageModel, make_lm: MakeLM) 
     assert other.counters.num_model_calls == 0
 
 
-@pytest.mark.parametrize("part", list(Part))
+@pytest.mark.parametrize("part", OWN_PARTS)
 def test_an_evicted_part_of_an_ancestor_is_computed_again_and_its_descendants_are_still_hits(
     lm: bp.LanguageModel, part: Part
 ) -> None:

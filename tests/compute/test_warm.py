@@ -15,7 +15,7 @@ import backprompt_db as bp
 from backprompt_db.compute.inference.forward import PassResult
 from backprompt_db.compute.inference.runner import ModelRunner
 from backprompt_db.database.config import Config, write_config
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from tests.conftest import tiny_gpt2
 
 Open = Callable[..., bp.Database]
@@ -67,7 +67,7 @@ class TestWhatIsThereAfterwards:
         lm.warm(prompts(4), keep=["scores"])
         done = lm.warm(prompts(4))
         assert done.num_stored_texts == 0
-        assert parts_stored(lm.db) == set(Part)
+        assert parts_stored(lm.db) == set(OWN_PARTS)
         assert lm.warm(prompts(4)).num_computed_tokens == 0
 
     def test_one_text_is_warmed_like_several(self, lm: bp.LanguageModel) -> None:

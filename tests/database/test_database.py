@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,18 @@ from backprompt_db.errors import BackpromptError, BlobFormat, StoreClosed, Store
 from backprompt_db.prompt.ids import ModelIds, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import Array, Part
 from backprompt_db.store.contract import Blob, Key
-from tests.support.databases import BROKEN, FaultyStore, address, expected, logits, new_part, origin, values, wanted
+from tests.support.databases import (
+    BROKEN,
+    FaultyStore,
+    address,
+    continuations,
+    expected,
+    logits,
+    new_part,
+    origin,
+    values,
+    wanted,
+)
 
 Open = Callable[..., Database]
 
@@ -140,6 +151,53 @@ def test_the_same_part_put_twice_is_stored_once(store: FaultyStore) -> None:
         db.put([new_part("a")])
         db.flush()
         assert db.counters.num_stored == 1
+
+
+def num_continuations(db: Database, text: str) -> int:
+    key = Key(address(text), Part.CONTINUATIONS)
+    return db.fetch({key.address: [key.part]})[key]["parents"].shape[0]
+
+
+def test_what_has_grown_takes_the_place_of_what_is_queued(store: FaultyStore) -> None:
+    store.may_write.clear()
+    with database_on(store) as db:
+        db.put([new_part("a")])  # which is being written meanwhile
+        for num_tokens in (3, 8, 5):
+            db.put_later(continuations("a", num_tokens))
+        assert num_continuations(db, "a") == 8
+        store.may_write.set()
+        db.flush()
+        assert num_continuations(db, "a") == 8
+        assert (sum(store.puts), db.counters.num_stored, db.counters.num_computed_tokens) == (2, 2, 1)
+
+
+def test_what_grows_while_it_is_written_is_written_again(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_writing = threading.Event()
+
+    def put(blobs: Sequence[Blob], **options: Any) -> list[Key]:
+        is_writing.set()
+        return FaultyStore.put(store, blobs, **options)
+
+    monkeypatch.setattr(store, "put", put)
+    store.may_write.clear()
+    with database_on(store) as db:
+        db.put_later(continuations("a", 3))
+        assert is_writing.wait(20)
+        db.put_later(continuations("a", 8))
+        store.may_write.set()
+        db.flush()
+        assert num_continuations(db, "a") == 8
+        assert (store.puts, db.counters.num_stored) == ([1, 1], 2)
+        assert [nbytes for _, nbytes in store.keys()] == [store.usage().live_nbytes]
+
+
+def test_memory_forgets_what_has_grown(store: FaultyStore) -> None:
+    with database_on(store) as db:
+        for num_tokens, most in [(3, 3), (8, 8), (5, 8)]:
+            db.put_later(continuations("a", num_tokens))
+            db.flush()
+            assert num_continuations(db, "a") == most
+        assert db.counters.num_stored == 2
 
 
 def test_flush_does_not_wait_for_what_comes_later(store: FaultyStore) -> None:

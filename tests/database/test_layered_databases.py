@@ -12,7 +12,7 @@ import torch
 
 import backprompt_db as bp
 from backprompt_db.operations.verify import verify
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.store.contract import Blob, Key, Store
 from backprompt_db.store.layered import LayeredStore
 from backprompt_db.store.lmdb import LmdbStore
@@ -75,6 +75,20 @@ class TestTwoStores:
         assert (read(layered, key(3)), layered.has(key(3)), base.has(key(3))) == (None, False, True)
         assert layered.put([Blob(key(3), b"new")]) == [key(3)]
         assert read(layered, key(3)) == b"new"
+
+    def test_what_has_grown_most_is_read(self, stores: tuple[LayeredStore, MemoryStore, MemoryStore]) -> None:
+        layered, own, base = stores
+        tree = key(9, Part.CONTINUATIONS)
+        base.put([Blob(tree, data(50))])
+        assert layered.put([Blob(tree, data(50, seed=1))]) == []
+        assert layered.put([Blob(tree, data(70))]) == [tree]
+        assert (read(layered, tree), layered.size(tree)) == (data(70), 70)
+        base.put([Blob(tree, data(90))])
+        taken: list[bytes] = []
+        assert layered.scan(tree, lambda piece: taken.append(bytes(piece)))
+        assert (b"".join(taken), read(layered, tree), layered.size(tree)) == (data(90), data(90), 90)
+        assert layered.put([Blob(tree, data(80))]) == []
+        assert (own.size(tree), base.size(tree)) == (70, 90)
 
     def test_what_a_blob_needs_may_lie_below(self, stores: tuple[LayeredStore, MemoryStore, MemoryStore]) -> None:
         layered, own, _ = stores
@@ -149,7 +163,7 @@ class TestParts:
             assert_whole(db, chain)
             assert (db.counters.num_base_hits, db.counters.num_disk_hits) == (9, 3)
 
-    @pytest.mark.parametrize("part", Part)
+    @pytest.mark.parametrize("part", OWN_PARTS)
     def test_that_are_damaged_in_the_base_are_computed_again_once_and_kept_here(
         self, base: Path, mine: Path, part: Part
     ) -> None:
@@ -157,7 +171,7 @@ class TestParts:
         flip_a_bit(base, bad)
         before = snapshot(base)
         with bp.open(mine, base=base, memory_nbytes=0) as db:
-            found = db.fetch({bad.address: list(Part)})
+            found = db.fetch({bad.address: OWN_PARTS})
             assert set(found) == set(keys_of(prompt(0)[:1])) - {bad}
             assert (db.counters.num_quarantined, db.counters.num_misses) == (1, 1)
             assert db.fetch({bad.address: [part]}) == {}
@@ -189,7 +203,7 @@ class TestParts:
             assert_whole(db, prompt(0))
             script = "db = bp.open(place)\nprint(db.evictor.evict(to_nbytes=0).num_parts)"
             assert run(script, base)[0] == ["18"]
-            assert db.fetch({keys_of(prompt(0))[0].address: list(Part)}) == {}
+            assert db.fetch({keys_of(prompt(0))[0].address: OWN_PARTS}) == {}
             assert (db.counters.num_misses, db.counters.num_read_failures) == (1, 0)
             put(db, prompt(0))
             assert_whole(db, prompt(0))

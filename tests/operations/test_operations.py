@@ -19,7 +19,7 @@ from backprompt_db.operations.describe import describe
 from backprompt_db.operations.inspection import Inspection, Kind
 from backprompt_db.operations.stats import gather, sums, sums_by_model
 from backprompt_db.operations.verify import Verification, verify
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.store.contract import Key
 from backprompt_db.store.lmdb import LmdbStore
 from tests.support.database_files import copies_after
@@ -205,7 +205,7 @@ class TestDescribe:
         assert len(found.children) == 3
         assert found.parents == ()
         assert child.parents == (context.segment_id,)
-        assert [part.part for part in found.parts] == list(Part)
+        assert [part.part for part in found.parts] == list(OWN_PARTS)
         assert [array.name for array in found.parts[2].arrays] == ["keys", "values"]
         assert len(found.tokens) == context.num_tokens
         assert np.isnan(found.tokens[0].logprob)

@@ -24,7 +24,7 @@ from backprompt_db.operations.inspection import Kind
 from backprompt_db.operations.recompute import Recomputation, error, recompute, tolerance
 from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.ids import Address
-from backprompt_db.prompt.representation import Array, Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Part
 from backprompt_db.store.contract import Blob, Key
 from tests.conftest import tiny_gpt2
 
@@ -91,7 +91,7 @@ class TestFinding:
         num_parts = sum(1 for _ in lm.db.store.keys())
         assert (found.num_representations, found.num_parts, found.num_left_out) == (11, num_parts, 0)
         assert found.problems == ()
-        assert found.max_errors.keys() == set(Part)
+        assert found.max_errors.keys() == set(OWN_PARTS)
         assert all(largest <= found.tolerance / 10 for largest in found.max_errors.values())
 
     @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ class TestFinding:
 
     def test_a_value_whose_ancestor_is_gone_is_left_out_and_counted(self, lm: bp.LanguageModel) -> None:
         run_prompts(lm)
-        lm.db.store.delete([key_of(lm.db, CONTEXT, part) for part in Part])
+        lm.db.store.delete([key_of(lm.db, CONTEXT, part) for part in OWN_PARTS])
         found = recomputed(lm)
         assert (found.num_representations, found.num_left_out) == (0, 10)
 
@@ -283,7 +283,7 @@ class TestLineage:
         blob = lm.db.store.get(key)
         assert blob is not None
         _, origin = decode_origin(blob)
-        lm.db.store.delete([Key(key.address, part) for part in Part])
+        lm.db.store.delete([Key(key.address, part) for part in OWN_PARTS])
         lm.db.store.put([Blob(key, encode(Part.SCORES, decode(Part.SCORES, blob), replace(origin, namespace="x")))])
         found = recomputed(lm)
         assert (found.num_representations, found.problems) == (1, ())

@@ -26,7 +26,7 @@ from backprompt_db.operations.doctor_checks import share
 from backprompt_db.operations.inspection import Kind, Problem
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.prompt.ids import TokenizerId, WeightsId
-from backprompt_db.prompt.representation import Array, Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Origin, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.files import Sharing
 from backprompt_db.store.records import record_key
@@ -175,7 +175,7 @@ class TestReindex:
             catalog.label([pinned.address], "the label")
             catalog.touch({pinned.address: 41}, at=1.0)
         remove_row(directory, Key(pinned.address, Part.LOGITS))
-        for part in Part:
+        for part in OWN_PARTS:
             remove_blob(directory, Key(gone.address, part))
         assert reindexed(directory) == Reindexing(1, 3, 0, None)
         with open_catalog(directory) as catalog:

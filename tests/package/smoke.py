@@ -18,7 +18,7 @@ import backprompt_db as bp
 from backprompt_db.database.database import Database
 from backprompt_db.database.writer import NewPart
 from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId, address, segment_id
-from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Origin, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key
 
@@ -82,7 +82,7 @@ def put(db: Database) -> None:
 def check_parts(db: Database) -> None:
     """All parts are there as they were put."""
     segments = prompt().segments()
-    found = db.fetch({address_of(segment): list(Part) for segment in segments})
+    found = db.fetch({address_of(segment): OWN_PARTS for segment in segments})
     for segment in segments:
         for part, arrays in parts_of(segment).items():
             for name, array in arrays.items():

@@ -12,6 +12,8 @@ import lmdb
 import pytest
 from hypothesis.stateful import run_state_machine_as_test
 
+from backprompt_db.prompt.representation import Part
+from backprompt_db.store import records
 from backprompt_db.store.contract import Blob, Store
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.store.lmdb_pages import check_length
@@ -64,7 +66,7 @@ class LmdbMachine(StoreMachine):
 
 
 @pytest.mark.parametrize("machine", [MemoryMachine, LmdbMachine])
-def test_a_store_is_a_dict_whose_first_writers_win(machine: type[StoreMachine]) -> None:
+def test_a_store_is_a_dict_in_which_the_first_writer_wins_or_what_has_grown(machine: type[StoreMachine]) -> None:
     run_state_machine_as_test(machine)
 
 
@@ -181,6 +183,37 @@ def test_records_of_others_are_left_alone(directory: Path) -> None:
     left: list[bytes | None] = []
     damage(directory, lambda transaction: left.extend(transaction.get(each) for each in foreign))
     assert left == [b"theirs"] * 4
+
+
+def test_a_part_that_this_version_does_not_know_is_passed_over(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = key(1, Part.CONTINUATIONS)
+    store = LmdbStore(directory)
+    store.put([Blob(tree, CHUNKED), Blob(key(1), INLINE), Blob(key(2), INLINE)])
+    with monkeypatch.context() as earlier:
+        earlier.delitem(records._PARTS, Part.CONTINUATIONS.value)
+        assert [each for each, _ in store.keys()] == [key(1), key(2)]
+        assert store.put([Blob(key(1), b"x"), Blob(key(3), b"x")]) == [key(3)]
+        assert store.delete([key(1)]) == 1
+        store.compact()
+        assert read(store, key(2)) == INLINE
+    assert read(store, tree) == CHUNKED
+    assert [each for each, _ in store.keys()] == [tree, key(2), key(3)]
+    assert store.num_quarantined == 0
+    store.close()
+
+
+def test_what_grows_is_written_over_where_it_is_damaged(directory: Path) -> None:
+    tree = key(1, Part.CONTINUATIONS)
+    store = LmdbStore(directory)
+    store.put([Blob(tree, CHUNKED)])
+    store.close()
+    damage(directory, lambda transaction: transaction.put(record_key(tree), b"short"))
+    store = LmdbStore(directory)
+    assert store.put([Blob(tree, INLINE)]) == [tree]
+    assert (read(store, tree), dict(store.keys()), store.num_quarantined) == (INLINE, {tree: len(INLINE)}, 0)
+    store.close()
 
 
 def test_a_reader_leaves_damage_where_it_is(directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,20 @@ def int8_arrays(keys: tuple[int, ...], values: tuple[int, ...], *, fill: int = 1
     }  # fmt: skip
 
 
+def tree(ids: Sequence[int], parents: Sequence[int], logprobs: Sequence[float]) -> dict[str, Array]:
+    """The arrays of continuations."""
+    return {
+        "input_ids": Array.from_numpy(np.array(ids, dtype=np.int32)),
+        "parents": Array.from_numpy(np.array(parents, dtype=np.int32)),
+        "token_logprobs": Array.from_numpy(np.array(logprobs, dtype=np.float32)),
+    }
+
+
+def chain(ids: Sequence[int]) -> dict[str, Array]:
+    """The arrays of one continuation alone."""
+    return tree(ids, range(-1, len(ids) - 1), [-0.5] * len(ids))
+
+
 @st.composite
 def parts(draw: st.DrawFn) -> tuple[Part, dict[str, Array]]:
     part, num_tokens, fill = draw(st.sampled_from(Part)), draw(st.integers(0, 5)), draw(st.integers(0, 255))
@@ -53,6 +67,8 @@ def parts(draw: st.DrawFn) -> tuple[Part, dict[str, Array]]:
         return part, {
             "token_logprobs": array("F32", num_tokens, fill=fill), "input_ids": array("I32", num_tokens, fill=fill)
         }  # fmt: skip
+    if part is Part.CONTINUATIONS:
+        return part, chain([fill] * num_tokens)
     if part is Part.LOGITS:
         return part, {"logits": array(dtypes[0], draw(st.integers(0, 50)), fill=fill)}
     layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))

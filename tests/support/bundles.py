@@ -17,9 +17,9 @@ from backprompt_db.codec.blob import encode
 from backprompt_db.database.writer import NewPart
 from backprompt_db.operations.bundles.transfer import export_bundle, import_bundle
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
-from backprompt_db.prompt.representation import Array, Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Origin, Part
 from backprompt_db.store.contract import Key
-from tests.support.blobs import array
+from tests.support.blobs import array, tree
 
 Members = list[tuple[str, bytes]]
 """Name and content of each file of a bundle."""
@@ -46,19 +46,21 @@ def arrays_of(origin: Origin, part: Part) -> dict[str, Array]:
             "input_ids": array("I32", num_tokens, fill=fill),
             "token_logprobs": array("F32", num_tokens, fill=fill),
         }
+    if part is Part.CONTINUATIONS:
+        return tree([fill, 7, 7], [-1, 0, 1], [-1.0, -0.5, 0.0])
     if part is Part.LOGITS:
         return {"logits": array("F32", 5, fill=fill)}
     return {name: array("F32", 2, 1, num_tokens, 2, fill=fill) for name in ("keys", "values")}
 
 
-def new_parts(origins: Iterable[Origin], parts: Iterable[Part] = Part) -> list[NewPart]:
+def new_parts(origins: Iterable[Origin], parts: Iterable[Part] = OWN_PARTS) -> list[NewPart]:
     return [
         NewPart(Key(origin.address, part), arrays_of(origin, part), origin)
         for origin, part in itertools.product(origins, list(parts))
     ]
 
 
-def blobs(origins: Iterable[Origin], parts: Iterable[Part] = Part) -> list[tuple[Key, bytes]]:
+def blobs(origins: Iterable[Origin], parts: Iterable[Part] = OWN_PARTS) -> list[tuple[Key, bytes]]:
     """Keys and bytes of parts."""
     return [(each.key, encode(each.key.part, each.arrays, each.origin)) for each in new_parts(origins, parts)]
 

@@ -14,6 +14,7 @@ from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.memory import MemoryStore
+from tests.support.blobs import chain
 
 
 def origin(text: str, *, namespace: str = "") -> Origin:
@@ -30,6 +31,12 @@ def logits(text: str, num_values: int = 8) -> Array:
 def new_part(text: str, *, num_values: int = 8, namespace: str = "") -> NewPart:
     where = origin(text, namespace=namespace)
     return NewPart(Key(where.address, Part.LOGITS), {"logits": logits(text, num_values)}, where)
+
+
+def continuations(text: str, num_tokens: int) -> NewPart:
+    """So many tokens that may follow a text."""
+    where = origin(text)
+    return NewPart(Key(where.address, Part.CONTINUATIONS), chain(range(num_tokens)), where)
 
 
 def address(text: str, *, namespace: str = "") -> Address:

@@ -20,12 +20,13 @@ from backprompt_db.operations.inspection import Kind, inspect
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import verify
 from backprompt_db.prompt.ids import Address, TokenizerId, WeightsId, address, namespace_id
-from backprompt_db.prompt.representation import Array, Arrays, Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Origin, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Key
 from backprompt_db.store.lmdb import LmdbStore
 from backprompt_db.system.failpoints import VARIABLE
+from tests.support.blobs import chain
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 300
@@ -175,12 +176,12 @@ def address_of(segment: Segment) -> Address:
     return address(segment.id, WEIGHTS, TOKENIZER)
 
 
-def keys_of(some: Iterable[Segment], parts: Iterable[Part] = Part) -> list[Key]:
+def keys_of(some: Iterable[Segment], parts: Iterable[Part] = OWN_PARTS) -> list[Key]:
     kinds = list(parts)
     return [Key(address_of(segment), part) for segment in some for part in kinds]
 
 
-def wanted_of(some: Iterable[Segment], parts: Iterable[Part] = Part) -> dict[Address, Iterable[Part]]:
+def wanted_of(some: Iterable[Segment], parts: Iterable[Part] = OWN_PARTS) -> dict[Address, Iterable[Part]]:
     return {address_of(segment): list(parts) for segment in some}
 
 
@@ -204,6 +205,8 @@ def contents(key: Key) -> Arrays:
             return {"logits": floats(64)}
         case Part.KV:
             return {"keys": floats(1, 2, num_tokens, 16), "values": floats(1, 2, num_tokens, 16)}
+        case Part.CONTINUATIONS:
+            return chain(dice.integers(0, 1000, num_tokens).tolist())
 
 
 def origin_of(segment: Segment) -> Origin:
@@ -212,7 +215,7 @@ def origin_of(segment: Segment) -> Origin:
     return Origin(segment.string, *ids, num_tokens, 0.001 * num_tokens, segment.namespace)
 
 
-def new_parts(some: Iterable[Segment], parts: Iterable[Part] = Part) -> list[NewPart]:
+def new_parts(some: Iterable[Segment], parts: Iterable[Part] = OWN_PARTS) -> list[NewPart]:
     """What computing segments gives."""
     kinds = list(parts)
     return [NewPart(key, contents(key), origin_of(segment)) for segment in some for key in keys_of([segment], kinds)]

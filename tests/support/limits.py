@@ -9,7 +9,7 @@ from typing import Any
 import backprompt_db as bp
 from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.store.contract import Key
 from tests.support.faults import address_of, dangling, keys_of, new_parts, num_tokens_at, segments, wanted_of, wrong
@@ -40,7 +40,7 @@ def stored(db: Database) -> set[Key]:
     return {key for key, _ in db.store.keys()}
 
 
-def put(db: Database, some: Iterable[Segment], parts: Iterable[Part] = Part) -> None:
+def put(db: Database, some: Iterable[Segment], parts: Iterable[Part] = OWN_PARTS) -> None:
     """Store parts of segments, acknowledged."""
     db.put(new_parts(some, parts))
     db.flush()
@@ -67,7 +67,7 @@ def assert_sound(db: Database, *, high_nbytes: int = HIGH_NBYTES) -> None:
     assert db.counters.num_quarantined == db.counters.num_read_failures == 0
 
 
-def assert_whole(db: Database, some: Iterable[Segment], parts: Iterable[Part] = Part) -> None:
+def assert_whole(db: Database, some: Iterable[Segment], parts: Iterable[Part] = OWN_PARTS) -> None:
     """All parts of segments are there, and right."""
     chain, kinds = list(some), list(parts)
     found = db.fetch(wanted_of(chain, kinds))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from backprompt_db.errors import StoreClosed
+from backprompt_db.errors import StoreClosed, StoreFull
 from backprompt_db.prompt.ids import Address
 from backprompt_db.prompt.representation import Part
 from backprompt_db.store.contract import Blob, Key, Store
@@ -105,6 +105,44 @@ class StoreContract:
         assert read(store, key(1)) == b"first"
         assert store.put([Blob(key(3), b"first"), Blob(key(3), b"second")]) == [key(3)]
         assert read(store, key(3)) == b"first"
+
+    def test_what_grows_takes_the_place_of_a_smaller_one(self, store: Store) -> None:
+        tree, other = key(1, Part.CONTINUATIONS), key(2)
+        for size, is_new in [(9, True), (8, False), (9, False), (3 * CHUNK_NBYTES, True), (CHUNK_NBYTES, False)]:
+            before = read(store, tree)
+            found = store.put([Blob(tree, data(size, seed=size)), Blob(other, b"whatever it is")])
+            assert (tree in found) is is_new
+            assert read(store, tree) == (data(size, seed=size) if is_new else before)
+        assert dict(store.keys()) == {tree: 3 * CHUNK_NBYTES, other: 14}
+        assert store.put([Blob(tree, data(nbytes)) for nbytes in (4 * CHUNK_NBYTES, 10, 5 * CHUNK_NBYTES)]) == [tree]
+        assert read(store, tree) == data(5 * CHUNK_NBYTES)
+        assert store.delete([tree, other]) == 2
+        assert store.num_quarantined == 0
+
+    def test_what_grows_beyond_the_limit_stays_as_it_was(self, store: Store) -> None:
+        tree = key(1, Part.CONTINUATIONS)
+        store.put([Blob(tree, data(CHUNK_NBYTES))])
+        limit = store.usage().live_nbytes + CHUNK_NBYTES
+        assert store.put([Blob(tree, data(CHUNK_NBYTES + 9))], max_nbytes=limit) == [tree]
+        with pytest.raises(StoreFull):
+            store.put([Blob(tree, data(4 * CHUNK_NBYTES))], max_nbytes=limit)
+        assert read(store, tree) == data(CHUNK_NBYTES + 9)
+
+    def test_readers_of_what_grows_see_one_whole_blob(self, store: Store) -> None:
+        tree = key(1, Part.CONTINUATIONS)
+        blobs = [data(CHUNK_NBYTES // 4 * (number + 1), seed=number) for number in range(12)]
+        store.put([Blob(tree, blobs[0])])
+
+        def work(number: int) -> None:
+            for turn in range(number % 2, 12, 2):
+                if number < 2:
+                    store.put([Blob(tree, blobs[turn])])
+                else:
+                    assert read(store, tree) in blobs
+
+        in_threads(4, work)
+        assert read(store, tree) == blobs[-1]
+        assert store.num_quarantined == 0
 
     def test_what_was_deleted_can_be_put_again(self, store: Store) -> None:
         for nbytes in (5 * CHUNK_NBYTES, 10, 2 * CHUNK_NBYTES):
@@ -225,12 +263,13 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(blobs=st.lists(blobs, max_size=4))
     def put(self, blobs: list[Blob]) -> None:
-        new = []
+        new: dict[Key, None] = {}
         for blob in blobs:
-            if blob.key not in self.expected:
-                new.append(blob.key)
-                self.expected[blob.key] = b"".join(blob.pieces)
-        assert self.store.put(blobs) == new
+            whole, taken = b"".join(blob.pieces), self.expected.get(blob.key)
+            if taken is None or (blob.key.part is Part.CONTINUATIONS and len(whole) > len(taken)):
+                new[blob.key] = None
+                self.expected[blob.key] = whole
+        assert self.store.put(blobs) == list(new)
 
     @rule(keys=st.lists(keys, max_size=6))
     def delete(self, keys: list[Key]) -> None:

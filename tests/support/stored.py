@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import backprompt_db as bp
 from backprompt_db.prompt.ids import address
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Key
@@ -18,4 +18,4 @@ def key_of(lm: bp.LanguageModel, segment: Segment, part: Part) -> Key:
 def parts_of(lm: bp.LanguageModel, text: Text) -> list[set[Part]]:
     """Return which parts are stored of each piece of a text."""
     lm.db.flush()
-    return [{part for part in Part if lm.db.has(key_of(lm, segment, part))} for segment in text.segments()]
+    return [{part for part in OWN_PARTS if lm.db.has(key_of(lm, segment, part))} for segment in text.segments()]

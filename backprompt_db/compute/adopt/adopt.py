@@ -25,7 +25,7 @@ from backprompt_db.compute.answers import Recomputer
 from backprompt_db.compute.healing import Healed
 from backprompt_db.compute.inference.head import LogitsQuery, WholeLogits
 from backprompt_db.errors import ModelMismatch, PromptError, StoreReadOnly
-from backprompt_db.prompt.representation import Array, Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment
 from backprompt_db.prompt.text import Text
 
@@ -171,7 +171,7 @@ def _check(
     if check == "sample" and can_sample(runner, tokens):
         steps, num_checked = recomputed_in_part(runner, tokens, given), len(tokens.sample)
     else:
-        found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(Part)))
+        found = Recomputer(source).compute(dict.fromkeys(tokens.segments, frozenset(OWN_PARTS)))
         steps, num_checked = _recomputed_in_full(tokens, found), len(tokens)
     parts = {segment: {part: found[segment, part] for part in _OTHERS} for segment in tokens.segments if found}
     max_error = 0.0

@@ -37,10 +37,12 @@ _NUM_PASS_DIGITS = 12
 
 _SCORES_ITEMSIZE = 8
 """A token id and a log-probability."""
+_CONTINUATIONS_ITEMSIZE = 12
+"""The same, and the token before."""
 
 _BFLOAT16_ITEMSIZE, _INT8_ITEMSIZE, _SCALE_ITEMSIZE = 2, 1, 4
 
-_HEADER_NBYTES = {Part.SCORES: 576, Part.LOGITS: 512, Part.KV: 588}
+_HEADER_NBYTES = {Part.SCORES: 576, Part.LOGITS: 512, Part.KV: 588, Part.CONTINUATIONS: 648}
 """Size of the header of a part without its text and parents."""
 _PARENT_NBYTES = 71
 
@@ -149,7 +151,7 @@ class Sizes:
                 self._kv_nbytes = num_elements * _INT8_ITEMSIZE + num_vectors * _SCALE_ITEMSIZE
 
     def arrays(self, part: Part, num_tokens: int) -> int:
-        """Return the size of the arrays of one part."""
+        """Return the size of the arrays of one part, which has `num_tokens` tokens."""
         match part:
             case Part.SCORES:
                 return num_tokens * _SCORES_ITEMSIZE
@@ -157,6 +159,8 @@ class Sizes:
                 return self._logits_nbytes
             case Part.KV:
                 return num_tokens * self._kv_nbytes
+            case Part.CONTINUATIONS:
+                return num_tokens * _CONTINUATIONS_ITEMSIZE
 
 
 def header_size(part: Part, segment: Segment) -> int:

@@ -25,7 +25,7 @@ from backprompt_db.compute.call import Addresses
 from backprompt_db.compute.misses import Records
 from backprompt_db.compute.prefill import Passes
 from backprompt_db.errors import CatalogError, StoreError
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 
 if TYPE_CHECKING:
     from backprompt_db.catalog.records import EvictionCandidate, ModelRecord
@@ -200,7 +200,7 @@ class DryRun:
     def _kept(self, missing: Iterable[Segment], work: Work, is_stored: IsStored) -> dict[Segment, frozenset[Part]]:
         """Return the parts of each segment that would be written: those to keep that are not stored."""
         return {
-            segment: frozenset(part for part in work.keep.get(segment, Part) if not is_stored(segment, part))
+            segment: frozenset(part for part in work.keep.get(segment, OWN_PARTS) if not is_stored(segment, part))
             for segment in missing
         }
 
@@ -214,7 +214,7 @@ class DryRun:
         """Count the segments that no earlier batch had."""
         new = dict.fromkeys(segment for segment in segments if segment.id not in self._seen)
         self._seen.update(segment.id for segment in new)
-        cached = (each for each in new if each not in missing and any(is_stored(each, part) for part in Part))
+        cached = (each for each in new if each not in missing and any(is_stored(each, part) for part in OWN_PARTS))
         self.counts.num_segments += len(new)
         self.counts.num_cached_tokens += sum(lengths[segment] for segment in cached)
 

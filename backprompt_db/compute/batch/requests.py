@@ -17,7 +17,7 @@ from backprompt_db.compute.keeping import Keep, Keeper
 from backprompt_db.compute.plan import Wanted
 from backprompt_db.errors import PromptError
 from backprompt_db.prompt.numbers import plain_int
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text, as_texts
 
@@ -119,7 +119,7 @@ class Requests:
         scored = dict.fromkeys([each for ending in endings for each in (*ending.segments, *ending.without)], _SCORES)
         segments = ancestry(scored)
         keep = self.keeper.of_endings(endings, self.keep, self.addresses())
-        whole = {segment: keep.get(segment, frozenset(Part)) for segment in segments}
+        whole = {segment: keep.get(segment, frozenset(OWN_PARTS)) for segment in segments}
         return Request(number, text, segments, scored, whole, merged_donors(endings))
 
 
@@ -147,7 +147,7 @@ def work_of(batch: Sequence[Request], is_stored: IsStored) -> Work:
     """Return what must be computed for requests that lack parts."""
     wanted: dict[Segment, frozenset[Part]] = {}
     for segment, parts in plan.merged(request.wanted for request in batch).items():
-        least = next((part for part in Part if part in parts and not is_stored(segment, part)), None)
+        least = next((part for part in OWN_PARTS if part in parts and not is_stored(segment, part)), None)
         if least is not None:
             wanted[segment] = frozenset({least})
     donors = {segment: donor for request in batch for segment, donor in request.donors.items()}

@@ -16,7 +16,7 @@ from backprompt_db.compute.batch.run_plan import MAX_LISTED, TooLong, Warmed
 from backprompt_db.compute.plan import Bounds
 from backprompt_db.database.database import writable_catalog
 from backprompt_db.errors import StoreError, StoreReadOnly
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from backprompt_db.store.contract import Key
 
 if TYPE_CHECKING:
@@ -125,10 +125,10 @@ def pin(engine: Engine, db: Database, segments: Sequence[Segment], *, label: str
     addresses = engine.addresses()
     pinned = [addresses.address(segment) for segment in segments]
     for _ in range(_NUM_TRIES):
-        engine.represent(dict.fromkeys(segments, frozenset(Part)), keep={}, addresses=addresses)
+        engine.represent(dict.fromkeys(segments, frozenset(OWN_PARTS)), keep={}, addresses=addresses)
         db.flush()
         catalog.pin(pinned)
-        if all(db.has(Key(address, part)) for address in pinned for part in Part):
+        if all(db.has(Key(address, part)) for address in pinned for part in OWN_PARTS):
             break
     else:
         raise StoreError("not all that was to be pinned could be kept", hint="Look at `backprompt-db stats`.")

@@ -41,7 +41,7 @@ from backprompt_db.compute.inference.limits import (
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
 from backprompt_db.compute.plan import Pack, packs, positions
 from backprompt_db.errors import UnsupportedModel
-from backprompt_db.prompt.representation import Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.prompt.text import Text
 
@@ -62,7 +62,7 @@ _MAX_ERROR_OF_WINDOW = 0.3
 
 _CHAINS = MaskForm(MaskKind.CAUSAL)
 _KV_WEIGHT = 0.1
-_ALL = frozenset(Part)
+_ALL = frozenset(OWN_PARTS)
 _SEED = 20230101
 
 _NUM_CANARY_TOKENS = 12
