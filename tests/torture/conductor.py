@@ -21,7 +21,10 @@ assert sys.platform != "win32"
 HANG_SECONDS = 60.0
 """A worker that is not stopped makes progress within this time, and ends within it when it is told to."""
 
-_WORKERS = ("writer0", "writer1", "writer2", "reader0", "reader1", "janitor0")
+_WORKERS = ("writer0", "writer1", "writer2", "reader0", "reader1", "janitor0", "clerk0", "forker0")
+_SPARED = {"clerk": 0.5, "forker": 0.5}
+"""How often a worker is spared whose work takes longer than a moment."""
+
 _MEAN_SECONDS_BETWEEN_ACTIONS = 0.2
 _LONGEST_STOP_SECONDS = 1.5
 
@@ -48,6 +51,11 @@ _ENDS = {
 """How a worker may end after a signal."""
 
 
+def role_of(name: str) -> str:
+    """Workers are called ROLE and a number."""
+    return name.rstrip("0123456789")
+
+
 @dataclass(slots=True)
 class Child:
     """One incarnation of a worker."""
@@ -62,6 +70,11 @@ class Child:
     """When it last made progress, was continued, or was told to end."""
     stopped_until: float | None = None
     told: signal.Signals | None = None
+
+    @property
+    def role(self) -> str:
+        """What it does."""
+        return role_of(self.name)
 
     def allowed_codes(self) -> set[int]:
         """The exit codes that are no surprise."""
@@ -104,6 +117,8 @@ class Conductor:
 
     def _may_suffer(self, child: Child) -> bool:
         is_alone = child.told is None and child.stopped_until is None and child.process.poll() is None
+        if self._dice.random() < _SPARED.get(child.role, 0.0):
+            return False
         # Most are spared until they have begun to work: importing takes them long.
         return is_alone and (child.journal_nbytes > 0 or self._dice.random() < 0.05)
 
@@ -166,11 +181,11 @@ class Conductor:
         number = self._incarnations[name]
         journal, log = (self.directory / kind / f"{name}.{number}" for kind in ("journals", "logs"))
         failpoint = self._failpoint() if number > 1 and self._dice.random() < 0.3 else ""
-        arguments = [self.directory, name.rstrip("0123456789"), name, number, self._seed]
+        arguments = [self.directory, role_of(name), name, number, self._seed]
         arguments.append("limited" if self._is_limited else "unlimited")
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "tests.torture.worker", *map(str, arguments)],
+                [sys.executable, "-W", "error", "-m", "tests.torture.process", *map(str, arguments)],
                 cwd=ROOT, stdout=file, stderr=file, env=os.environ | {VARIABLE: failpoint},
             )  # fmt: skip
         return Child(name, process, journal, log, may_kill_itself=bool(failpoint))

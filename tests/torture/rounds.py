@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import backprompt_db as bp
+from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.operations.verify import Found
 from tests.support.faults import ROOT
@@ -35,7 +36,10 @@ def torture_round(directory: Path, report: Report, *, seconds: float, num_damage
 
 
 def _work(directory: Path, report: Report, *, seconds: float, is_limited: bool, dice: random.Random) -> None:
-    bp.open(directory / "db").close()
+    fidelity = dice.choice(list(Fidelity))
+    report.add({fidelity.value: 1})
+    with bp.open(directory / "db", fidelity=fidelity.value) as db:
+        assert db.catalog is not None  # it is made now, so that no command misses it
     write_config(directory / "db", Config(max_nbytes=_MAX_NBYTES if is_limited else None))
     conductor = Conductor(directory, seed=dice.randrange(2**32), is_limited=is_limited)
     conductor.run(seconds)

@@ -18,8 +18,9 @@ from backprompt_db.database.database import Database
 from backprompt_db.errors import BackpromptError, StoreError
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import Found, verify
-from tests.support.faults import dangling, keys_of, new_parts, prompt, wanted_of, wrong
+from tests.support.faults import dangling, keys_of, prompt, wanted_of
 from tests.torture.journal import Acknowledged, acknowledged
+from tests.torture.values import new_parts, wrong
 
 _NUM_MENDED = 50
 
@@ -61,7 +62,7 @@ def _read(db: Database, known: Sequence[Acknowledged]) -> Counter[str]:
         found = db.fetch(wanted_of(some))
         counts["checked"] += len(found)
         counts["missing"] += len(keys_of(some)) - len(found)
-        counts["wrong"] += len(wrong(found))
+        counts["wrong"] += len(wrong(found, db.fidelity))
     return counts
 
 
