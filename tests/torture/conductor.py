@@ -21,8 +21,8 @@ assert sys.platform != "win32"
 HANG_SECONDS = 60.0
 """A worker that is not stopped makes progress within this time, and ends within it when it is told to."""
 
-_WORKERS = ("writer0", "writer1", "writer2", "reader0", "reader1", "janitor0", "clerk0", "forker0")
-_SPARED = {"clerk": 0.5, "forker": 0.5}
+_WORKERS = ("writer0", "writer1", "writer2", "reader0", "reader1", "janitor0", "clerk0", "forker0", "tuner0")
+_SPARED = {"clerk": 0.5, "forker": 0.5, "tuner": 0.95}
 """How often a worker is spared whose work takes longer than a moment."""
 
 _MEAN_SECONDS_BETWEEN_ACTIONS = 0.2
@@ -156,6 +156,7 @@ class Conductor:
     def _check_end(self, child: Child) -> None:
         code = child.process.returncode
         if code not in child.allowed_codes():
+            self.counts["deaths"] += code < 0
             self._problem(child, f"ended with {code} after {child.told and child.told.name}")
         elif child.told is None:
             self.counts["kills"] += 1

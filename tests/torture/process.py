@@ -17,7 +17,14 @@ if sys.platform != "win32":
     from tests.torture.roles import read, tidy, write
 assert sys.platform != "win32"
 
-ROLES = {"writer": write, "reader": read, "janitor": tidy, "clerk": command, "forker": fork}
+
+def _tune(worker: Worker) -> None:
+    from tests.torture.tuning import tune  # which imports torch, and takes long
+
+    tune(worker)
+
+
+ROLES = {"writer": write, "reader": read, "janitor": tidy, "clerk": command, "forker": fork, "tuner": _tune}
 
 
 def main() -> None:

@@ -21,18 +21,22 @@ from tests.torture.report import Report
 
 if sys.platform != "win32":
     from tests.torture.conductor import HANG_SECONDS, Conductor
+    from tests.torture.holders import stop_some_holders
 assert sys.platform != "win32"
 
 _MAX_NBYTES = 8_000_000
+_SECONDS_PER_DAMAGE = 8.0
 _SURVEY_SECONDS = 10 * HANG_SECONDS
 
 
-def torture_round(directory: Path, report: Report, *, seconds: float, num_damages: int, dice: random.Random) -> None:
+def torture_round(directory: Path, report: Report, *, seconds: float, dice: random.Random) -> None:
     """Run one round in an empty directory; what goes wrong is in the report."""
+    num_damages = max(1, round(seconds / _SECONDS_PER_DAMAGE))
     for name, share in (("unlimited", 0.6), ("limited", 0.4)):
         _work(directory / name, report, seconds=seconds * share, is_limited=name == "limited", dice=dice)
         for number in range(num_damages if report.is_good else 0):
             _damage(directory / name, directory / f"damaged {name} {number}", report, dice=dice)
+    stop_some_holders(directory / "stopped", report, number=max(1, num_damages // 3), dice=dice)
 
 
 def _work(directory: Path, report: Report, *, seconds: float, is_limited: bool, dice: random.Random) -> None:
@@ -70,9 +74,10 @@ def _survey(directory: Path, report: Report, *options: str) -> Counter[str]:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_SURVEY_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        report.add({"hangs": 1})
+        report.fail("hangs", f"the survey of {directory} takes more than {_SURVEY_SECONDS} s")
         return Counter()
     if done.returncode:
+        report.add({"deaths": int(done.returncode < 0)})
         report.problems.append(f"the survey of {directory} ended with {done.returncode}\n{done.stderr[-3000:]}")
         return Counter()
     return Counter(json.loads(done.stdout))
