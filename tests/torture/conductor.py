@@ -21,6 +21,9 @@ assert sys.platform != "win32"
 HANG_SECONDS = 60.0
 """A worker that is not stopped makes progress within this time, and ends within it when it is told to."""
 
+_START_SECONDS = 300.0
+"""Importing torch takes long where everything else runs too."""
+
 _WORKERS = ("writer0", "writer1", "writer2", "reader0", "reader1", "janitor0", "clerk0", "forker0", "tuner0")
 _SPARED = {"clerk": 0.5, "forker": 0.5, "tuner": 0.95}
 """How often a worker is spared whose work takes longer than a moment."""
@@ -166,7 +169,7 @@ class Conductor:
         nbytes = child.journal.stat().st_size if child.journal.exists() else 0
         if nbytes != child.journal_nbytes and child.told is None:
             child.journal_nbytes, child.seen_at = nbytes, now
-        elif now - child.seen_at > HANG_SECONDS:
+        elif now - child.seen_at > (HANG_SECONDS if child.journal_nbytes > 0 else _START_SECONDS):
             child.process.send_signal(signal.SIGUSR1)  # it writes down where it is
             time.sleep(1)
             self.counts["hangs"] += 1

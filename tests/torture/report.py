@@ -41,8 +41,9 @@ _SHOWN = {
     "num_quarantined": "quarantined",
     "hangs": "hangs",
     "deaths": "deaths",
+    "surprises": "other errors",
 }
-_MUST_BE_ZERO = ("wrong", "lost", "dangling", "num_quarantined", "hangs", "deaths")
+_MUST_BE_ZERO = ("wrong", "lost", "dangling", "num_quarantined", "hangs", "deaths", "surprises")
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import backprompt_db as bp
@@ -15,8 +16,9 @@ from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.operations.verify import Found
 from tests.support.faults import ROOT
-from tests.torture.damage import damaged_copy
+from tests.torture.damage import IN_THE_STORE, damaged_copy
 from tests.torture.journal import counts, problems
+from tests.torture.large import fill_large
 from tests.torture.report import Report
 
 if sys.platform != "win32":
@@ -36,6 +38,8 @@ def torture_round(directory: Path, report: Report, *, seconds: float, dice: rand
         _work(directory / name, report, seconds=seconds * share, is_limited=name == "limited", dice=dice)
         for number in range(num_damages if report.is_good else 0):
             _damage(directory / name, directory / f"damaged {name} {number}", report, dice=dice)
+    _damage_large(directory / "large", report, number=num_damages, dice=dice)
+    _damage_catalogs(directory / "catalogs", report, number=2 * num_damages, dice=dice)
     stop_some_holders(directory / "stopped", report, number=max(1, num_damages // 3), dice=dice)
 
 
@@ -58,8 +62,27 @@ def _work(directory: Path, report: Report, *, seconds: float, is_limited: bool, 
     report.add({name: found[name] for name in ("checked", "wrong", "lost", "dangling", "num_quarantined")})
 
 
-def _damage(directory: Path, copy: Path, report: Report, *, dice: random.Random) -> None:
-    how = damaged_copy(directory, copy, dice=dice)
+def _damage_large(directory: Path, report: Report, *, number: int, dice: random.Random) -> None:
+    fill_large(directory)
+    for copy in range(number):
+        _damage(directory, directory.with_name(f"damaged large {copy}"), report, dice=dice, names=IN_THE_STORE)
+
+
+def _damage_catalogs(directory: Path, report: Report, *, number: int, dice: random.Random) -> None:
+    directory.mkdir()
+    arguments = [str(directory), str(dice.randrange(2**32)), str(number)]
+    command = [sys.executable, "-W", "error", "-m", "tests.torture.catalogs", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        report.problems.append(f"{directory}: the damage to catalogs ended with {done.returncode}\n{done.stderr}")
+        return
+    found = json.loads(done.stdout.splitlines()[-1])
+    report.problems += found["problems"]
+    report.add(found["counts"])
+
+
+def _damage(directory: Path, copy: Path, report: Report, *, dice: random.Random, names: Sequence[str] = ()) -> None:
+    how = damaged_copy(directory, copy, dice=dice, names=names)
     report.add({"damages": 1})
     found = _survey(copy, report, "--mend")
     if found["wrong"] or found["wrong again"]:
