@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support.faults import ROOT, child, wait_until_stopped
-from tests.torture.bystanders import BYSTANDERS, DONE, HANGS, REFUSED, fill
 from tests.torture.report import Report
+
+if sys.platform != "win32":
+    from tests.torture.bystanders import BYSTANDERS, DONE, HANGS, REFUSED, fill
+assert sys.platform != "win32"
 
 LIMIT_SECONDS = 20.0
 """Nothing waits longer than ten seconds for a lock; some need two. What it takes without waiting comes on top."""
