@@ -4,9 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# The tests' many processes load compiled modules, wherever they are told to write none.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Tests run in two processes, each taking whole modules. `test` leaves out what is marked `exhaustive`, `test-all` nothing.
+# Modules go in their order: sorted by their numbers of tests, long ones with few tests would be the last.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PARALLEL := -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python $(PARALLEL)
 
 .PHONY: demo test test-all newest lint types docs bench torture smoke clean
 
@@ -19,12 +24,14 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "" --hypothesis-profile exhaustive
 
-# A part of the tests on the newest releases that pyproject allows, but for torch.
+# The tests of what calls other libraries, on the newest releases that pyproject allows, but for torch.
 NEWEST := .venv-newest
+CALLERS := adopt chat families fingerprint generate generate_stored head healing loading patches precision selfcheck \
+	tokens transformers windows
 
 newest: $(NEWEST)/.ready
-	$(NEWEST)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile \
-		tests/catalog tests/codec tests/compute tests/database tests/integrations tests/store
+	$(NEWEST)/bin/python $(PARALLEL) tests/catalog tests/codec tests/integrations \
+		$(CALLERS:%=tests/compute/test_%.py)
 
 $(NEWEST)/.ready: $(READY)
 	$(PYTHON) -m venv $(NEWEST)

@@ -62,7 +62,7 @@ class LanguageModel:
 
     `keep` says what is stored of what is computed, where a call does not say otherwise. With `"auto"`, scores always
     are; keys, values and logits are where something follows or may follow, and else once they are asked for, or
-    computed for the second time. `"all"` stores all three parts, `["scores"]` and the like only these.
+    computed for the second time. `"all"` stores scores, logits and kv, `["scores"]` and the like only these.
 
     The model is used in evaluation mode; its training mode is restored after each call. Raises `PromptError` for names
     in place of objects, see `from_pretrained` and `bp.open`.
@@ -109,7 +109,9 @@ class LanguageModel:
         _require_database(db)
         lm = cls.__new__(cls)
         database = db if db is not None else open_database()
-        source = pretrained_model(str(name_or_path), arguments, model_metadata=database.model_metadata)
+        source = pretrained_model(
+            str(name_or_path), arguments, model_metadata=database.model_metadata, checks_again=deterministic
+        )
         lm._build(source, database, deterministic=deterministic, exact=exact, progress=progress, keep=keep)
         return lm
 

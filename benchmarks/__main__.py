@@ -25,6 +25,7 @@ from benchmarks.growth import lengths_and_depths, many_leaves
 from benchmarks.identity import identity
 from benchmarks.keeping import keeping
 from benchmarks.limits import limits
+from benchmarks.memory import memory
 from benchmarks.reads import fresh_processes, kv_on_disk, one_process, store_prefix
 from benchmarks.report import Measurement, print_table, write_json
 from benchmarks.scale import scale
@@ -53,6 +54,7 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "seams": (seams,),
     "keeping": (keeping,),
     "limits": (limits,),
+    "memory": (memory,),
     "churn": (churn,),
 }
 """Each function gets a directory with `model`, `db`, which holds a prefix, and `scratch`, which is removed after it."""

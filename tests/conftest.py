@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from alembic import command
+from alembic.config import Config
 from hypothesis import HealthCheck, settings
+from sqlalchemy import Connection
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -26,7 +29,7 @@ torch.set_num_threads(1)
 
 ANY_PACE = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 settings.register_profile("quick", ANY_PACE, max_examples=20, stateful_step_count=15)
-settings.register_profile("exhaustive", ANY_PACE, max_examples=100, stateful_step_count=30)
+settings.register_profile("exhaustive", ANY_PACE, max_examples=50, stateful_step_count=20)
 settings.load_profile("quick")  # `--hypothesis-profile exhaustive` comes later and wins
 
 VOCAB_SIZE = 600
@@ -36,6 +39,35 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.\n",
     "A prompt is built by plain concatenation. Every piece of text has one representation under one model.\n",
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def copied_schema() -> Iterator[None]:
+    """New catalogs get the tables of the first one at once: to run every migration takes longer than most tests."""
+    statements: list[str] = []
+
+    def upgrade(config: Config, revision: str) -> None:
+        connection = config.attributes.get("connection")
+        if connection is None or tables(connection):
+            migrate(config, revision)
+        elif statements:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+        else:
+            migrate(config, revision)
+            (found,) = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars()
+            statements.extend([*tables(connection), f"INSERT INTO alembic_version VALUES ('{found}')"])  # noqa: S608
+
+    migrate = command.upgrade
+    with pytest.MonkeyPatch.context() as patcher:
+        patcher.setattr(command, "upgrade", upgrade)
+        yield
+
+
+def tables(connection: Connection) -> list[str]:
+    """The statements that make the tables and indexes which a catalog has."""
+    statement = "SELECT sql FROM sqlite_master WHERE sql NOT NULL ORDER BY rowid"
+    return list(connection.exec_driver_sql(statement).scalars())
 
 
 @pytest.fixture(scope="session")

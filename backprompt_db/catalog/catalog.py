@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from sqlalchemy import exists, select
+
 from backprompt_db.catalog import migration, search
 from backprompt_db.catalog.changes import Changes
+from backprompt_db.catalog.columns import misfits
 from backprompt_db.catalog.events import Events
 from backprompt_db.catalog.eviction_order import EvictionOrder
 from backprompt_db.catalog.graph import Graph
 from backprompt_db.catalog.models import Models
 from backprompt_db.catalog.queries import Queries
 from backprompt_db.catalog.remembered import Remembered
+from backprompt_db.catalog.schema import Base
 from backprompt_db.errors import CatalogError
 
 if TYPE_CHECKING:
@@ -53,6 +57,12 @@ class Catalog(Changes, EvictionOrder, Events, Graph, Models, Queries, Remembered
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def misfit_tables(self) -> list[str]:
+        """Return the names of the tables in which a value does not belong in its column."""
+        with self.reading() as connection:
+            found = [(table, select(exists().where(misfits(table)))) for table in Base.metadata.sorted_tables]
+            return [table.name for table, has_any in found if connection.execute(has_any).scalar_one()]
 
     def vacuum(self) -> None:
         """Rewrite the file without free pages; nothing of what was deleted remains in it."""

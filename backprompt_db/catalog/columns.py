@@ -7,7 +7,21 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import msgspec
-from sqlalchemy import JSON, Float, Integer, LargeBinary, String, TypeDecorator
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Float,
+    Integer,
+    LargeBinary,
+    String,
+    Table,
+    TypeDecorator,
+    func,
+    or_,
+)
+
+from backprompt_db.catalog.plain_sql import MAX_NUMBER
 
 _Reader = Callable[[Any], Any]
 
@@ -42,9 +56,20 @@ class Number(_Checked, Integer):
 
 
 class Real(_Checked, Float[float]):
-    """A number."""
+    """A number that is finite, and no larger than whole numbers can be."""
 
     kinds = (float, int)
+
+    def result_processor(self, *dialect: object) -> _Reader:
+        """Return what checks each value that is read."""
+        check = super().result_processor(*dialect)
+
+        def check_size(value: Any) -> object:
+            if check(value) is None or abs(value) <= MAX_NUMBER:
+                return value
+            raise sqlite3.DataError(f"{value} is where a smaller number belongs")
+
+        return check_size
 
 
 class Words(_Checked, String):
@@ -69,3 +94,24 @@ def _numbers(value: object) -> list[int] | None:
         return msgspec.json.decode(value, type=list[int]) if isinstance(value, str) else None
     except (ValueError, RecursionError):
         return None
+
+
+def misfits(table: Table) -> ColumnElement[bool]:
+    """Return the condition that a row has a value that does not belong in its column."""
+    return or_(*(_is_misfit(column) for column in table.columns))
+
+
+def _is_misfit(column: Column[Any]) -> ColumnElement[bool]:
+    kind = column.type.python_type
+    names = [*_NAMES.get(kind, ("text",)), *(["null"] if column.nullable else [])]
+    is_misfit = func.typeof(column).not_in(names)
+    return or_(is_misfit, func.abs(column) > MAX_NUMBER) if kind is float else is_misfit
+
+
+_NAMES: dict[type, tuple[str, ...]] = {
+    bytes: ("blob",),
+    int: ("integer",),
+    bool: ("integer",),
+    float: ("real", "integer"),
+}
+"""What SQLite calls values of a type; all others are text."""

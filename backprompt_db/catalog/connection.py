@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, NullPool, create_engine, event
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from backprompt_db.catalog.plain_sql import require_regular
+from backprompt_db.catalog.plain_sql import STATEMENT_SECONDS, STEPS_BETWEEN_LOOKS, passing, require_regular
 from backprompt_db.catalog.search import folded
 from backprompt_db.errors import CatalogError
+from backprompt_db.system.locks import NOTICE_SECONDS, forgive, notice, patience_for, refuse, told_holders
 from backprompt_db.system.platform import register_at_fork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-BUSY_TIMEOUT_SECONDS = 30.0
-"""How long an operation waits for another process to finish writing."""
 
 OPERATION = threading.RLock()
 """Held during every operation, and by a fork, so that no child starts with half an operation in its memory."""
@@ -37,6 +35,7 @@ register_at_fork(before=OPERATION.acquire, after_in_parent=OPERATION.release, af
 
 _BUSY = "Another process has kept it locked; try again, and look for a process that hangs if this stays."
 _FULL = "Free disk space; the store is not affected and the catalog catches up with the next reindex."
+_SLOW = "Try again when the machine has less to do; if this stays, a reindex rebuilds the catalog from the store."
 _DAMAGED = "Delete the file: the catalog is derived, and a reindex rebuilds it from the store."
 _DENIED = "Open it as a user who may write to the file and its directory."
 _MISSING = "Check that the path is a file that this user may open, in a directory that exists."
@@ -47,6 +46,7 @@ _OTHER = "If this stays, delete the file: the catalog is derived, and a reindex 
 _SQLITE_HINTS = {
     sqlite3.SQLITE_BUSY: _BUSY,
     sqlite3.SQLITE_LOCKED: _BUSY,
+    sqlite3.SQLITE_INTERRUPT: _SLOW,
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_IOERR: _DISK,
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
@@ -75,14 +75,26 @@ def catalog_errors(path: Path) -> Iterator[None]:
         yield
     except (SQLAlchemyError, sqlite3.Error, OSError, UnicodeError, json.JSONDecodeError, OverflowError) as error:
         cause = (error.orig if isinstance(error, DBAPIError) else None) or error
-        raise CatalogError(f"the catalog {path} failed: {cause}", hint=_hint(cause)) from error
+        held = ""
+        if _is_busy(cause):
+            refuse(path)
+            held = told_holders(path)
+        raise CatalogError(f"the catalog {path} failed: {cause}{held}", hint=_hint(cause)) from error
+
+
+def _is_busy(cause: BaseException) -> bool:
+    return _kind(cause) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _kind(cause: BaseException) -> int:
+    """Return SQLite's kind of error: the low byte of its code, the rest of which says where it arose; 0 of others."""
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF
 
 
 def _hint(cause: BaseException) -> str:
     match cause:
         case sqlite3.Error():
-            # The low byte is the kind of error; the bytes above it say where in SQLite it arose.
-            return _SQLITE_HINTS.get(getattr(cause, "sqlite_errorcode", 0) & 0xFF, _OTHER)
+            return _SQLITE_HINTS.get(_kind(cause), _OTHER)
         case TimeoutError():
             return _BUSY
         case PermissionError():
@@ -122,7 +134,8 @@ class CatalogFile:
         self._readonly = readonly
         self._is_closed = False
         self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
-        event.listen(self._engine, "begin", _begin)
+        event.listen(self._engine, "begin", self._begin)
+        event.listen(self._engine, "before_cursor_execute", _limit_time)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -135,6 +148,7 @@ class CatalogFile:
         """Yield a connection whose changes are all committed at the end or, after an error, none of them."""
         with self._operation(), self._engine.execution_options(begin="BEGIN IMMEDIATE").begin() as connection:
             yield connection
+        forgive(self._path)
 
     def vacuum(self) -> None:
         """Rewrite the file without free pages."""
@@ -161,7 +175,7 @@ class CatalogFile:
         connection = sqlite3.connect(
             uri,
             uri=True,
-            timeout=BUSY_TIMEOUT_SECONDS,
+            timeout=patience_for(self._path),
             isolation_level=None,
             check_same_thread=False,
             factory=_Connection,
@@ -175,14 +189,40 @@ class CatalogFile:
             raise
         return connection
 
+    def _begin(self, connection: Connection) -> None:
+        # The driver would begin only before an INSERT, UPDATE or DELETE: too late for a read that must be consistent,
+        # and without IMMEDIATE a write that has read first fails at once when another process writes.
+        statement = connection.get_execution_options().get("begin", "BEGIN")
+        patience = patience_for(self._path)
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)  # noqa: S101 - `_connect` made it
+        try:
+            _wait_no_longer_than(driver, min(NOTICE_SECONDS, patience))
+            driver.execute(statement)
+        except sqlite3.OperationalError as error:
+            if patience <= NOTICE_SECONDS or not _is_busy(error):
+                raise
+            notice(self._path)
+            _wait_no_longer_than(driver, patience - NOTICE_SECONDS)
+            driver.execute(statement)
+        _wait_no_longer_than(driver, patience)
 
-def _begin(connection: Connection) -> None:
-    # The driver would begin only before an INSERT, UPDATE or DELETE: too late for a read that must be consistent, and
-    # without IMMEDIATE a write that has read first fails at once when another process writes.
-    connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+def _wait_no_longer_than(driver: sqlite3.Connection, seconds: float) -> None:
+    driver.execute(f"PRAGMA busy_timeout = {int(1000 * seconds)}")
 
 
-_TIMEOUT_SECONDS = 5.0
+_ROWS_PER_STATEMENT = 1_000
+
+
+def _limit_time(
+    connection: Connection, cursor: Any, _statement: str, parameters: Any, _context: object, executemany: Any
+) -> None:
+    num_statements = 1 + len(parameters) // _ROWS_PER_STATEMENT if executemany else 1
+    seconds = connection.get_execution_options().get("statement_seconds", STATEMENT_SECONDS) * num_statements
+    cursor.connection.set_progress_handler(passing(seconds), STEPS_BETWEEN_LOOKS)
+
+
 _MAX_FLAWS = 10
 
 
@@ -191,7 +231,7 @@ def catalog_flaws(path: Path) -> list[str]:
     try:
         require_regular(path)
         uri = f"{path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=_TIMEOUT_SECONDS)) as connection:
+        with closing(sqlite3.connect(uri, uri=True, timeout=patience_for(path))) as connection:
             damage = [str(line) for (line,) in connection.execute(f"PRAGMA integrity_check({_MAX_FLAWS})")]
             dangling = connection.execute("PRAGMA foreign_key_check").fetchmany(_MAX_FLAWS)
     except (sqlite3.Error, CatalogError) as error:

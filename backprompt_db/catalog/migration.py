@@ -1,60 +1,25 @@
-"""Which revision of the schema a catalog has, and how it is brought to the newest one."""
+"""How a catalog is made, and how the schema of an older one is brought to the newest revision."""
 
 from __future__ import annotations
 
+import math
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backprompt_db.catalog.connection import OPERATION, CatalogFile, catalog_errors
-from backprompt_db.errors import CatalogError, CatalogTooNew
+from backprompt_db.catalog.schema_check import HEAD, revision_of
+from backprompt_db.errors import CatalogError
 from backprompt_db.system.locks import file_lock
 from backprompt_db.system.platform import set_mode
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-HEAD = "0007"
-"""The newest revision in `migrations/versions`. Revisions are numbers of four digits; a newer one is greater."""
-
-_REVISION = re.compile("[0-9]{4}")
-
-LOCK_TIMEOUT_SECONDS = 60.0
-"""How long to wait for another process that is creating or upgrading the same catalog."""
-
-
-def revision(connection: Connection) -> str | None:
-    """Return the revision of the schema; `None` for an empty file.
-
-    Raises `CatalogError` for an SQLite file that is not a catalog.
-    """
-    tables = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars().all()
-    if "alembic_version" in tables:
-        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
-        if found is None or (isinstance(found, str) and _REVISION.fullmatch(found)):
-            return found
-        raise CatalogError(
-            f"the catalog's schema has no revision {found!r}",
-            hint="Run `backprompt-db reindex`: it rebuilds the catalog from the store.",
-        )
-    if tables:
-        raise CatalogError(
-            f"an SQLite file with the tables {', '.join(sorted(tables)[:5])} is not a catalog",
-            hint="Give the path of a catalog, or of a file that does not exist yet.",
-        )
-    return None
-
 
 def is_current(connection: Connection) -> bool:
-    """Return whether the schema is the newest one; raise `CatalogTooNew` when it is newer than this code."""
-    found = revision(connection)
-    if found is not None and found > HEAD:
-        raise CatalogTooNew(
-            f"the catalog's schema has revision {found}, and this version knows revisions up to {HEAD}",
-            hint="Upgrade backprompt-db; until then the store works without the catalog.",
-        )
-    return found == HEAD
+    """Return whether the schema is the newest one; raise what `revision_of` raises."""
+    return revision_of(lambda statement: map(tuple, connection.exec_driver_sql(statement))) == HEAD
 
 
 def is_current_at(path: Path, file: CatalogFile) -> bool:
@@ -71,12 +36,14 @@ def upgrade(path: Path, *, mode: int) -> None:
 
     Any number of processes and threads may call this at once: one of them does the work, the others find it done.
     """
-    lock = file_lock(path.with_name(f"{path.name}.lock"), mode=mode, timeout_seconds=LOCK_TIMEOUT_SECONDS)
+    may_group_write = mode & 0o020
+    lock = file_lock(path.with_name(f"{path.name}.lock"), mode=mode if may_group_write else mode & 0o700)
     # Alembic's `context` and `op` are global: threads must take turns even with different files.
     with OPERATION, catalog_errors(path):
         # Before the lock: taking it would create a missing directory, with the permissions that the umask leaves.
         _create(path, mode=mode)
         with lock, CatalogFile(path).writing() as connection:
+            connection.execution_options(statement_seconds=math.inf)  # it may take long, and is known to end
             if not is_current(connection):
                 _run_migrations(connection)
 

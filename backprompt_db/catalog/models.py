@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sqlalchemy import Connection, Delete, RowMapping, bindparam, delete, exists, select
 from sqlalchemy.dialects.sqlite import insert
@@ -20,6 +20,7 @@ from backprompt_db.catalog.records import (
     Source,
     TokenizerRecord,
     are_cuts,
+    require_all,
 )
 from backprompt_db.catalog.schema import (
     Base,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from backprompt_db.prompt.ids import Address, TokenizerId, WeightsId
+
+_Record = TypeVar("_Record")
 
 _TABLES: dict[type, type[Base]] = {
     ModelRecord: Model,
@@ -79,18 +82,18 @@ class Models(CatalogFile):
         """
         with self.reading() as connection:
             found = connection.execute(_MODELS.where(Model.weights_id == weights_id)).mappings().one_or_none()
-            return ModelRecord(**found) if found is not None and found["weights_id"] == weights_id else None
+            return _made(ModelRecord, found) if found is not None and found["weights_id"] == weights_id else None
 
     def models(self) -> list[ModelRecord]:
         """Return all models, by name."""
         with self.reading() as connection:
             found = connection.execute(_MODELS.order_by(Model.name, Model.weights_id)).mappings()
-            return [ModelRecord(**values) for values in found]
+            return [_made(ModelRecord, values) for values in found]
 
     def tokenizers(self) -> list[TokenizerRecord]:
         """Return all tokenizers, by name; one that was never saved has the name `""`."""
         with self.reading() as connection:
-            return [TokenizerRecord(**values) for values in connection.execute(_TOKENIZERS).mappings()]
+            return [_made(TokenizerRecord, values) for values in connection.execute(_TOKENIZERS).mappings()]
 
     def definition(self, tokenizer_id: TokenizerId) -> bytes | None:
         """Return a tokenizer's definition as it was saved, unchecked; `None` if none was."""
@@ -108,7 +111,7 @@ class Models(CatalogFile):
         """Return the ids of unchanged files, `None` if they are unknown."""
         with self.reading() as connection:
             found = connection.execute(_SOURCES.where(SourceFiles.key == key)).mappings().one_or_none()
-            return Source(**found) if found is not None and found["key"] == key and _has_ids(found) else None
+            return _made(Source, found) if found is not None and found["key"] == key and _has_ids(found) else None
 
     def cuts(self, key: bytes) -> CutsRecord | None:
         """Return where a long string is cut, `None` if that is unknown."""
@@ -158,6 +161,12 @@ class Models(CatalogFile):
                 for row in rows
                 if _is_whole(row)
             }
+
+
+def _made(kind: type[_Record], row: RowMapping) -> _Record:
+    values = dict(row)
+    require_all(kind, values)
+    return kind(**values)
 
 
 def _is_whole(row: RowMapping) -> bool:

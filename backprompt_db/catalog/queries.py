@@ -21,7 +21,7 @@ from sqlalchemy.orm import InstrumentedAttribute
 
 from backprompt_db.catalog.connection import CatalogFile
 from backprompt_db.catalog.graph import chunks, rebuilt
-from backprompt_db.catalog.records import GroupTotals, Order, Row, Selection, Totals
+from backprompt_db.catalog.records import GroupTotals, Order, Row, Selection, Totals, require_all
 from backprompt_db.catalog.schema import (
     ALL_NBYTES,
     NBYTES,
@@ -219,4 +219,5 @@ _SIZES = [(part, column.key) for part, column in NBYTES.items()]
 
 def _row(values: dict[str, Any]) -> Row:
     sizes = [(part, values.pop(name)) for part, name in _SIZES]
+    require_all(Row, values)
     return Row(**values, nbytes={part: size for part, size in sizes if size is not None})

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import enum
 import math
+import sqlite3
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from backprompt_db.prompt.ids import WeightsId
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId
     from backprompt_db.prompt.representation import Origin, Part
@@ -72,6 +74,18 @@ class CutsRecord:
     offsets: tuple[int, ...]
     """Character offsets, ascending."""
     signature: bytes | None = None
+
+
+def require_all(kind: type, values: Mapping[str, object]) -> None:
+    """Raise `sqlite3.DataError` where a row has nothing for a field of `kind` that is never None."""
+    missing = [name for name in _needed(kind) if values.get(name, ...) is None]
+    if missing:
+        raise sqlite3.DataError(f"a row has no {' and no '.join(missing)}")
+
+
+@cache
+def _needed(kind: type) -> tuple[str, ...]:
+    return tuple(name for name, annotation in kind.__annotations__.items() if "None" not in str(annotation))
 
 
 def are_cuts(offsets: Iterable[int], *, num_characters: float = math.inf) -> bool:

@@ -203,7 +203,7 @@ class Chooser:
     def _searches(
         self, prompts: Sequence[Sequence[Ending]], ranking: Ranking, addresses: Addresses
     ) -> dict[int, _Search]:
-        """Return the searches of prompts whose completions all follow a single segment; none where each is run alone."""
+        """Return the searches of prompts whose completions each follow one segment; none where each is run alone."""
         if self.engine.is_deterministic:
             return {}
         numbers = [number for number, endings in enumerate(prompts) if all(map(_has_root, endings))]
@@ -363,7 +363,17 @@ class _Passes:
         wanted = {segment: _KV for segment, part in self.call.found if part is Part.KV}
         missing = dict.fromkeys(followers, _KV)
         keep = dict.fromkeys(followers, frozenset[Part]())
-        return Prefill(packs, input_ids, starts, wanted | missing, missing, keep, False, runner, followers)
+        return Prefill(
+            packs,
+            input_ids,
+            starts,
+            wanted | missing,
+            missing,
+            keep,
+            is_deterministic=False,
+            runner=runner,
+            followers=followers,
+        )
 
     def _store(self, *, seconds_per_token: float) -> None:
         ids = self.addresses.ids

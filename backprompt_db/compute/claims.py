@@ -102,7 +102,7 @@ class PackClaims:
         self._db.tally.add("num_waits")
         if not self._claims.wait_for_any(addresses, seconds=self._deadline - time.monotonic()):
             logger.warning(
-                "another process has been computing %d segments for more than %g s: computing them here too",
+                "another process has been computing %d segments for %g s, or is stopped: computing them here too",
                 len(addresses),
                 self._db.single_flight.patience_seconds,
             )

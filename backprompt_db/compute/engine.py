@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +63,7 @@ class Engine:
         self._deterministic = deterministic
         self._progress = progress
         self._unhealed = unhealed
-        self._prover = Prover(source, db.model_metadata, progress=progress)
+        self._prover = Prover(source, db.model_metadata, checks_again=deterministic, progress=progress)
         self._pace = Pace()
         self._logged_seams: set[Seam] = set()
         self._has_warned = False
@@ -303,9 +304,14 @@ class Engine:
     def _release_prefix(
         self, call: Call, prefill: Prefill, pack: plan.Pack, context: KVBuffer, *, num_whole: int
     ) -> None:
-        """Give a pass's buffer to the memory cache, for later passes; its first `num_whole` segments are complete."""
+        """Give a pass's buffer to the memory cache, for later passes; its first `num_whole` segments are complete.
+
+        What is neither stored nor used by another pass is forgotten: it would be computed again, wherever it is.
+        """
         chain = pack.segments[: plan.num_chained(pack, num_whole)]
-        context.contents += call.contents(chain, prefill)
+        used = list(itertools.takewhile(lambda segment: Part.KV in prefill.produced(segment), chain))
+        parents = {parent for segment in pack.segments for parent in segment.parents}
+        context.follow(call.contents(used, prefill), num_followed=sum(segment in parents for segment in used))
         prefill.runner.release_prefix(self._db.memory, context)
 
     def _prepare(self, call: Call, missing: Wanted, available: Sequence[Segment]) -> Prefill:

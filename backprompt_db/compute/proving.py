@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from backprompt_db.catalog.records import TokenizerRecord
-from backprompt_db.compute.inference import verdicts
+from backprompt_db.compute.inference import canary, verdicts
 from backprompt_db.database.vocabulary import packed
 from backprompt_db.errors import ModelMismatch
 
 if TYPE_CHECKING:
     from backprompt_db.compute.call import Addresses
+    from backprompt_db.compute.inference.canary import Canary
     from backprompt_db.compute.inference.loading import ModelSource
     from backprompt_db.compute.inference.runner import ModelRunner
     from backprompt_db.database.catalogs import ModelMetadata
@@ -24,15 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 class Prover:
-    """Gets the model of a source, loaded and proven."""
+    """Gets the model of a source, loaded and proven.
 
-    def __init__(self, source: ModelSource, model_metadata: ModelMetadata, *, progress: bool) -> None:
+    With `checks_again`, nothing that could be shown again is taken from what this machine remembers of passes.
+    """
+
+    def __init__(
+        self, source: ModelSource, model_metadata: ModelMetadata, *, checks_again: bool, progress: bool
+    ) -> None:
         self._source = source
         self._metadata = model_metadata
+        self._checks_again = checks_again
         self._progress = progress
 
     def runner(self, addresses: Addresses) -> ModelRunner:
-        """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed."""
+        """Return the loaded model after its self-check. Raises `UnsupportedModel`, or `ModelMismatch` if it changed.
+
+        Everything that is computed passes through here first, so nothing is stored of a model that is not settled.
+        """
         runner = self._source.runner
         if not addresses.is_certain and self._source.ids != addresses.ids:
             raise ModelMismatch(
@@ -40,10 +50,35 @@ class Prover:
                 hint="Make the LanguageModel again; nothing was stored under the wrong name.",
             )
         if not runner.is_proven(addresses.ids.weights_id):
-            self._prove(runner, addresses.ids.weights_id)
+            self._settle(runner, addresses.ids.weights_id)
             self._metadata.describe(addresses.ids.tokenizer_id, self._describe_tokenizer)
         runner.require_supported()
         return runner
+
+    def _settle(self, runner: ModelRunner, weights_id: WeightsId) -> None:
+        """Prove a model, and compare it with its canary; what was shown with that is not shown again."""
+        known = canary.recalled(weights_id, runner.conditions)
+        if known is not None and not self._checks_again:
+            runner.trust(known)
+        self._prove(runner, weights_id)
+        if not runner.is_refused:
+            self._compare(runner, weights_id, known)
+        runner.settle(weights_id)
+
+    def _compare(self, runner: ModelRunner, weights_id: WeightsId, known: Canary | None) -> None:
+        """Run the canary, unless there is no place to remember it. Raises `ModelMismatch` if it was another one."""
+        place = canary.place_of(weights_id, runner.conditions)
+        if place is None:
+            return
+        heard = runner.canary(weights_id)
+        if known is None:
+            canary.remember(heard)
+        elif not heard.is_like(known):
+            raise ModelMismatch(
+                f"{runner.name} computes other numbers than it did on this machine, and nothing that has an id differs",
+                hint="Nothing was stored. Start again without what patches torch or transformers, or chooses other "
+                f"kernels; if nothing does, as after a new driver, delete {place}.",
+            )
 
     def _prove(self, runner: ModelRunner, weights_id: WeightsId) -> None:
         """Settle how the model is computed: by what the database or this machine remembers, else by a self-check."""

@@ -6,6 +6,7 @@ Each string is tokenised alone, with the tokenizer's start tokens at the beginni
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import logging
@@ -35,6 +36,9 @@ _MODEL_OPTIONS = (
     "fuse_unk",
     "byte_fallback",
 )
+
+_SKETCH = b"backprompt-db/tokenizer sketch/1\0"
+"""Another one as soon as `definition` is: then remembered ids are made again."""
 
 _MAX_REMEMBERED_TOKENS = 1 << 22
 _MAX_VOCABULARIES = 4
@@ -70,6 +74,17 @@ class SegmentTokenizer:
         if learned.id is None:
             learned.id = tokenizer_id(learned.definition())
         return learned.id
+
+    def recognise(self, tokenizer_id: TokenizerId, *, sketch: bytes) -> bool:
+        """Take over the id of files that have not changed, if the tokenizer has the sketch of what they were."""
+        learned = self._refreshed()
+        if self.is_fast and learned.id is None and _sketch(learned.signature) == sketch:
+            learned.id = tokenizer_id
+        return learned.id == tokenizer_id
+
+    def sketch(self) -> bytes:
+        """Return the sketch by which `recognise` knows the tokenizer: its steps and options, and a sample's tokens."""
+        return _sketch(self._refreshed().signature)
 
     def definition(self) -> str:
         """Return everything that changes the tokenizer's tokens, as JSON. The tokenizer is serialised anew."""
@@ -337,6 +352,10 @@ def _signature(tokenizer: Any) -> object:
         parts += [type(backend.model).__name__, *(getattr(backend.model, name, None) for name in _MODEL_OPTIONS)]
         parts.append(_merged(backend))
     return [*parts, bool(getattr(tokenizer, "split_special_tokens", False))]
+
+
+def _sketch(signature: object) -> bytes:
+    return hashlib.sha256(_SKETCH + repr(signature).encode()).digest()
 
 
 _SAMPLE = "The naïve café's 3.14 %s — tabs\tand\n\n  spaces; 你好 🙂 İstanbul ﬁ" * 2

@@ -6,6 +6,8 @@ No hit needs a catalog, and all that is in one can be found out again: what fail
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +38,9 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
 
 logger = logging.getLogger(__name__)
 
+_AGAIN_SECONDS = 30.0
+"""After how long a catalog that another process held is tried again."""
+
 
 class Catalogs:
     """The catalogs that a database may use, each of which is opened when something first needs it.
@@ -48,18 +53,32 @@ class Catalogs:
         self._limits = limits
         self._directory = directory
         self._base = base
+        self._own: Catalog | None = None
+        self._look_at = 0.0
 
-    @cached_property
+    @property
     def own(self) -> Catalog | None:
-        """Its own; None for a database in memory, and where the catalog cannot be used, which is logged."""
-        if self._directory is None:
-            return None
-        return _opened(self._directory, readonly=self.readonly, mode=self._limits.modes.file)
+        """Its own; None for a database in memory, and where the catalog cannot be used, which is logged.
+
+        One that another process holds is tried again later.
+        """
+        now = time.monotonic()
+        if self._directory is not None and self._own is None and now >= self._look_at:
+            try:
+                self._own = _open(self._directory, readonly=self.readonly, mode=self._limits.modes.file)
+            except CatalogError as error:
+                logger.warning("working without the catalog: %s", error)
+                self._look_at = now + _AGAIN_SECONDS if isinstance(error.__cause__, TimeoutError) else math.inf
+        return self._own
 
     @cached_property
     def base(self) -> Catalog | None:
         """The one of the database below, for reading; None where there is none that can be read."""
-        return None if self._base is None else _opened(self._base, is_base=True)
+        try:
+            return None if self._base is None else _open(self._base)
+        except CatalogError as error:
+            logger.info("working without the catalog of the base: %s", error)
+            return None
 
     def __iter__(self) -> Iterator[Catalog]:
         return (catalog for catalog in (self.own, self.base) if catalog is not None)
@@ -82,23 +101,15 @@ class Catalogs:
 
     def close(self) -> None:
         """Close those that were opened."""
-        for name in ("own", "base"):
-            catalog = vars(self).get(name)  # one that nothing needed is not opened now
+        for catalog in (self._own, vars(self).get("base")):  # one that nothing needed is not opened now
             if catalog is not None:
                 catalog.close()
 
 
-def _opened(directory: Path, *, readonly: bool = True, mode: int = 0o600, is_base: bool = False) -> Catalog | None:
+def _open(directory: Path, *, readonly: bool = True, mode: int = 0o600) -> Catalog:
     from backprompt_db.catalog.catalog import Catalog
 
-    try:
-        return Catalog.open(directory / CATALOG, readonly=readonly, mode=mode)
-    except CatalogError as error:
-        if is_base:
-            logger.info("working without the catalog of the base: %s", error)
-        else:
-            logger.warning("working without the catalog: %s", error)
-        return None
+    return Catalog.open(directory / CATALOG, readonly=readonly, mode=mode)
 
 
 class ModelMetadata:

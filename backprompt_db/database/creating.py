@@ -24,6 +24,7 @@ from backprompt_db.database.manifest import (
 from backprompt_db.errors import UnsafeLocation
 from backprompt_db.store.files import Sharing, make_directory
 from backprompt_db.store.lmdb import LmdbStore
+from backprompt_db.store.lmdb_errors import lock_error
 from backprompt_db.system.failpoints import reach
 from backprompt_db.system.locks import file_lock
 from backprompt_db.system.platform import give, group_number
@@ -46,16 +47,18 @@ def create_database(
     has. `limits` are fields of `Config` that differ from the default: a limit of 50 GB, or of a quarter of the free
     space if that is less. With a secret in the environment, digests are keyed with it.
 
-    Raises `UnsafeLocation` where no database can be, or may be made by this user, and `FormatError` for limits that are
-    none.
+    Raises `UnsafeLocation` where no database can be, or may be made by this user, `FormatError` for limits that are
+    none, and `StoreLocked` when another process has been making it for too long.
     """
     require_local(directory)
     gid = None if group is None else group_id(group)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _give(directory, sharing, gid)
-        with file_lock(directory / MANIFEST_LOCK, mode=sharing.modes.lock):
+        with file_lock(directory / MANIFEST_LOCK, mode=sharing.modes.writers):
             return read_manifest(directory) or _make(directory, sharing, fidelity, limits)
+    except TimeoutError as error:
+        raise lock_error(error) from None
     except OSError as error:
         raise UnsafeLocation(
             f"no database can be made in {directory} ({error.strerror})", hint="Give a directory that you may write to."

@@ -21,7 +21,7 @@ from backprompt_db.database.catalogs import Catalogs, ModelMetadata
 from backprompt_db.database.config import Limits
 from backprompt_db.database.counters import Counters, Tally
 from backprompt_db.database.eviction import Evictor
-from backprompt_db.database.memory_cache import MemoryCache, default_budget_nbytes
+from backprompt_db.database.memory_cache import FreeShare, MemoryCache, default_budget_nbytes
 from backprompt_db.database.single_flight import SingleFlight
 from backprompt_db.database.statistics import gathered
 from backprompt_db.database.writer import NewPart, Writer, at_end_of_forked_process
@@ -89,7 +89,11 @@ class Database:
         self.directory = directory
         self.single_flight = single_flight or SingleFlight(None)
         self.fidelity = fidelity
-        self.memory = MemoryCache(default_budget_nbytes() if memory_nbytes is None else memory_nbytes)
+        self.memory = (
+            MemoryCache(default_budget_nbytes(), share=FreeShare())
+            if memory_nbytes is None
+            else MemoryCache(memory_nbytes)
+        )
         self.readonly = readonly
         self.namespace = namespace
         self.strict = strict

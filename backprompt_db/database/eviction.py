@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WAIT_SECONDS = 60.0
 _BATCH_NUM_PARTS = 500
 _BATCH_NBYTES = 8 << 20
 """Up to so many parts and bytes, and at least one part, are removed in one transaction, while nobody else writes.
@@ -135,11 +134,11 @@ class Evictor:
             return
         catalog = self._required_catalog()
         with self.journal.nobody_writing():
-            for entry in self.journal.entries():
-                keys = keys_of_entry(entry)
-                if keys is None:  # another user's, who will record it
-                    continue
-                self._record(catalog, keys)
+            found = {entry: keys_of_entry(entry) for entry in self.journal.entries()}
+            done = {entry: keys for entry, keys in found.items() if keys is not None}  # others are for other users
+            # In one transaction: writers wait, and each transaction waits for the disk.
+            self._record(catalog, {key for keys in done.values() for key in keys})
+            for entry in done:
                 with contextlib.suppress(OSError):
                     entry.unlink()
 
@@ -149,7 +148,7 @@ class Evictor:
         if self._lock_path is None:
             yield
             return
-        with locked(self._lock_path, mode=self.limits.modes.lock, timeout_seconds=_WAIT_SECONDS):
+        with locked(self._lock_path, mode=self.limits.modes.writers):
             yield
 
     def _share(self, share: float) -> int | None:
@@ -214,11 +213,10 @@ class Evictor:
         self._tally.add("num_evicted_nbytes", removed.nbytes)
         return removed
 
-    def _record(self, catalog: Catalog, keys: Sequence[Key]) -> None:
+    def _record(self, catalog: Catalog, keys: Iterable[Key]) -> None:
         from backprompt_db.catalog.records import StoredPart
 
-        blobs = ((key, self._store.get(key)) for key in keys)
-        sizes = {key: blob.nbytes for key, blob in blobs if blob is not None}
+        sizes = {key: nbytes for key in keys if (nbytes := self._store.size(key)) is not None}
         origins = {key: read_origin(self._store, key) for key in sizes}
         parts = [StoredPart(*key, sizes[key], origin) for key, origin in origins.items() if origin is not None]
         catalog.record(parts, at=time.time())

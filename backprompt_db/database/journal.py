@@ -24,7 +24,6 @@ from backprompt_db.store.files import Modes, locked, make_directory
 from backprompt_db.system.files import read_small
 from backprompt_db.system.platform import O_NOFOLLOW, set_mode
 
-_WAIT_SECONDS = 30.0
 _KEY_NBYTES = ID_NBYTES + 1
 _MAX_ENTRY_NBYTES = 1 << 24
 
@@ -85,8 +84,7 @@ class WriteJournal:
 
     def _lock(self, name: str, *, is_alone: bool) -> contextlib.AbstractContextManager[None]:
         assert self._directory is not None  # noqa: S101 - the callers have looked
-        path, mode = self._directory / name, self._limits.modes.lock
-        return locked(path, is_alone=is_alone, mode=mode, timeout_seconds=_WAIT_SECONDS)
+        return locked(self._directory / name, is_alone=is_alone, mode=self._limits.modes.writers)
 
     def _make_entry(self, keys: Iterable[Key]) -> Path | None:
         """Write down what is about to be stored; None on a full disk: an entry is not worth failing for."""

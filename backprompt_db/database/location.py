@@ -50,6 +50,8 @@ _NAMES = (MANIFEST, CONFIG, CACHE_TAG, CATALOG, DATA, READER_TABLE)
 """How the names of the files begin that the library makes; its other locks end with `.lock`."""
 
 _NEEDED_TO_READ = frozenset({MANIFEST, CONFIG, STORE, DATA})
+_OWN_FILES = frozenset({DATA, READER_TABLE, CATALOG})
+"""The files that are changed in place."""
 _OTHERS = 0o077
 """The permission bits of those who are not the owner."""
 _MOMENT_SECONDS = 0.01
@@ -130,7 +132,7 @@ def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> Stor
     in the place of a file; unless `readonly`, also for a database of somebody else who does not share it and lets
     this user write. `StoreReadOnly` for a file that this user cannot use and should be able to, with what mends
     it; with `readonly`, only what is needed to read counts. Nothing is promised to those who are neither owner nor
-    member.
+    member. Unless `readonly`, `StoreReadOnly` also for files that belong to another directory as well.
     """
     files = _visible_files(directory)
     danger = next(filter(None, map(_danger, files)), None)
@@ -140,9 +142,23 @@ def access_problem(directory: Path, sharing: Sharing, *, readonly: bool) -> Stor
     if trap is not None:
         return trap
     if _obstacle(files, sharing, readonly=readonly) is None:
-        return None
+        return None if readonly else _tie(files)
     time.sleep(_MOMENT_SECONDS)
     return _obstacle(_visible_files(directory), sharing, readonly=readonly)
+
+
+def _tie(files: list[_File]) -> StoreReadOnly | None:
+    """Return what says that another directory has the same file, so that writing here changes it there; or None.
+
+    Once either is compacted, both have other data and the same lock file, and what one writes the other overwrites.
+    """
+    tied = next((file for file in files if file.name in _OWN_FILES and file.status.st_nlink > 1), None)
+    if tied is None:
+        return None
+    return StoreReadOnly(
+        f"{tied.path} is a hard link to a file that another directory has too, and writing to either damages the other",
+        hint="Copy the directory with `cp -a`, which makes files of its own, use the copy, and delete this one.",
+    )
 
 
 def _danger(file: _File) -> UnsafeLocation | None:
@@ -269,8 +285,9 @@ def _visible_files(directory: Path) -> list[_File]:
 def _mode(file: _File, modes: Modes) -> int:
     if file.is_folder:
         return modes.directory
-    is_lock = file.name == READER_TABLE or file.name.endswith(".lock")
-    return modes.lock if is_lock and not file.name.startswith(CATALOG) else modes.file  # readers take no lock there
+    if file.name == READER_TABLE:
+        return modes.lock
+    return modes.writers if file.name.endswith(".lock") else modes.file
 
 
 def _owners(uid: int, gid: int) -> str:

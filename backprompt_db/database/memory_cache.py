@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
@@ -12,6 +14,9 @@ import psutil
 
 _SHARE_OF_FREE_MEMORY = 8
 """The default budget is the free memory divided by this."""
+
+_MEASURED_FOR_SECONDS = 1
+"""How long the free memory is taken for what it was: measuring it takes a quarter of a millisecond."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (
@@ -28,10 +33,14 @@ class _Entry(NamedTuple):
 
 
 class MemoryCache:
-    """Values by key within a budget of bytes; the one used longest ago goes first. For any number of threads."""
+    """Values by key within a budget of bytes; the one used longest ago goes first. For any number of threads.
 
-    def __init__(self, budget_nbytes: int) -> None:
+    With `share`, which is called with the bytes that are held, the budget is what it says when something is put.
+    """
+
+    def __init__(self, budget_nbytes: int, *, share: Callable[[int], int] | None = None) -> None:
         self.budget_nbytes = budget_nbytes
+        self._share = share
         self._lock = threading.Lock()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._groups: dict[Hashable, dict[Hashable, Any]] = {}
@@ -74,6 +83,8 @@ class MemoryCache:
         """
         with self._lock:
             self._remove(key)
+            if self._share is not None:
+                self.budget_nbytes = self._share(self._nbytes)
             if nbytes > self.budget_nbytes or not self.budget_nbytes:  # a closed cache keeps not even what is empty
                 return
             self._entries[key] = _Entry(value, nbytes, group)
@@ -112,7 +123,9 @@ class MemoryCache:
 
     def close(self) -> None:
         """Forget everything and keep nothing from now on, not even what a pass that is still running puts."""
-        self.budget_nbytes = 0  # before: what another thread puts in between is cleared
+        with self._lock:
+            self._share = None
+            self.budget_nbytes = 0  # before: what another thread puts in between is cleared
         self.clear()
 
     def after_fork_in_child(self) -> None:
@@ -132,15 +145,40 @@ class MemoryCache:
                 del self._groups[entry.group]
 
 
+class FreeShare:
+    """Says how much a process may hold: an eighth of the memory that is free, or that it holds itself.
+
+    What others take in the meantime is not free any more: eight processes together never hold all of it, but half.
+    """
+
+    def __init__(self, measure: Callable[[], int] | None = None) -> None:
+        self._measure = measure or free_nbytes
+        self._share_nbytes = self._held_nbytes = 0
+        self._measured_at = -math.inf
+
+    def __call__(self, held_nbytes: int) -> int:
+        """Return the share of a process that holds so much; measured again after a second, or growth."""
+        has_grown = held_nbytes > self._held_nbytes + self._share_nbytes // _SHARE_OF_FREE_MEMORY
+        if has_grown or time.monotonic() > self._measured_at + _MEASURED_FOR_SECONDS:
+            self._share_nbytes = (self._measure() + held_nbytes) // _SHARE_OF_FREE_MEMORY
+            self._held_nbytes, self._measured_at = held_nbytes, time.monotonic()
+        return self._share_nbytes
+
+
 def default_budget_nbytes(*, cgroups: Path = _CGROUPS) -> int:
-    """Return an eighth of the memory that is free now, in the machine or in the container, whichever has less."""
+    """Return an eighth of the memory that is free now."""
+    return free_nbytes(cgroups=cgroups) // _SHARE_OF_FREE_MEMORY
+
+
+def free_nbytes(*, cgroups: Path = _CGROUPS) -> int:
+    """Return the memory that is free now, in the machine or in the container, whichever has less."""
     free = [int(psutil.virtual_memory().available)]
     for limit, usage in _CGROUP_FILES:
         try:
             free.append(_number(cgroups / limit) - _number(cgroups / usage) + _cached_nbytes(cgroups / limit))
         except (OSError, ValueError):  # the other version of cgroups, none at all, or no limit: "max"
             continue
-    return max(0, min(free)) // _SHARE_OF_FREE_MEMORY
+    return max(0, min(free))
 
 
 def _number(path: Path) -> int:

@@ -63,9 +63,9 @@ def open_database(
     keeps keys and values: `"exact"`, the default, `"bfloat16"` or `"int8"`.
 
     `strict` raises the errors of the store; without it, what the store could not give is computed. What was used last
-    stays in memory, up to `memory_nbytes`; the default is an eighth of the free memory. With `single_flight`, what
-    another process is computing is waited for; `$BACKPROMPT_DB_SINGLE_FLIGHT` turns this off when it is 0, and
-    `$BACKPROMPT_DB_FLIGHT_SECONDS` says how long to wait without progress, 60 if not set.
+    stays in memory, up to `memory_nbytes`; the default is an eighth of the memory that is free, at any time. With
+    `single_flight`, what another process is computing is waited for; `$BACKPROMPT_DB_SINGLE_FLIGHT` turns this off when
+    it is 0, and `$BACKPROMPT_DB_FLIGHT_SECONDS` says how long to wait without progress, 60 if not set.
 
     A directory that may not be written to is read, and what is missing is computed but not kept; this is logged once.
     A new one is private to its user, and has a limit of 50 GB, or of a quarter of the free space if that is less;
@@ -113,7 +113,7 @@ def _open(directory: Path, manifest: Manifest, below: _Base | None, *, readonly:
 
 
 def _single_flight(directory: Path) -> SingleFlight:
-    return SingleFlight(directory / FLIGHTS_LOCK, mode=sharing_of(directory).modes.lock)
+    return SingleFlight(directory / FLIGHTS_LOCK, mode=sharing_of(directory).modes.writers)
 
 
 class _Base(NamedTuple):

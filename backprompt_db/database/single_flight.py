@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 
 from backprompt_db.prompt.ids import Address
-from backprompt_db.system.locks import ByteLocks
+from backprompt_db.system.holders import is_held_by_stopped
+from backprompt_db.system.locks import NOTICE_SECONDS, ByteLocks
 from backprompt_db.system.platform import register_at_fork
 
 logger = logging.getLogger(__name__)
@@ -132,15 +133,19 @@ class Claims:
     def wait_for_any(self, addresses: Sequence[Address], *, seconds: float) -> bool:
         """Wait until one of the addresses is free, which is not taken; False when after `seconds` none is.
 
-        It may have been computed and written, or its holder has failed, or died.
+        It may have been computed and written, or its holder has failed, or died. False also when all holders are
+        stopped, as far as this user may know.
         """
         watched = addresses[:: 1 + (len(addresses) - 1) // _MAX_WATCHED]
         deadline = time.monotonic() + seconds
+        look_at = time.monotonic() + NOTICE_SECONDS
         pause = _FIRST_PAUSE_SECONDS
         while not any(map(self._is_free, watched)):
-            seconds_left = deadline - time.monotonic()
-            if seconds_left <= 0:
+            now = time.monotonic()
+            seconds_left = deadline - now
+            if seconds_left <= 0 or (now >= look_at and all(map(self._is_held_by_stopped, watched))):
                 return False
+            look_at = look_at if now < look_at else now + NOTICE_SECONDS
             time.sleep(min(pause, seconds_left))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
         return True
@@ -170,6 +175,10 @@ class Claims:
         if is_free:
             self.give_back([address])
         return is_free
+
+    def _is_held_by_stopped(self, address: Address) -> bool:
+        path = self._single_flight._path
+        return path is not None and is_held_by_stopped(path, _offset(address))
 
     def _fulfil(self, addresses: Sequence[Address]) -> None:
         self._single_flight._queued.difference_update(addresses)

@@ -171,7 +171,10 @@ def _view(found: Stats) -> Group:
 
 
 def _facts(found: Stats) -> dict[str, str]:
-    parts = ", ".join(f"{part.name.lower()} {size(nbytes)}" for part, nbytes in found.nbytes.items())
+    from backprompt_db.prompt.representation import OWN_PARTS
+
+    shown = {part: nbytes for part, nbytes in found.nbytes.items() if nbytes or part in OWN_PARTS}
+    parts = ", ".join(f"{part.name.lower()} {size(nbytes)}" for part, nbytes in shown.items())
     return {
         "database": str(found.directory),
         **({} if found.namespace is None else {"namespace": found.namespace or "(default)"}),

@@ -34,6 +34,7 @@ _EXAMINATIONS: dict[str, Callable[[Subject], Finding]] = {
     "directory": doctor_checks.directory,
     "permissions": doctor_checks.permissions,
     "writing": doctor_checks.writing,
+    "store file": doctor_checks.store_file,
     "leftovers": doctor_checks.leftovers,
     "limit": doctor_checks.limit,
     "secret": doctor_checks.secret,

@@ -26,7 +26,7 @@ from backprompt_db.catalog.connection import catalog_flaws
 from backprompt_db.catalog.plain_sql import rows
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.creating import group_id
-from backprompt_db.database.location import CATALOG, STORE, Fault, faults, require_local
+from backprompt_db.database.location import CATALOG, STORE, Fault, access_problem, faults, require_local
 from backprompt_db.database.manifest import Manifest, digest_of
 from backprompt_db.database.opening import open_catalog, open_existing, open_store
 from backprompt_db.database.reconcile import differences
@@ -44,6 +44,9 @@ from backprompt_db.operations.disk_usage import room_of
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.store.environment import LMDB_GENERATION, release, shared_environment
 from backprompt_db.store.files import DATA, READER_TABLE, Sharing
+from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.lmdb_pages import check_length, check_pages
+from backprompt_db.store.turns import give_turn, take_turn
 from backprompt_db.system.platform import UNKNOWN, change_mode, filesystem_of, give
 from backprompt_db.views.formatting import size
 
@@ -52,7 +55,7 @@ _NEEDED_TO_COMPUTE = ("torch", "transformers", "tokenizers")
 
 _LITTLE_NBYTES = 1 << 30
 _NUM_SHOWN = 3
-_SECONDS = 10.0
+_SECONDS = 5.0
 
 _LEFTOVERS = (".compact-*", ".*.json.*", ".CACHEDIR.TAG.*")
 _LEFT_SECONDS = 3600
@@ -214,6 +217,9 @@ def writing(subject: Subject) -> Finding:
             "This user may only read: what is missing is computed each time.",
             "Ask the owner for write permission, if that is not meant.",
         )
+    problem = access_problem(subject.directory, sharing_of(subject.directory), readonly=False)
+    if problem is not None:
+        return Finding(Status.PROBLEM, f"{problem.message}.", problem.hint)
     num_cleared = probe(subject.directory / STORE)
     readers = f" {num_cleared} slots of dead readers were cleared." if num_cleared else ""
     return fine(f"This user may write, and got a turn.{readers}")
@@ -221,18 +227,15 @@ def writing(subject: Subject) -> Finding:
 
 _SCRIPT = """
 import lmdb, sys
-from backprompt_db.system.locks import give_turn, take_turn
 with lmdb.open(sys.argv[1], create=False, lib_version=int(sys.argv[2])) as environment:
     num_cleared = environment.reader_check()
-    turn = take_turn(sys.argv[1])
     environment.begin(write=True).abort()
-    give_turn(turn)
 print(num_cleared)
 """
 
 
 def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
-    """Take a writer's turn in a store, and return how many slots of dead readers were cleared.
+    """Take a writer's turn and LMDB's mutex in a store, and return how many slots of dead readers were cleared.
 
     Raises `StoreLocked` when the turn does not come in time, and `StoreError` when nothing can be written.
     """
@@ -240,7 +243,9 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
         release(shared_environment(store, readonly=False))
     command = [sys.executable, "-c", _SCRIPT, str(store), str(LMDB_GENERATION)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+        with store_errors(store), contextlib.ExitStack() as stack:
+            stack.callback(give_turn, take_turn(store))
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
     except subprocess.TimeoutExpired:
         raise StoreLocked(
             f"somebody has been writing to {store} for {timeout_seconds:g} s or longer",
@@ -250,6 +255,14 @@ def probe(store: Path, *, timeout_seconds: float = _SECONDS) -> int:
         lines = done.stderr.splitlines() or ["it was killed"]
         raise StoreError(f"nothing can be written to {store}: {lines[-1]}", hint="Mend what the message says.")
     return int(done.stdout)
+
+
+def store_file(subject: Subject) -> Finding:
+    """Check that the store's file is whole and that LMDB can walk all of its pages; what is stored is not read."""
+    data = subject.directory / STORE / DATA
+    check_length(data)
+    check_pages(data, however_many=True)
+    return fine("The file of the store is whole.")
 
 
 def leftovers(subject: Subject) -> Finding:
@@ -321,6 +334,11 @@ def catalog(subject: Subject) -> Finding:
     if num_changed:
         what = f"What {num_changed:,} of its rows remember is not what was written, and is not used."
         return _to_reindex(subject, Status.WARNING, what)
+    with open_catalog(subject.directory) as opened:
+        tables = opened.misfit_tables()
+    if tables:
+        what = f"The catalog is damaged: values in {', '.join(tables)} do not belong there."
+        return _to_reindex(subject, Status.PROBLEM, what)
     return fine("The catalog is whole.")
 
 

@@ -63,11 +63,13 @@ def purge(db: Database, selection: Selection) -> Purged:
     """
     catalog = writable_catalog(db)
     gone, left, num_parts = set[Address](), set(doomed(db, selection)), 0
+    followed = catalog.ancestors({row.segment_id for row in catalog.select(selection)})
     db.memory.clear()
     while left:
         num_parts += sum(_delete(db, some) for some in _chunks(left))
         gone |= left
         left = _selected(catalog, selection) - gone  # what somebody has stored meanwhile
+    _forget_continuations(db, catalog, followed)
     db.store.compact()
     for some in _chunks(gone):
         _erase(db, catalog, some)
@@ -107,6 +109,14 @@ def _selected(catalog: Catalog, selection: Selection) -> set[Address]:
 def _delete(db: Database, addresses: list[Address]) -> int:
     with db.evictor.journal.nobody_writing():
         return db.store.delete(_keys(addresses))
+
+
+def _forget_continuations(db: Database, catalog: Catalog, followed: Iterable[SegmentId]) -> None:
+    """Delete what is known of the tokens after segments: some may be those of texts that are purged."""
+    keys = [Key(row.address, Part.CONTINUATIONS) for row in catalog.of_segments(followed)]
+    with db.evictor.journal.nobody_writing():
+        db.store.delete(keys)
+        catalog.forget(keys)
 
 
 def _erase(db: Database, catalog: Catalog, addresses: list[Address]) -> None:

@@ -24,7 +24,7 @@ from backprompt_db.errors import CatalogError, ModelMismatch
 from backprompt_db.operations.inspection import Kind, Problem, inspect
 from backprompt_db.operations.verify import Found, sample
 from backprompt_db.prompt.ids import Address, WeightsId
-from backprompt_db.prompt.representation import Array, Arrays, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
 from backprompt_db.store.contract import Key, Store
 
@@ -78,7 +78,7 @@ class Recomputation:
     num_representations: int = 0
     """Representations that were computed again, of those that the model has."""
     num_parts: int = 0
-    """Their stored parts, each of which was compared."""
+    """Their own stored parts, each of which was compared; what may follow them is left out."""
     num_left_out: int = 0
     """Chosen ones that cannot be computed again, because the text of an ancestor is not in the store any more."""
     tolerance: float = 0.0
@@ -100,7 +100,7 @@ class _Target(NamedTuple):
     address: Address
     segment: Segment
     parts: frozenset[Part]
-    """Those that are stored."""
+    """Those of its own parts that are stored."""
 
 
 def recompute(
@@ -172,7 +172,7 @@ def _targets(store: Store, lineage: Lineage, addresses: Iterable[Address]) -> li
         origin = origin_of(store, address)
         segment = lineage.segment(origin) if origin is not None else None
         if segment is not None:
-            parts = frozenset(part for part in Part if store.has(Key(address, part)))
+            parts = frozenset(part for part in OWN_PARTS if store.has(Key(address, part)))
             found.append(_Target(address, segment, parts))
     return sorted(found, key=lambda target: [each.id for each in ancestry([target.segment])[:_NUM_COMPARED]])
 

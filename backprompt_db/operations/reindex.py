@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.database import Database
@@ -19,6 +20,9 @@ from backprompt_db.database.reconcile import Reindexing, reconcile
 from backprompt_db.database.signatures import changed_rows
 from backprompt_db.errors import CatalogError, CatalogTooNew, StoreLocked, StoreReadOnly
 from backprompt_db.store.files import locked
+
+if TYPE_CHECKING:
+    from backprompt_db.catalog.catalog import Catalog
 
 _KEEPING_UP_SECONDS = 2.0
 
@@ -55,7 +59,7 @@ def reindex(db: Database) -> Reindexing:
     """
     path = _writable_directory(db) / CATALOG
     modes = sharing_of(path.parent).modes
-    with _alone(path.parent, mode=modes.lock):
+    with _alone(path.parent, mode=modes.writers):
         try:
             return _reconcile(db, path, mode=modes.file, moved_aside=None)
         except CatalogError as error:
@@ -91,6 +95,7 @@ def _reconcile(db: Database, path: Path, *, mode: int, moved_aside: Path | None)
         changed = changed_rows(catalog, db.model_metadata.seal)
         for table, rowids in changed.items():
             catalog.forget_remembered(table, rowids)
+        _check_values(catalog, path)
         num_changed = sum(map(len, changed.values()))
         return replace(reconcile(db.store, catalog), moved_aside=moved_aside, num_changed_rows=num_changed)
 
@@ -101,7 +106,18 @@ def _check_integrity(path: Path) -> None:
 
     with catalog_errors(path), contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
         verdict = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        dangling = connection.execute("PRAGMA foreign_key_check").fetchone()
+    if verdict == "ok" and dangling is not None:
+        verdict = f"a row of {dangling[0]} refers to a row of {dangling[2]} that is not there"
     if verdict != "ok":
+        raise CatalogError(f"the catalog {path} is damaged: {verdict}", hint="Run `backprompt-db reindex`.")
+
+
+def _check_values(catalog: Catalog, path: Path) -> None:
+    """Raise `CatalogError` for a value that does not belong in its column: nobody knows what stood there."""
+    tables = catalog.misfit_tables()
+    if tables:
+        verdict = f"values in {', '.join(tables)} do not belong there"
         raise CatalogError(f"the catalog {path} is damaged: {verdict}", hint="Run `backprompt-db reindex`.")
 
 

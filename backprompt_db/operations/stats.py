@@ -36,6 +36,9 @@ _TOTALS = f"""
 """  # noqa: S608 - constants
 _BY = "SELECT {counts}, {column} FROM sums GROUP BY {column}"
 
+_TOTALS_KINDS = (*[int] * 9, float)
+_EVENTS = "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT :limit"
+
 _Group = TypeVar("_Group")
 
 
@@ -104,7 +107,7 @@ def _from_store(directory: Path) -> dict[str, Any]:
 def _by_model(path: Path) -> list[ModelUsage]:
     names = dict[bytes, str]()
     with contextlib.suppress(CatalogError):  # nothing else depends on names
-        names = dict(rows(path, "SELECT weights_id, name FROM models"))
+        names = dict(rows(path, "SELECT weights_id, name FROM models", (bytes, str)))
     return [
         ModelUsage(
             weights_id=weights_id,
@@ -154,35 +157,37 @@ def sums(path: Path, *, namespace: str | None = None) -> Totals:
     Raises `CatalogError` if it is unusable.
     """
     [(count, *sizes, num_segments, num_models, num_tokens, num_hits, saved_seconds)] = rows(
-        path, _TOTALS, namespace=namespace
+        path, _TOTALS, _TOTALS_KINDS, namespace=namespace
     )
     return Totals(count, num_segments, num_models, num_tokens, _nbytes(sizes), num_hits, saved_seconds)
 
 
 def sums_by_model(path: Path) -> dict[WeightsId, GroupTotals]:
     """Return the sums of each model that has representations; raises `CatalogError` if the catalog is unusable."""
-    return {WeightsId(weights_id): found for weights_id, found in _by(path, "weights_id").items()}
+    return {WeightsId(weights_id): found for weights_id, found in _by(path, "weights_id", bytes).items()}
 
 
 def sums_by_namespace(path: Path) -> dict[str, GroupTotals]:
     """Return the sums of each namespace that has representations; raises `CatalogError` if the catalog is unusable."""
-    return _by(path, "namespace")
+    return _by(path, "namespace", str)
 
 
 def counts(path: Path) -> dict[str, float]:
     """Return what was counted over all processes, by name; raises `CatalogError` if the catalog is unusable."""
-    return dict(rows(path, "SELECT name, value FROM counts ORDER BY name"))
+    return dict(rows(path, "SELECT name, value FROM counts ORDER BY name", (str, float | int)))
 
 
 def events(path: Path, *, limit: int) -> list[tuple[float, str, bytes | None, str]]:
     """Return time, kind, address and detail of the newest events; raises `CatalogError` if it is unusable."""
-    return list(rows(path, "SELECT at, kind, address, detail FROM events ORDER BY id DESC LIMIT :limit", limit=limit))
+    return list(rows(path, _EVENTS, (float | int, str, bytes | None, str), limit=limit))
 
 
-def _by(path: Path, column: str) -> dict[Any, GroupTotals]:
+def _by(path: Path, column: str, kind: type) -> dict[Any, GroupTotals]:
     return {
         key: GroupTotals(count, _nbytes(sizes))
-        for count, *sizes, key in rows(path, _BY.format(counts=_COUNTS, column=column))
+        for count, *sizes, key in rows(
+            path, _BY.format(counts=_COUNTS, column=column), (*[int] * (1 + len(Part)), kind)
+        )
     }
 
 

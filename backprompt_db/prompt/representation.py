@@ -153,6 +153,7 @@ class Origin:
         return [address(each, self.weights_id, self.tokenizer_id) for each in self.parents if each != root]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # infinities and NaN are values like others
 def likeliest(logits: Array, k: int) -> list[tuple[int, float]]:
     """Return the `k` likeliest tokens by their logits [V], the likeliest first, with natural log-probabilities."""
     values: npt.NDArray[Any] = _widened(logits) if logits.dtype == "BF16" else logits.numpy()

@@ -9,15 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from backprompt_db.store.contract import Key
 from backprompt_db.store.environment import release, shared_environment
 from backprompt_db.store.lmdb_pages import check_pages
 from backprompt_db.store.records import CHUNK_NBYTES, DIGEST_NBYTES, blob_key, blob_nbytes, record_key
-
-if TYPE_CHECKING:
-    import lmdb
+from backprompt_db.store.transaction import CheckedTransaction
 
 _RECORDS_PER_TRANSACTION = 10_000
 _NUM_CHUNKS_NBYTES = 4
@@ -60,7 +58,7 @@ def flaws(directory: Path) -> Iterator[Flaw]:
         release(environment)
 
 
-def _some_flaws(transaction: lmdb.Transaction[memoryview], after: bytes) -> tuple[list[Flaw], bytes | None]:
+def _some_flaws(transaction: CheckedTransaction, after: bytes) -> tuple[list[Flaw], bytes | None]:
     """Return the flaws of the next blobs, and where to go on; None at the end."""
     found = list[Flaw]()
     num_records = 0
@@ -76,11 +74,11 @@ def _some_flaws(transaction: lmdb.Transaction[memoryview], after: bytes) -> tupl
     return found, None
 
 
-def _records(transaction: lmdb.Transaction[memoryview], after: bytes) -> Iterator[_Record]:
-    cursor = transaction.cursor()
-    if cursor.set_range(after) if after else cursor.first():
-        found = (_Record(bytes(name), value) for name, value in cursor.iternext())
-        yield from (record for record in found if record.name != after)
+def _records(transaction: CheckedTransaction, after: bytes) -> Iterator[_Record]:
+    for name in transaction.names(after):
+        value = transaction.get(name)
+        if value is not None:
+            yield _Record(name, value)
 
 
 def _flaws(blob: Key, records: list[_Record]) -> Iterator[Flaw]:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from backprompt_db.errors import StoreFull
 from backprompt_db.store.environment import Environment
+from backprompt_db.store.files import DATA
 from backprompt_db.store.lmdb_errors import store_errors
-from backprompt_db.store.lmdb_pages import check_length, number_transactions
+from backprompt_db.store.lmdb_meta import number_transactions
+from backprompt_db.store.lmdb_pages import check_length, check_pages
 from backprompt_db.system.failpoints import reach
 from backprompt_db.system.platform import give_open, set_mode, sync, sync_directory
 from backprompt_db.views.formatting import size
@@ -32,10 +34,11 @@ def compact(environment: Environment) -> None:
     nbytes = environment.usage().live_nbytes
     with environment.transaction(write=True) as transaction, store_errors(directory):
         remove_leftovers(directory)
-        last_transaction_id = transaction.id() - 1
+        last_transaction_id = transaction.id - 1
         if not last_transaction_id:  # nothing was ever written
             return
         _check_room(directory, nbytes)
+        check_pages(directory / DATA, however_many=True)  # LMDB is about to walk all of them
         scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
         try:
             environment.copy_to(scratch)

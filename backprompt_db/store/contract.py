@@ -122,3 +122,9 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release the store. Closing twice is allowed."""
+
+
+def lacks(store: Store, key: Key, nbytes: int) -> bool:
+    """Whether a store has nothing under a key, or less of what grows than a blob of so many bytes."""
+    taken_nbytes = store.size(key)
+    return taken_nbytes is None or replaces(key, nbytes, taken_nbytes)

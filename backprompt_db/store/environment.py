@@ -23,8 +23,14 @@ from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
 from backprompt_db.store.contract import Usage
 from backprompt_db.store.files import Identity, identity_of, make_lock_file
 from backprompt_db.store.lmdb_errors import store_errors
-from backprompt_db.store.lmdb_pages import check_length, check_pages, newest_meta
-from backprompt_db.system.locks import give_turn, is_locked, take_turn
+from backprompt_db.store.lmdb_file import CheckedFile
+from backprompt_db.store.lmdb_free import FreeLists
+from backprompt_db.store.lmdb_meta import newest_meta
+from backprompt_db.store.lmdb_pages import check_length, check_pages
+from backprompt_db.store.lmdb_trees import CheckedTree
+from backprompt_db.store.transaction import CheckedTransaction
+from backprompt_db.store.turns import give_turn, prepare_turns, take_turn
+from backprompt_db.system.locks import is_locked, wait_for
 from backprompt_db.system.platform import register_at_fork
 
 LMDB_GENERATION = 0
@@ -58,21 +64,24 @@ class Environment:
         self._active = set[object]()  # not a number: an interrupt could come before it is counted down
         self._num_gates = 0
         self._was_forked_in_use = False
+        self._newest_tree: CheckedTree | None = None
         self._is_lockless = False
+        self._data = directory / "data.mdb"
         self._lock_name = str(directory / "lock.mdb")  # a str: making a Path takes longer than asking for a lock
         self._env: lmdb.Environment | None = self._open()
         self._pid = os.getpid()
 
     @contextmanager
-    def transaction(self, *, write: bool = False) -> Iterator[lmdb.Transaction[memoryview]]:
+    def transaction(self, *, write: bool = False) -> Iterator[CheckedTransaction]:
         """Run one transaction; commit at the end, abort on an exception. Values are views that die with it."""
-        use, turn = object(), None
+        use, turn = object(), list[int]()
         with store_errors(self.directory):
             try:
                 transaction, turn = self._begin(use, write=write)
                 with transaction:
                     try:
-                        yield transaction
+                        tree = self._tree(transaction.id(), write=write)
+                        yield CheckedTransaction(transaction, tree, is_writing=write)
                     finally:
                         if self._is_lockless:
                             self._check_overtaken(transaction)
@@ -87,7 +96,9 @@ class Environment:
         with store_errors(self.directory):
             use = object()
             try:
-                stat = self._enter(use, write=False).stat()
+                env = self._enter(use, write=False)
+                self._file.require_uncut()
+                stat = env.stat()
                 nbytes = (self.directory / "data.mdb").stat().st_size
             finally:
                 self._active.discard(use)
@@ -131,7 +142,7 @@ class Environment:
         with self._mutex:
             self._wait_until_idle()
             if self._env is not None and not self._was_forked_in_use:
-                self._env.close()
+                self._close(self._env)
             self._env = None
 
     def before_fork(self) -> None:
@@ -155,26 +166,26 @@ class Environment:
         self._was_forked_in_use = self._was_forked_in_use or bool(self._active)
         self._active, self._num_gates = set(), 0
         if self._env is not None and not self._was_forked_in_use:
-            self._env.close()
+            self._close(self._env)
+
+    def _close(self, env: lmdb.Environment) -> None:
+        env.close()
+        self._file.close()
 
     def _is_inherited(self) -> bool:
         """Whether what is open is that of the process that forked this one, which opens its own when it is used."""
         return self._pid != os.getpid()
 
-    def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], int | None]:
-        """Return a transaction, and its turn among the writers.
-
-        The kernel gives turns, and only a writer that has its turn asks for LMDB's mutex. The reason: when a process is
-        killed while it waits for that mutex, the kernel compares thread numbers and ignores which container they are
-        from. It may take the killed thread for the holder, and let the next one in while the holder still writes.
-        """
+    def _begin(self, use: object, *, write: bool) -> tuple[lmdb.Transaction[memoryview], list[int]]:
+        """Return a transaction, and its turn among the writers."""
         while True:
             env = self._enter(use, write=write)
-            turn = None
+            turn = list[int]()
             try:
-                turn = take_turn(self.directory) if write else None
+                turn = take_turn(self.directory) if write else []
                 if self._is_lockless:
                     self._check_alone()
+                self._file.require_uncut()
                 transaction = env.begin(write=write, buffers=True)
                 if not write or self._is_current():
                     return transaction, turn
@@ -190,6 +201,24 @@ class Environment:
             except BaseException:
                 self._leave(use, turn)
                 raise
+
+    def _tree(self, transaction_id: int, *, write: bool) -> CheckedTree:
+        """Return the tree of records as a transaction finds it that has just begun.
+
+        Raises `StoreCorrupt` where it may not write: LMDB would go on from another state than it believes to be there.
+        """
+        if not write:
+            meta, tree = self._file.meta(transaction_id), self._newest_tree
+            if tree is None or tree.meta is not meta:
+                tree = self._newest_tree = CheckedTree(self._file, meta, meta.records)
+            return tree
+        meta = self._file.meta(transaction_id - 1)
+        free = self._free_lists.at(meta)
+        num_pages = self._file.nbytes() // meta.page_nbytes
+        is_whole = num_pages > meta.last_page or free.are_all_from(num_pages, meta.last_page)
+        if meta.transaction_id != transaction_id - 1 or not is_whole:
+            raise self._file.overwritten()
+        return CheckedTree(self._file, meta, meta.records, free=free)
 
     def _lengthen(self) -> None:
         """Make the file as long as LMDB counts: it may count free pages at the end that it never wrote.
@@ -249,15 +278,17 @@ class Environment:
 
     def _follow(self, *, write: bool) -> None:
         """Use the newest file. What is read from an older or a deleted one is still right, so readers need not care."""
+        if self._is_current():  # nearly always, and `follow` takes longer to find out
+            return
         try:
             self.follow()
         except StoreCorrupt:
             if write:
                 raise
 
-    def _leave(self, use: object, turn: int | None = None) -> None:
+    def _leave(self, use: object, turn: list[int] | None = None) -> None:
         self._active.discard(use)
-        give_turn(turn)
+        give_turn(turn or [])
         with self._mutex:
             self._idle.notify_all()
 
@@ -280,7 +311,7 @@ class Environment:
 
     def _is_current(self) -> bool:
         """Whether the file that is open is still the one in the directory."""
-        return identity_of(self.directory / "data.mdb") == self.data_identity
+        return identity_of(self._data) == self.data_identity
 
     def _was_compacted(self) -> bool:
         """Whether the file in the directory continues the open one: it has the same lock file and the same count.
@@ -296,6 +327,7 @@ class Environment:
 
     def _last_transaction_id(self) -> int:
         assert self._env is not None  # noqa: S101 - called for an open one
+        self._file.require_uncut()
         transaction = self._env.begin()
         try:
             return int(transaction.id())
@@ -304,7 +336,7 @@ class Environment:
 
     def _reopen(self) -> None:
         if self._env is not None:
-            self._env.close()
+            self._close(self._env)
         self._env = self._open()
 
     def _open(self) -> lmdb.Environment:
@@ -315,11 +347,18 @@ class Environment:
                 if identity is None:
                     raise missing(self.directory)
                 if not self.readonly:
+                    prepare_turns(self.directory)
                     make_lock_file(self.directory, nbytes=_LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
                 env = self._open_largest_map()
-                if identity_of(data) == identity:
+                try:
+                    self._file = CheckedFile(data)
+                except BaseException:
+                    env.close()
+                    raise
+                if identity_of(data) == identity == self._file.identity:
                     break
-                env.close()  # a compaction came in between: nobody knows which of the two files this is
+                self._close(env)  # a compaction came in between: nobody knows which of the two files this is
+            self._free_lists, self._newest_tree = FreeLists(self._file), None
             self.data_identity, self.lock_identity = identity, identity_of(self.directory / "lock.mdb")
             if not self.readonly:
                 env.reader_check()
@@ -337,7 +376,10 @@ class Environment:
                 map_nbytes //= 2
 
     def _open_map(self, map_nbytes: int) -> lmdb.Environment:
-        self._is_lockless = self.readonly and not os.access(self.directory / "lock.mdb", os.W_OK)
+        lock = Path(self._lock_name)
+        self._is_lockless = self.readonly and not os.access(lock, os.W_OK)
+        if not self._is_lockless:  # LMDB would wait without end for who opens the file, or says so
+            wait_for(lambda: not is_locked(lock, _LIFE_BYTE, is_alone=True), lock)
         try:
             return lmdb.Environment(
                 os.fsencode(self.directory),

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from backprompt_db.errors import StoreLocked, UnsafeLocation
+from backprompt_db.errors import UnsafeLocation
 from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.locks import file_lock
 from backprompt_db.system.platform import O_DIRECTORY, O_NOFOLLOW, reserve, set_mode
@@ -32,7 +32,9 @@ class Modes(NamedTuple):
     directory: int
     file: int
     lock: int
-    """For files to which even readers must be able to write: they take locks there."""
+    """For LMDB's lock file, to which even readers must be able to write."""
+    writers: int
+    """For the other locks: those who may only read cannot open them, so they cannot hold up those who write."""
 
 
 class Sharing(enum.StrEnum):
@@ -52,9 +54,9 @@ class Sharing(enum.StrEnum):
 
 
 _MODES = {
-    Sharing.PRIVATE: Modes(directory=0o700, file=0o600, lock=0o600),
-    Sharing.GROUP: Modes(directory=0o2770, file=0o660, lock=0o660),
-    Sharing.READERS: Modes(directory=0o2750, file=0o640, lock=0o660),
+    Sharing.PRIVATE: Modes(directory=0o700, file=0o600, lock=0o600, writers=0o600),
+    Sharing.GROUP: Modes(directory=0o2770, file=0o660, lock=0o660, writers=0o660),
+    Sharing.READERS: Modes(directory=0o2750, file=0o640, lock=0o660, writers=0o600),
 }
 
 PRIVATE = Sharing.PRIVATE.modes
@@ -97,14 +99,11 @@ def make_directory(directory: Path, mode: int) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, is_alone: bool = True, mode: int, timeout_seconds: float) -> Iterator[None]:
-    """Hold a lock as `file_lock` does, whose errors become `StoreLocked` and the other `StoreError`s that fit."""
+def locked(path: Path, *, is_alone: bool = True, mode: int, timeout_seconds: float | None = None) -> Iterator[None]:
+    """Hold a lock as `file_lock` does, whose errors become the `StoreError`s that fit."""
     with ExitStack() as stack:
         with store_errors(path):
-            try:
-                stack.enter_context(file_lock(path, is_alone=is_alone, mode=mode, timeout_seconds=timeout_seconds))
-            except TimeoutError as error:
-                raise StoreLocked(str(error), hint="Try again when it is done, or end it if it hangs.") from None
+            stack.enter_context(file_lock(path, is_alone=is_alone, mode=mode, timeout_seconds=timeout_seconds))
         yield
 
 

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import lmdb
 import numpy as np
 
 from backprompt_db.errors import StoreClosed, StoreError, StoreReadOnly
@@ -26,6 +25,7 @@ from backprompt_db.store.records import (
     records,
     xxh3_128,
 )
+from backprompt_db.store.transaction import CheckedTransaction
 from backprompt_db.system.failpoints import reach
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class LmdbStore:
         return self._open_environment().usage()
 
     def compact(self) -> None:
-        """Rewrite the file without its free pages, while others read; those who write wait until it is done.
+        """Rewrite the file without its free pages, while others read; those who write wait for a few seconds.
 
         The space of deleted blobs is given back, and nothing of them is left in the file. Other processes go over to
         the new file when they use the store next; until then the old file takes up its space. Raises `StoreFull`
@@ -191,7 +191,7 @@ class _Copy:
 
 
 def _scan(
-    transaction: lmdb.Transaction[memoryview],
+    transaction: CheckedTransaction,
     key: Key,
     value: memoryview,
     digest: Digest,
@@ -216,9 +216,7 @@ def _scan(
     return True
 
 
-def _put(
-    transaction: lmdb.Transaction[memoryview], blob: Blob, entries: Sequence[tuple[bytes, bytes | memoryview]]
-) -> bool:
+def _put(transaction: CheckedTransaction, blob: Blob, entries: Sequence[tuple[bytes, bytes | memoryview]]) -> bool:
     """Write the records of a blob; False where its key is taken, or something that it needs is not there."""
     if any(transaction.get(record_key(need)) is None for need in blob.needs):
         return False
@@ -233,32 +231,28 @@ def _put(
     return True
 
 
-def _is_outgrown(transaction: lmdb.Transaction[memoryview], blob: Blob) -> bool:
+def _is_outgrown(transaction: CheckedTransaction, blob: Blob) -> bool:
     """Whether what is stored under a blob's key has to make way for it."""
     value = transaction.get(record_key(blob.key)) if grows(blob.key) else None
     return value is not None and replaces(blob.key, blob.nbytes, blob_nbytes(value) or 0)
 
 
-def _delete(transaction: lmdb.Transaction[memoryview], key: Key) -> bool:
+def _delete(transaction: CheckedTransaction, key: Key) -> bool:
     """Remove the head and every chunk of a blob, however damaged; whether there was a head."""
+    chunks = list(itertools.takewhile(lambda name: blob_key(name) == key, transaction.names(record_key(key))))
     had_head = transaction.delete(record_key(key))
-    cursor = transaction.cursor()
-    while cursor.set_range(record_key(key)) and blob_key(bytes(cursor.key())) == key:
-        cursor.delete()
+    for chunk in chunks:
+        transaction.delete(chunk)
     reach("store.delete.inside")
     return had_head
 
 
-def _heads(transaction: lmdb.Transaction[memoryview], position: bytes) -> Iterator[tuple[Key, int]]:
-    """Yield key and size of each blob whose head lies after `position`, skipping chunks."""
-    cursor = transaction.cursor()
-    found = cursor.set_range(position) if position else cursor.first()
-    while found:
-        key = blob_key(bytes(cursor.key()))
-        if key is None:
-            found = cursor.next()
-            continue
-        nbytes = blob_nbytes(cursor.value()) if bytes(cursor.key()) == record_key(key) else None
-        if nbytes is not None:
-            yield key, nbytes
-        found = cursor.set_range(record_key(key, _LAST_CHUNK))
+def _heads(transaction: CheckedTransaction, position: bytes) -> Iterator[tuple[Key, int]]:
+    """Yield key and size of each blob whose head lies after `position`."""
+    for name in transaction.names(position):
+        key = blob_key(name)
+        if key is not None and name == record_key(key):
+            head = transaction.get(name)
+            nbytes = None if head is None else blob_nbytes(head)
+            if nbytes is not None:
+                yield key, nbytes

@@ -61,12 +61,19 @@ def store_errors(path: Path) -> Iterator[None]:
     """Turn every exception of LMDB and of file operations in the block into the `StoreError` that says what to do."""
     try:
         yield
+    except TimeoutError as error:
+        raise lock_error(error) from None
     except (lmdb.Error, OSError) as error:
         raise as_store_error(error, path) from error
     except SystemError as error:  # the binding wraps an error of LMDB when a cursor deletes in a damaged file
         if not isinstance(error.__cause__, lmdb.Error):
             raise
         raise as_store_error(error.__cause__, path) from error
+
+
+def lock_error(error: TimeoutError) -> StoreLocked:
+    """Return the error for a lock that was waited for in vain."""
+    return StoreLocked(str(error), hint="Try again when it is done, or end it if it hangs.")
 
 
 def as_store_error(error: Exception, path: Path) -> StoreError:

@@ -61,10 +61,13 @@ if sys.platform == "win32":
     set_mode = change_mode = give = give_open = _refuse
     user_id = group_ids = user_name = group_name = group_number = group_members = _refuse
 
-    is_byte_locked: Callable[[int, int], bool] = _refuse
+    is_byte_locked: Callable[..., bool] = _refuse
+    place_in_lock_table: Callable[[os.stat_result], bytes] = _refuse
     is_mounted_readonly: Callable[[Path], bool] = _refuse
 
     HAS_BYTE_LOCKS = False
+
+    read_at: Callable[[int, int, int], bytes] = _refuse
 
     def sync(descriptor: int) -> None:
         """Wait until what was written to an open file will outlast a power failure."""
@@ -110,12 +113,13 @@ else:
     HAS_BYTE_LOCKS = hasattr(fcntl, "F_OFD_SETLK")
     """Whether there are locks on single bytes of a file that belong to a descriptor and not to the process."""
 
-    _FLOCK = struct.Struct("qqihh" if sys.platform == "darwin" else "hhqqi4x")
+    _IS_START_FIRST: bool = sys.platform == "darwin"
+    _FLOCK = struct.Struct("qqihh" if _IS_START_FIRST else "hhqqi4x")
     """`struct flock`: start, length, pid, type, whence on macOS; type, whence, start, length, pid on Linux."""
 
     def _flock(kind: int, offset: int, nbytes: int) -> bytes:
         fields = (offset, nbytes, 0, kind, os.SEEK_SET)
-        return _FLOCK.pack(*(fields if sys.platform == "darwin" else (*fields[3:], *fields[:3])))
+        return _FLOCK.pack(*(fields if _IS_START_FIRST else (*fields[3:], *fields[:3])))
 
     def try_lock_byte(descriptor: int, offset: int) -> None:
         """Lock one byte for writing. Raises an `OSError` with EAGAIN or EACCES when somebody else holds it."""
@@ -125,12 +129,20 @@ else:
         """Unlock bytes; 0 of them are all from the offset on."""
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, offset, nbytes))
 
-    def is_byte_locked(descriptor: int, offset: int) -> bool:
-        """Whether another process has locked a byte for reading or writing."""
+    def is_byte_locked(descriptor: int, offset: int, *, is_alone: bool = False) -> bool:
+        """Whether another process has locked a byte, for reading or writing; only for writing if `is_alone`."""
         ask = fcntl.F_OFD_GETLK if HAS_BYTE_LOCKS else fcntl.F_GETLK
-        found = _FLOCK.unpack(fcntl.fcntl(descriptor, ask, _flock(fcntl.F_WRLCK, offset, 1)))
-        kind: int = found[3 if sys.platform == "darwin" else 0]
+        wish = fcntl.F_RDLCK if is_alone else fcntl.F_WRLCK
+        found = _FLOCK.unpack(fcntl.fcntl(descriptor, ask, _flock(wish, offset, 1)))
+        kind: int = found[3 if _IS_START_FIRST else 0]
         return kind != fcntl.F_UNLCK
+
+    def place_in_lock_table(status: os.stat_result) -> bytes:
+        """Return how the kernel of Linux names a file in its table of locks."""
+        return b"%02x:%02x:%d" % (os.major(status.st_dev), os.minor(status.st_dev), status.st_ino)
+
+    read_at = os.pread
+    """Return so many bytes of an open file from a position on, fewer at its end, whoever else reads it."""
 
     def set_mode(descriptor: int, mode: int) -> None:
         """Give an open file or directory its permission bits, whatever the umask."""

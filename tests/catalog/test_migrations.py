@@ -24,8 +24,8 @@ from sqlalchemy import NullPool, create_engine, exc
 import backprompt_db
 from backprompt_db.catalog import connection
 from backprompt_db.catalog.catalog import Catalog
-from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.schema import Base
+from backprompt_db.catalog.schema_check import HEAD
 from backprompt_db.errors import CatalogError, CatalogTooNew
 from backprompt_db.prompt.ids import Address
 from tests.support.catalogs import origin_of, stored
@@ -286,7 +286,7 @@ def _fork_and_record(catalog: Catalog, text: str) -> int:
 def test_a_lock_that_stays_is_an_error_that_names_the_cause(
     catalog: Catalog, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "BUSY_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("backprompt_db.system.locks.PATIENCE_SECONDS", 0.05)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     try:

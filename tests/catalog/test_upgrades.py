@@ -14,8 +14,8 @@ from alembic import command
 from alembic.config import Config
 
 from backprompt_db.catalog.catalog import Catalog
-from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.records import Selection, TokenizerRecord
+from backprompt_db.catalog.schema_check import HEAD
 from backprompt_db.errors import CatalogError
 from backprompt_db.prompt.representation import Part
 from tests.support.catalogs import MODEL, OTHER_WEIGHTS, TOKENIZER, origin_of, stored

@@ -106,7 +106,7 @@ class TestTheIndex:
         with open_db(directory) as db:
             db.put([new_part("another request")])
         writer = sqlite3.connect(directory / "catalog.sqlite", isolation_level=None)
-        monkeypatch.setattr("backprompt_db.catalog.connection.BUSY_TIMEOUT_SECONDS", 0.05)
+        monkeypatch.setattr("backprompt_db.system.locks.PATIENCE_SECONDS", 0.05)
         writer.execute("BEGIN IMMEDIATE")  # as root, a test may write to everything; but not while another does
         try:
             assert "another request" in found(directory, "--grep", "REQUEST")

@@ -16,10 +16,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import backprompt_db as bp
 from backprompt_db.database.config import Config
+from backprompt_db.database.lineage import origin_of
 from backprompt_db.database.manifest import Manifest
-from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId, address, namespace_id, segment_id
-from tests.conftest import VOCAB_SIZE
+from backprompt_db.database.writer import NewPart
+from backprompt_db.prompt.ids import Address, SegmentId, TokenizerId, WeightsId, address, namespace_id, segment_id
+from backprompt_db.prompt.representation import Part
+from backprompt_db.store.contract import Key
+from tests.conftest import VOCAB_SIZE, cases
 from tests.support import independent_reader
+from tests.support.blobs import tree
 from tests.support.cli import run
 from tests.support.independent_reader import StoredPart, Unreadable, read_bundle, read_database, values
 
@@ -37,6 +42,9 @@ class Written(NamedTuple):
     secret: bytes | None
 
 
+CONTINUATIONS = ([5, 6, 5], [-1, 0, 0], [-0.25, -1.5, -3.0])
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
     """A model with 8 KiB of keys and values for each token, so that a long text has several chunks."""
@@ -44,7 +52,9 @@ def model() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_positions=512, n_embd=256, n_layer=4, n_head=4)).eval()
 
 
-@pytest.fixture(params=["exact", "bfloat16", "int8", "secret", "namespace"])
+@pytest.fixture(
+    params=cases(["exact", "bfloat16", "int8", "secret", "namespace"], by_default={"exact", "int8", "secret"})
+)
 def written(
     request: pytest.FixtureRequest, tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Written]:
@@ -62,6 +72,10 @@ def written(
     first = lm()
     first(prompts(first), keep="all")
     first.score("Yes or no?", [" Yes.", " No."])
+    first.db.flush()
+    add_continuations(
+        first.db, address(prompts(first)[0].segments(namespace)[-1].id, first.weights_id, first.tokenizer_id)
+    )
     first.db.close()
     yield Written(tmp_path / "db", lm, namespace, secret)
     for db in opened:
@@ -77,6 +91,13 @@ def prompts(lm: bp.LanguageModel) -> list[bp.Text]:
         context + lm.text("At a fixed place.", start=64),
         lm.text(MANY_TOKENS) + "é 漢 🙂",
     ]
+
+
+def add_continuations(db: bp.Database, where: Address) -> None:
+    """Store what may follow a segment."""
+    origin = origin_of(db.store, where)
+    assert origin is not None
+    db.put_later(NewPart(Key(where, Part.CONTINUATIONS), tree(*CONTINUATIONS), origin))
 
 
 def joined(parts: Sequence[StoredPart], name: str, *, axis: int) -> np.ndarray[Any, Any]:
@@ -101,6 +122,12 @@ def test_the_reader_finds_what_the_library_returns(written: Written) -> None:
             np.testing.assert_array_equal(joined(kv, "keys", axis=2)[layer], cached.keys[0])
             np.testing.assert_array_equal(joined(kv, "values", axis=2)[layer], cached.values[0])
     assert lm.counters.num_model_calls == 0
+
+
+def test_the_reader_finds_what_may_follow(written: Written) -> None:
+    [found] = [part for part in read_database(written.directory, secret=written.secret) if part.name == "continuations"]
+    assert found.about["text"] == "\nEndpoint:"
+    assert [found.arrays[name].tolist() for name in ("input_ids", "parents", "token_logprobs")] == list(CONTINUATIONS)
 
 
 def test_of_a_completion_only_scores_are_there(written: Written) -> None:

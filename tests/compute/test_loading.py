@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ from backprompt_db.compute.inference.loading import source_key
 from backprompt_db.errors import ContextLengthExceeded, ModelMismatch, PromptError, StoreError
 from backprompt_db.prompt.ids import ModelIds
 from tests.conftest import tiny_gpt2
+from tests.support.scripts import run_here, run_in_a_process
 
 assert sys.platform != "win32"
 
@@ -49,21 +48,32 @@ with bp.open(sys.argv[1]) as db:
 
 @pytest.fixture
 def model_directory(tmp_path: Path, tokenizer: Any) -> Path:
-    directory = tmp_path / "a model"
+    return save_model(tmp_path / "a model", tokenizer)
+
+
+def save_model(directory: Path, tokenizer: Any) -> Path:
     tiny_gpt2().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def run_in_a_process(database: Path, model: Path, *, script: str = RUN) -> dict[str, Any]:
-    command = [sys.executable, "-c", script, str(database), str(model)]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    return dict(json.loads(finished.stdout))
+class FirstRun(NamedTuple):
+    """What this process has left behind when it had loaded a model and computed."""
+
+    database: Path
+    model: Path
+    answer: dict[str, Any]
 
 
-def test_the_second_process_loads_no_model_and_computes_nothing(tmp_path: Path, model_directory: Path) -> None:
-    first = run_in_a_process(tmp_path / "db", model_directory)
-    second = run_in_a_process(tmp_path / "db", model_directory)
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> FirstRun:
+    place = tmp_path_factory.mktemp("first run")
+    model = save_model(place / "a model", tokenizer)
+    return FirstRun(place / "db", model, run_here(RUN, place / "db", model))
+
+
+def test_the_second_process_loads_no_model_and_computes_nothing(first_run: FirstRun) -> None:
+    first, second = first_run.answer, run_in_a_process(RUN, first_run.database, first_run.model)
     assert first["calls"] > 0
     assert (second["calls"], second["computed"], second["modules"], second["is_loaded"]) == (0, 0, [], False)
     assert (second["scores"], second["last"]) == (first["scores"], first["last"])
@@ -87,24 +97,20 @@ with bp.open(sys.argv[1]) as db:
 """
 
 
-def test_a_plan_of_what_is_stored_loads_neither_model_nor_tokenizer(tmp_path: Path, model_directory: Path) -> None:
-    run_in_a_process(tmp_path / "db", model_directory)
-    plan = run_in_a_process(tmp_path / "db", model_directory, script=PLAN)
+def test_a_plan_of_what_is_stored_loads_neither_model_nor_tokenizer(first_run: FirstRun) -> None:
+    plan = run_in_a_process(PLAN, first_run.database, first_run.model)
     assert (plan["modules"], plan["num_stored_texts"], plan["total_nbytes"]) == ([], 1, 0)
     assert "memory" in plan["shown"]
-    with bp.open(tmp_path / "db") as db:
-        lm = bp.LanguageModel.from_pretrained(str(model_directory), db=db)
+    with bp.open(first_run.database) as db:
+        lm = bp.LanguageModel.from_pretrained(str(first_run.model), db=db)
         prompt, endings = lm.text("The quick brown fox", split=3) + " jumps over", [" the lazy dog", " the dog"]
         num_tokens = len(prompt().input_ids) + sum(len(lm.tokenizer(each)["input_ids"]) for each in endings)
         assert plan["num_tokens"] == [num_tokens, 0]
         assert plan["dtype"] == lm.plan(["Something else"]).dtype
 
 
-def test_a_partial_hit_loads_the_model_and_continues(
-    open_db: Callable[..., bp.Database], tmp_path: Path, model_directory: Path
-) -> None:
-    run_in_a_process(tmp_path / "db", model_directory)
-    lm = bp.LanguageModel.from_pretrained(str(model_directory), db=open_db(tmp_path / "db"))
+def test_a_partial_hit_loads_the_model_and_continues(open_db: Callable[..., bp.Database], first_run: FirstRun) -> None:
+    lm = bp.LanguageModel.from_pretrained(str(first_run.model), db=open_db(first_run.database))
     loaded_before = lm.is_loaded
     result = (lm.text("The quick brown fox", split=3) + " jumps over" + " the lazy cat")()
     assert (loaded_before, lm.is_loaded) == (False, True)

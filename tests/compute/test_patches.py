@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from backprompt_db.errors import BackpromptError, UnsupportedModel
 from tests.conftest import plain_logprobs, tiny_gpt2
 from tests.support import patches
 from tests.support.families import FAMILIES, TOLERANCE, Family, by_name, family_cases
-from tests.support.patches import PATCHES, Patch, by_a_closure, by_a_function_of_torch
+from tests.support.patches import PATCHES, Patch, by_a_closure, by_a_function_of_torch, by_a_linear_layer
 
 MODELS = {"gpt2": tiny_gpt2, "llama": by_name("llama").build}
 
@@ -41,9 +42,15 @@ def assert_never_stale(lm: bp.LanguageModel, patch: Callable[[], object]) -> Non
         assert torch.allclose(after.token_logprobs, expected, atol=TOLERANCE, equal_nan=True)
 
 
+def patch_cases() -> Iterator[Any]:
+    """Each patch of a GPT-2, and by default one of a Llama: only that has linear layers."""
+    for family, patch in itertools.product(MODELS, PATCHES):
+        marks = () if family == "gpt2" or patch is by_a_linear_layer else pytest.mark.exhaustive
+        yield pytest.param(family, patch, id=f"{family}-{patch.__name__}", marks=marks)
+
+
 @pytest.mark.filterwarnings("ignore:.*compile.*")
-@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "patch"), list(patch_cases()))
 def test_after_a_patch_results_are_those_of_the_patched_model_or_an_error(
     family: str, patch: Patch, db: bp.Database, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.errors import ContextLengthExceeded
 from backprompt_db.prompt.representation import Part
-from tests.conftest import tiny_gpt2
+from tests.conftest import cases, tiny_gpt2
 from tests.support.families import Family, by_name
 
 Open = Callable[..., bp.Database]
@@ -84,7 +84,7 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", cases([False, True], by_default=[False]))
 class TestForetells:
     def test_tokens_passes_and_bytes_are_those_of_the_run(
         self, make_lm: MakeLM, run: str, *, deterministic: bool

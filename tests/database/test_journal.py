@@ -106,6 +106,21 @@ class TestKilled:
                 keys_of(segments("Before"), [Part.KV])
             )
 
+    def test_what_many_have_left_is_entered_at_once(self, place: Path) -> None:
+        shutil.move(place / "catalog.sqlite", place / "aside")
+        (place / "catalog.sqlite").write_bytes(b"garbage" * 999)
+        for number in (1, 2, 3):
+            with bp.open(place) as db:
+                put_prompts(db, [number])
+        assert len(entries(place)) >= 3
+        shutil.move(place / "aside", place / "catalog.sqlite")
+        script = "with bp.open(place) as db:\n    db.evictor.catch_up()\n"
+        code, _, log = run_to_its_end(script, place, failpoint="catalog.record.inside=kill@2")
+        assert code == 0, log
+        assert entries(place) == []
+        with bp.open(place) as db:
+            assert recorded(db) == stored(db)
+
     def test_entries_do_not_accumulate(self, place: Path) -> None:
         for _ in range(3):
             die(place, "store.put.after")
@@ -142,8 +157,7 @@ class TestStopped:
 
     @pytest.fixture(autouse=True)
     def _short_waits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("backprompt_db.database.journal._WAIT_SECONDS", 0.3)
-        monkeypatch.setattr("backprompt_db.database.eviction._WAIT_SECONDS", 0.3)
+        monkeypatch.setattr("backprompt_db.system.locks.PATIENCE_SECONDS", 0.3)
 
     def test_writers_go_on_beside_an_evictor_that_is_stopped(self, place: Path) -> None:
         script = "db = bp.open(place)\ndb.evictor.evict(to_nbytes=0)\n"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backprompt_db.database.memory_cache import MemoryCache, default_budget_nbytes
+from backprompt_db.database.memory_cache import FreeShare, MemoryCache, default_budget_nbytes
 
 STEPS = st.lists(
     st.one_of(
@@ -121,6 +121,45 @@ def test_the_default_budget_is_a_part_of_what_a_container_may_use(tmp_path: Path
 def test_a_container_without_a_limit_may_use_what_the_machine_has(tmp_path: Path, limit: str) -> None:
     assert default_budget_nbytes(cgroups=container(tmp_path, limit, "1000")) > 1 << 20
     assert default_budget_nbytes(cgroups=tmp_path / "none") > 1 << 20
+
+
+def test_eight_processes_leave_memory_free() -> None:
+    total, caches = 150_000, list[MemoryCache]()
+
+    def free() -> int:
+        return total - sum(cache.nbytes for cache in caches)
+
+    caches += [MemoryCache(total // 8, share=FreeShare(free)) for _ in range(8)]
+    for number in range(1000):
+        for cache in caches:
+            cache.put(number, number, nbytes=100)
+    assert all(9_000 < cache.nbytes < 12_000 for cache in caches)
+    assert free() > total // 3
+
+
+def test_what_others_take_is_given_back_with_the_next_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    free, now = [8_000], [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    cache = MemoryCache(1_000, share=FreeShare(lambda: free[0]))
+    cache.put("old", "value", nbytes=300)
+    cache.put("new", "value", nbytes=300)
+    free[0], now[0] = 2_600, 10.0
+    cache.put("newest", "value", nbytes=50)
+    assert (cache.get("old"), cache.nbytes, cache.budget_nbytes) == (None, 350, 400)
+    free[0], now[0] = 8_000, 20.0
+    cache.put("again", "value", nbytes=600)
+    assert cache.nbytes == 950
+    cache.close()
+    cache.put("late", "value", nbytes=1)
+    assert (cache.nbytes, cache.budget_nbytes) == (0, 0)
+
+
+def test_the_free_memory_is_not_measured_for_each_value() -> None:
+    measured: list[int] = []
+    cache = MemoryCache(1 << 40, share=FreeShare(lambda: measured.append(1) or 1 << 40))  # type: ignore[func-returns-value]
+    for number in range(1000):
+        cache.put(number, number, nbytes=2048)
+    assert len(measured) < 10
 
 
 def test_the_default_budget_is_a_part_of_what_is_free() -> None:

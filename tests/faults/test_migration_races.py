@@ -17,7 +17,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 
 import backprompt_db as bp
-from backprompt_db.catalog.migration import HEAD
+from backprompt_db.catalog.schema_check import HEAD
 from backprompt_db.database.opening import open_catalog
 from backprompt_db.errors import CatalogTooNew, UnsafeLocation
 from backprompt_db.operations.reindex import reindex

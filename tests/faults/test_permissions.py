@@ -20,8 +20,8 @@ from alembic import command
 from alembic.config import Config as Alembic
 
 import backprompt_db as bp
-from backprompt_db.catalog.migration import HEAD
 from backprompt_db.catalog.records import Selection
+from backprompt_db.catalog.schema_check import HEAD
 from backprompt_db.database.creating import create_database
 from backprompt_db.database.database import Database
 from backprompt_db.database.location import faults
@@ -429,8 +429,8 @@ def test_files_that_let_more_people_in_are_told_once_and_mended_by_the_doctor(
 
 PATHS = [
     "manifest.json", "manifest.lock", "config.json", "CACHEDIR.TAG", "store", "store/data.mdb", "store/lock.mdb",
-    "pending", "catalog.sqlite", "catalog.sqlite-journal", "catalog.sqlite.lock", "flights.lock", "turnstile.lock",
-    "writing.lock", "collect.lock", "reindex.lock",
+    "store/turn.lock", "pending", "catalog.sqlite", "catalog.sqlite-journal", "catalog.sqlite.lock", "flights.lock",
+    "turnstile.lock", "writing.lock", "collect.lock", "reindex.lock",
 ]  # fmt: skip
 """All that is made in the directory of a database."""
 

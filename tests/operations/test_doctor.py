@@ -34,8 +34,8 @@ from tests.support.operations import catalog_of, remove_row, run_prompts, stored
 assert sys.platform != "win32"
 
 NAMES = [
-    "python", "libraries", "filesystem", "free space", "directory", "permissions", "writing", "leftovers", "limit",
-    "secret", "catalog", "catalog lag", "clock",
+    "python", "libraries", "filesystem", "free space", "directory", "permissions", "writing", "store file", "leftovers",
+    "limit", "secret", "catalog", "catalog lag", "clock",
 ]  # fmt: skip
 _Answer = TypeVar("_Answer")
 
@@ -323,3 +323,14 @@ class TestCommand:
         assert "lock.mdb" in result.stdout
         assert run("doctor", "--fix", "--db", directory).exit_code == 0
         assert "mended" not in run("doctor", "--db", directory).stdout
+
+
+def test_a_damaged_page_of_the_store_is_found(directory: Path) -> None:
+    data = directory / "store" / "data.mdb"
+    content = bytearray(data.read_bytes())
+    for position in range(2 * 4096, len(content), 4096):
+        content[position] ^= 1  # the number with which a page begins
+    data.write_bytes(content)
+    found = checks(directory)["store file"]
+    assert (found.status, "data.mdb" in found.what) == (Status.PROBLEM, True)
+    assert "backup" in (found.remedy or "")

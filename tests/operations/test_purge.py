@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from backprompt_db.prompt.representation import Origin, Part
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Key
 from tests.support.databases import logits
+from tests.support.single_flight import addresses_of
 
 JANE = Selection(text_contains="Jane Doe")
 A, B = WeightsId(b"A" * 32), WeightsId(b"B" * 32)
@@ -71,6 +75,24 @@ def test_prompts_forget_that_they_go_on_with_what_is_purged(tmp_path: Path) -> N
         purge(db, JANE)
         assert db.model_metadata.greedy_paths([asked.address]) == {}
     assert not files_with(tmp_path, b"32002")
+
+
+def test_prompts_forget_the_tokens_that_may_follow_with_what_is_purged(
+    tmp_path: Path, make_lm: Callable[..., bp.LanguageModel]
+) -> None:
+    """Also how strings of completions are encoded, which says what they are."""
+    with bp.open(tmp_path / "db") as db:
+        lm = make_lm(db=db)
+        lm.best("Who asks?", [" Jane Doe.", " Nobody.", " The quick brown fox."], k=3)
+        db.flush()
+        prompt = Key(addresses_of(lm, lm.text("Who asks?"))[0], Part.CONTINUATIONS)
+        assert db.has(prompt)
+        purge(db, Selection(text_prefix="Who asks? Jane"))
+        assert not db.has(prompt)
+        assert db.catalog is not None
+        assert Part.CONTINUATIONS not in next(iter(db.catalog.select(Selection(text_contains="Who asks")))).nbytes
+    with closing(sqlite3.connect(tmp_path / "db" / "catalog.sqlite")) as file:
+        assert file.execute("SELECT count(*) FROM encodings").fetchone() == (0,)
 
 
 def test_what_the_catalog_does_not_list_is_purged_too(tmp_path: Path) -> None:

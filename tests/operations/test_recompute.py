@@ -164,9 +164,9 @@ class TestChoosing:
         assert recomputed(lm, share=1e-9).num_representations == 1
         assert recomputed(lm, share=0.5).num_representations == 6
         poison(lm.db, key_of(lm.db, REQUESTS[1], Part.SCORES), changed("token_logprobs", one_score))
-        by_seed = [len(recomputed(lm, share=0.3, seed=seed).problems) for seed in range(12)]
+        by_seed = [len(recomputed(lm, share=0.3, seed=seed).problems) for seed in range(5)]
         assert set(by_seed) == {0, 1}
-        assert by_seed == [len(recomputed(lm, share=0.3, seed=seed).problems) for seed in range(12)]
+        assert by_seed == [len(recomputed(lm, share=0.3, seed=seed).problems) for seed in range(5)]
 
     def test_another_model_is_told_what_the_database_has(
         self, lm: bp.LanguageModel, make_lm: Callable[..., bp.LanguageModel]

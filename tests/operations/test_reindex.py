@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import backprompt_db as bp
-from backprompt_db.catalog import connection as catalog_connection
 from backprompt_db.catalog.catalog import Catalog
 from backprompt_db.codec.blob import encode
 from backprompt_db.database import reconcile
@@ -27,7 +26,7 @@ from backprompt_db.operations.doctor_checks import share
 from backprompt_db.operations.inspection import Kind, Problem
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.prompt.ids import TokenizerId, WeightsId
-from backprompt_db.prompt.representation import Array, Origin, Part
+from backprompt_db.prompt.representation import OWN_PARTS, Array, Origin, Part
 from backprompt_db.store.contract import Key, Store
 from backprompt_db.store.files import Sharing
 from backprompt_db.store.records import record_key
@@ -176,7 +175,7 @@ class TestReindex:
             catalog.label([pinned.address], "the label")
             catalog.touch({pinned.address: 41}, at=1.0)
         remove_row(directory, Key(pinned.address, Part.LOGITS))
-        for part in Part:
+        for part in OWN_PARTS:
             remove_blob(directory, Key(gone.address, part))
         assert reindexed(directory) == Reindexing(1, 3, 0, None)
         with open_catalog(directory) as catalog:
@@ -290,7 +289,7 @@ class TestReindex:
         assert catalog_of(directory).read_bytes() == before
 
     def test_a_locked_catalog_is_left_alone(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(catalog_connection, "BUSY_TIMEOUT_SECONDS", 0.01)
+        monkeypatch.setattr("backprompt_db.system.locks.PATIENCE_SECONDS", 0.01)
         remove_row(directory, stored_keys(directory)[0])
         with contextlib.closing(sqlite3.connect(catalog_of(directory), isolation_level=None)) as connection:
             connection.execute("BEGIN EXCLUSIVE")

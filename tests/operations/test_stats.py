@@ -38,7 +38,7 @@ assert sys.platform != "win32"
 
 ROOT = Path(__file__).parents[2]
 NULLABLE_INT = (int, None)
-SIZES = {"scores": int, "logits": int, "kv": int}
+SIZES = {"scores": int, "logits": int, "kv": int, "continuations": int}
 SCHEMA: dict[str, Any] = {
     "directory": str,
     "namespace": (str, None),

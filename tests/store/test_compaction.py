@@ -152,7 +152,7 @@ def test_a_compaction_that_is_killed_costs_nothing(store: LmdbStore, point: str)
         check(again, range(50, 52))
         again.compact()
         check(again, range(50, 52))
-    assert sorted(path.name for path in store.directory.iterdir()) == ["data.mdb", "lock.mdb"]
+    assert sorted(path.name for path in store.directory.iterdir()) == ["data.mdb", "lock.mdb", "turn.lock"]
 
 
 def test_one_who_waits_to_write_writes_to_the_new_file(store: LmdbStore) -> None:

@@ -234,7 +234,7 @@ def test_a_store_that_was_replaced_while_open_takes_no_more_writes(directory: Pa
 def test_files_are_private_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     child(f"os.umask({umask}); LmdbStore.create(directory).put([Blob(key(1), b'x')])", tmp_path / "store")
     modes = {path.name: path.stat().st_mode & 0o7777 for path in [tmp_path / "store", *(tmp_path / "store").iterdir()]}
-    assert modes == {"store": 0o700, "data.mdb": 0o600, "lock.mdb": 0o600}
+    assert modes == {"store": 0o700, "data.mdb": 0o600, "lock.mdb": 0o600, "turn.lock": 0o600}
 
 
 @pytest.mark.parametrize("name", ["", "data.mdb", "lock.mdb"])

@@ -15,7 +15,7 @@ from backprompt_db.errors import StoreCorrupt
 from backprompt_db.store.contract import Blob, Key
 from backprompt_db.store.environment import LMDB_GENERATION
 from backprompt_db.store.lmdb import LmdbStore
-from backprompt_db.store.lmdb_pages import newest_meta
+from backprompt_db.store.lmdb_meta import newest_meta
 from backprompt_db.store.records import record_key, records, xxh3_128
 from tests.support.store_contract import data, key
 

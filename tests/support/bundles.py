@@ -19,7 +19,7 @@ from backprompt_db.operations.bundles.transfer import export_bundle, import_bund
 from backprompt_db.prompt.ids import SegmentId, TokenizerId, WeightsId
 from backprompt_db.prompt.representation import OWN_PARTS, Array, Origin, Part
 from backprompt_db.store.contract import Key
-from tests.support.blobs import array
+from tests.support.blobs import array, tree
 
 Members = list[tuple[str, bytes]]
 """Name and content of each file of a bundle."""
@@ -46,6 +46,8 @@ def arrays_of(origin: Origin, part: Part) -> dict[str, Array]:
             "input_ids": array("I32", num_tokens, fill=fill),
             "token_logprobs": array("F32", num_tokens, fill=fill),
         }
+    if part is Part.CONTINUATIONS:
+        return tree([fill, 7, 7], [-1, 0, 1], [-1.0, -0.5, 0.0])
     if part is Part.LOGITS:
         return {"logits": array("F32", 5, fill=fill)}
     return {name: array("F32", 2, 1, num_tokens, 2, fill=fill) for name in ("keys", "values")}

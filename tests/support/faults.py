@@ -139,7 +139,8 @@ def run_together(*scripts: str, place: Path) -> list[list[str]]:
             process.stdin.flush()
         ends = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]
         assert [process.returncode for process in processes] == [0] * len(processes), ends
-    assert all(err == "" for _, err in ends), ends
+    told = [line for _, err in ends for line in err.splitlines()]
+    assert [line for line in told if not line.startswith("waiting for ")] == [], ends  # as on a busy machine
     return [out.split() for out, _ in ends]
 
 

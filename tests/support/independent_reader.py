@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 import xxhash
 
-PARTS = {b"s": "scores", b"l": "logits", b"k": "kv"}
+PARTS = {b"s": "scores", b"l": "logits", b"k": "kv", b"c": "continuations"}
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "|i1"}
 KEY_CONTEXT = "backprompt-db 2026 secret of a database, format 1"
 ID_CONTEXT = "backprompt-db 2026 id of a secret, format 1"
@@ -100,7 +100,17 @@ def part(address: bytes, name: str, blob: bytes) -> StoredPart:
     for array, place in header.items():
         begin, end = place["data_offsets"]
         arrays[array] = np.frombuffer(data[begin:end], DTYPES[place["dtype"]]).reshape(place["shape"])
+    require(name != "continuations" or is_tree(*(arrays[each].tolist() for each in sorted(arrays))), "tree")
     return StoredPart(address, name, about, arrays, {array: place["dtype"] for array, place in header.items()})
+
+
+def is_tree(ids: list[int], parents: list[int], logprobs: list[float]) -> bool:
+    """Whether continuations are a tree of tokens, each with a log-probability."""
+    return (
+        len(ids) == len(parents) == len(logprobs) == len(set(zip(parents, ids, strict=True)))
+        and all(-1 <= parent < number for number, parent in enumerate(parents))
+        and all(logprob <= 0.001 for logprob in logprobs)
+    )
 
 
 def address_of(about: dict[str, Any]) -> bytes:

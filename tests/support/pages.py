@@ -21,7 +21,7 @@ from tests.support.catalogs import MODEL, OTHER_WEIGHTS, new_catalog, origin_of
 NOW = 1_000_000.0
 """When the pages are made."""
 DAY = 86400.0
-SIZES = {Part.SCORES: 100, Part.LOGITS: 2_000, Part.KV: 30_000}
+SIZES = {Part.SCORES: 100, Part.LOGITS: 2_000, Part.KV: 30_000, Part.CONTINUATIONS: 400}
 
 MARKUP = "</script><img src=x onerror=\"document.title='broken into'\"><b>bold</b>&amp;"
 RIGHT_TO_LEFT = "\u05e9\u05dc\u05d5\u05dd world \u202eoverride\u202c"

@@ -17,7 +17,6 @@ if sys.platform != "win32":
 assert sys.platform != "win32"
 
 _ROUND_SECONDS = 50.0
-_NUM_DAMAGES = 6
 
 
 def torture(directory: Path, *, minutes: float, seed: int) -> Report:
@@ -29,9 +28,8 @@ def torture(directory: Path, *, minutes: float, seed: int) -> Report:
     while report.is_good and (number == 0 or time.monotonic() < end):
         number += 1
         seconds = min(_ROUND_SECONDS, 60 * minutes * 0.8)
-        num_damages = max(1, round(_NUM_DAMAGES * seconds / _ROUND_SECONDS))
         place = directory / f"round {number}"
-        torture_round(place, report, seconds=seconds, num_damages=num_damages, dice=dice)
+        torture_round(place, report, seconds=seconds, dice=dice)
         print(report, flush=True)  # noqa: T201
         if report.is_good:
             shutil.rmtree(place)

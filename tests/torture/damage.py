@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 _PAGE_NBYTES = 4096
@@ -17,11 +17,11 @@ _PAGE_HEADER = struct.Struct("=10s H I")
 _OVERFLOW = 4
 
 
-def damaged_copy(directory: Path, copy: Path, *, dice: random.Random) -> str:
-    """Copy database and journals to `copy` and damage the copy; return how."""
+def damaged_copy(directory: Path, copy: Path, *, dice: random.Random, names: Sequence[str] = ()) -> str:
+    """Copy database and journals to `copy` and damage the copy, in one of the named ways; return how."""
     shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("logs"))
-    name, damage = dice.choice(list(DAMAGES.items()))
-    damage(copy / "db", dice)
+    name = dice.choice(names or list(DAMAGES))
+    DAMAGES[name](copy / "db", dice)
     return name
 
 
@@ -69,6 +69,13 @@ def _scribble(path: Path, dice: random.Random) -> None:
         _overwrite(path, dice.randrange(2, max(3, num_pages)) * _PAGE_NBYTES, content)
 
 
+def _zero(path: Path, dice: random.Random) -> None:
+    """64 KiB of zeros in a row, as a failing disk leaves them."""
+    nbytes = 16 * _PAGE_NBYTES
+    position = dice.randrange(2 * _PAGE_NBYTES, max(2 * _PAGE_NBYTES + 1, path.stat().st_size - nbytes))
+    _overwrite(path, position, bytes(nbytes))
+
+
 def _truncate(path: Path, dice: random.Random) -> None:
     os.truncate(path, dice.randrange(path.stat().st_size))
 
@@ -77,8 +84,13 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
     "flipped bits in the store": lambda place, dice: _flip(place / "store" / "data.mdb", dice),
     "flipped bits in the tree": lambda place, dice: _flip_structure(place / "store" / "data.mdb", dice),
     "pages overwritten in the store": lambda place, dice: _scribble(place / "store" / "data.mdb", dice),
+    "zeros in the store": lambda place, dice: _zero(place / "store" / "data.mdb", dice),
     "a truncated store": lambda place, dice: _truncate(place / "store" / "data.mdb", dice),
     "flipped bits in the catalog": lambda place, dice: _flip(place / "catalog.sqlite", dice),
     "a truncated catalog": lambda place, dice: _truncate(place / "catalog.sqlite", dice),
     "no lock file": lambda place, _: (place / "store" / "lock.mdb").unlink(),
 }
+
+IN_THE_STORE = [
+    "flipped bits in the tree", "pages overwritten in the store", "zeros in the store", "a truncated store",
+]  # fmt: skip

@@ -25,10 +25,8 @@ class Journal:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
 
     def acknowledge(self, numbers: Iterable[int]) -> None:
-        """Write down that prompts are stored for good."""
-        written = list(numbers)
-        self.counts["acknowledged"] += len(written)
-        self._write("ack", *written)
+        """Write down that prompts are stored for good; a forked child may do so too."""
+        self._write("ack", *numbers)
 
     def problem(self, *words: object) -> None:
         """Write down something that must not happen."""
@@ -56,10 +54,10 @@ def author_of(path: Path) -> str:
 
 
 def acknowledged(directory: Path) -> list[Acknowledged]:
-    """All prompts that were acknowledged to any writer."""
+    """All prompts that were acknowledged to anyone."""
     return [
         Acknowledged(author_of(path), int(number))
-        for path in sorted(directory.glob("writer*"))
+        for path in sorted(directory.iterdir())
         for line in lines(path, "ack")
         for number in line.split()
     ]
@@ -72,7 +70,7 @@ def problems(directory: Path) -> list[str]:
 
 def counts(directory: Path) -> Counter[str]:
     """The sums over all workers."""
-    total: Counter[str] = Counter()
+    total = Counter(acknowledged=len(acknowledged(directory)))
     for path in directory.iterdir():
         *_, last = ["{}", *lines(path, "count")]
         total.update(json.loads(last))

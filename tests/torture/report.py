@@ -14,6 +14,14 @@ _SHOWN = {
     "interrupts": "SIGTERM and SIGINT",
     "openings": "reopenings",
     "forks": "forks",
+    "exact": "exact databases",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "bystanders": "bystanders of stopped holders",
+    "commands": "commands",
+    "commands_refused": "commands refused",
+    "changed_models": "changed models",
+    "refused_models": "models refused",
     "damages": "damaged copies",
     "checked": "values checked",
     "num_hits": "hits",
@@ -32,8 +40,10 @@ _SHOWN = {
     "dangling": "dangling",
     "num_quarantined": "quarantined",
     "hangs": "hangs",
+    "deaths": "deaths",
+    "surprises": "other errors",
 }
-_MUST_BE_ZERO = ("wrong", "lost", "dangling", "num_quarantined", "hangs")
+_MUST_BE_ZERO = ("wrong", "lost", "dangling", "num_quarantined", "hangs", "deaths", "surprises")
 
 
 @dataclass(slots=True)
@@ -49,6 +59,11 @@ class Report:
         """Add the counts of a round; what must be zero and is not becomes a problem."""
         self.counts.update(counts)
         self.problems += [f"{_SHOWN[name]}: {counts[name]}" for name in _MUST_BE_ZERO if counts.get(name)]
+
+    def fail(self, kind: str, problem: str) -> None:
+        """Count something that must not happen, and say what is needed to see it again."""
+        self.counts[kind] += 1
+        self.problems.append(problem)
 
     @property
     def is_good(self) -> bool:

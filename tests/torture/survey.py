@@ -18,10 +18,12 @@ from backprompt_db.database.database import Database
 from backprompt_db.errors import BackpromptError, StoreError
 from backprompt_db.operations.reindex import reindex
 from backprompt_db.operations.verify import Found, verify
-from tests.support.faults import dangling, keys_of, new_parts, prompt, wanted_of, wrong
+from tests.support.faults import dangling, keys_of, prompt, wanted_of
 from tests.torture.journal import Acknowledged, acknowledged
+from tests.torture.values import new_parts, wrong
 
-_NUM_MENDED = 50
+_NUM_READ, _NUM_MENDED = 1_500, 50
+"""How many prompts are looked at in a damaged database; verifying it reads all."""
 
 
 def survey(directory: Path) -> dict[str, int]:
@@ -44,8 +46,8 @@ def survey_damaged(directory: Path) -> dict[str, int]:
     try:
         with bp.open(directory / "db", memory_nbytes=0) as db:
             known = acknowledged(directory / "journals")
-            counts = _read(db, known)
             random.shuffle(known)
+            counts = _read(db, known[:_NUM_READ])
             counts |= {f"{name} again": number for name, number in _mend(db, known[:_NUM_MENDED]).items()}
             verify(db)
             return counts | {"quarantined": db.counters.num_quarantined}
@@ -61,7 +63,7 @@ def _read(db: Database, known: Sequence[Acknowledged]) -> Counter[str]:
         found = db.fetch(wanted_of(some))
         counts["checked"] += len(found)
         counts["missing"] += len(keys_of(some)) - len(found)
-        counts["wrong"] += len(wrong(found))
+        counts["wrong"] += len(wrong(found, db.fidelity))
     return counts
 
 

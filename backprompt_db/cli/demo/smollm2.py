@@ -25,6 +25,9 @@ _NAME = "SmolLM2-135M-Instruct"
 _SAMPLE = "A person's café order: 3 x £4.50, due 2024-05-17.\n\tGET /orders/{id} -> 200 OK"
 _TOLERANCE = 1e-5
 
+_MAX_SECONDS = 600.0
+"""How long another process may take to make the model."""
+
 
 def smollm2_directory() -> Path:
     """Return the directory of SmolLM2-135M-Instruct in float32 (540 MB), converted when it is first asked for.
@@ -48,10 +51,10 @@ def _lock(directory: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(directory.with_name(f"{directory.name}.lock")))
+            stack.enter_context(file_lock(directory.with_name(f"{directory.name}.lock"), timeout_seconds=_MAX_SECONDS))
         except OSError as error:
             raise UnsafeLocation(
-                f"no model can be kept in {directory.parent} ({error.strerror})",
+                f"no model can be kept in {directory.parent} ({error.strerror or error})",
                 hint="Make it writable, with 1 GB free.",
             ) from error
         yield

@@ -30,6 +30,7 @@ from backprompt_db.errors import ModelMismatch, UnsupportedModel
 from backprompt_db.prompt.ids import WeightsId
 
 _WEIGHTS = b"backprompt-db/weights/1\0"
+_SKETCH = b"backprompt-db/weights sketch/1\0"
 
 _INERT_CONFIG = frozenset({
     "_name_or_path", "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "transformers_version",
@@ -66,6 +67,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 _Modules = list[tuple[str, nn.Module]]
 _Tensors = list[tuple[str, torch.Tensor]]
+_Signature = tuple[object, bytes, list[tuple[object, ...]]]
+"""Where the tensors are and how often they were written, samples of them, and the facts beside them."""
 
 
 def weights_id(model: nn.Module) -> WeightsId:
@@ -99,15 +102,35 @@ class ModelIdentity:
 
     def weights_id(self) -> WeightsId:
         """Return the weights id of the model as it is now."""
-        modules = list(self._model.named_modules())
-        tensors = list(_tensors(modules))
-        _refuse_invisible(self._model, modules, tensors)
-        signature = self._observe(modules, [tensor for _, tensor in tensors])
+        signature = self._observe()
         if self._id is None or signature != self._signature:
             self._id, self._signature = weights_id(self._model), signature
         return self._id
 
-    def _observe(self, modules: _Modules, tensors: list[torch.Tensor]) -> object:
+    def sketch(self) -> bytes:
+        """Return a digest of all that the weights id covers, but of samples of the tensors' bytes."""
+        return self._sketch(self._observe())
+
+    def trust(self, known: WeightsId, *, sketch: bytes) -> bool:
+        """Take over an id without reading the tensors, if the model has the sketch that belongs to it."""
+        signature = self._observe()
+        if self._sketch(signature) != sketch:
+            return False
+        self._id, self._signature = known, signature
+        return True
+
+    def _sketch(self, signature: _Signature) -> bytes:
+        _, samples, structure = signature
+        tensors = _tensors(list(self._model.named_modules()))
+        facts = [_fact(*described) for described in structure]
+        facts += [_fact("tensor", name, str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors]
+        return hashlib.sha256(_SKETCH + _WEIGHTS + b"".join(sorted(facts)) + samples).digest()
+
+    def _observe(self) -> _Signature:
+        modules = list(self._model.named_modules())
+        named = list(_tensors(modules))
+        _refuse_invisible(self._model, modules, named)
+        tensors = [tensor for _, tensor in named]
         try:
             layout = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors]
         except RuntimeError as error:

@@ -140,9 +140,9 @@ class _PackScores:
             if Part.LOGITS in produce[segment]:
                 self._ends[segment] = self._last[segment]
             if Part.SCORES in produce[segment]:
-                self._ask(segment, begin, offsets, fed)
+                self._ask(segment, begin, offsets)
 
-    def _ask(self, segment: Segment, begin: int, offsets: Mapping[Segment, int], fed: Mapping[Segment, int]) -> None:
+    def _ask(self, segment: Segment, begin: int, offsets: Mapping[Segment, int]) -> None:
         num_tokens = len(self._input_ids[segment])
         self._logprobs[segment] = np.full(num_tokens, np.nan, dtype=np.float32)
         rows = np.arange(begin, begin + num_tokens - 1)

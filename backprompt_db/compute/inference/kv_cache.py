@@ -104,11 +104,26 @@ class KVBuffer:
         self.length = 0
         self.contents: list[tuple[Address, int]] = []
         """Addresses and numbers of tokens of the segments at its beginning; a pass adds its own when it ends."""
+        self.num_followed = 0
+        """How many of these something has followed, so that more may follow them."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole buffer."""
         return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def is_mostly_air(self) -> bool:
+        """Whether less than half of it is contents."""
+        return 2 * num_tokens_of(self.contents) < self.capacity
+
+    @property
+    def num_kept(self) -> int:
+        """How many of its segments are kept where other contents take its place.
+
+        A short end that nothing has followed is not: most never are, and it is read from the file as fast as copied.
+        """
+        return self.num_followed if self.is_mostly_air else len(self.contents)
 
     def append(self, arrays: Arrays) -> None:
         """Copy stored keys and values, `[num_layers, num_kv_heads, T, head_dim]`, after the others."""
@@ -139,15 +154,28 @@ class KVBuffer:
     def truncate(self, num_segments: int) -> None:
         """Forget all but the first segments."""
         del self.contents[num_segments:]
-        self.length = sum(num_tokens for _, num_tokens in self.contents)
+        self.num_followed = min(self.num_followed, num_segments)
+        self.length = num_tokens_of(self.contents)
 
-    def beginning(self, num_segments: int, *, capacity: int) -> KVBuffer:
-        """Return a copy of the first segments in a buffer of another capacity."""
-        other = KVBuffer(self.shape, capacity=capacity, device=self.device)
-        other.contents = self.contents[:num_segments]
-        other.truncate(num_segments)
-        other.keys[:, :, :, : other.length] = self.keys[:, :, :, : other.length]
-        other.values[:, :, :, : other.length] = self.values[:, :, :, : other.length]
+    def begin_like(self, other: KVBuffer, num_segments: int) -> None:
+        """Replace the contents by a copy of another buffer's first segments."""
+        self.contents = other.contents[:num_segments]
+        self.num_followed = other.num_followed
+        self.truncate(num_segments)
+        self.keys[:, :, :, : self.length] = other.keys[:, :, :, : self.length]
+        self.values[:, :, :, : self.length] = other.values[:, :, :, : self.length]
+
+    def follow(self, chain: Sequence[tuple[Address, int]], *, num_followed: int) -> None:
+        """Add the segments that a pass has appended, the first of which are followed; any others are forgotten."""
+        self.num_followed = len(self.contents) + num_followed
+        self.contents += chain
+        self.length = num_tokens_of(self.contents)
+
+    def shrunk(self) -> KVBuffer:
+        """Return a copy of what is to be kept, in a buffer that is half full: a short continuation has room there."""
+        num_tokens = num_tokens_of(self.contents[: self.num_kept])
+        other = KVBuffer(self.shape, capacity=2 * num_tokens, device=self.device)
+        other.begin_like(self, self.num_kept)
         return other
 
     def cache(self) -> Cache:
@@ -171,6 +199,11 @@ class KVBuffer:
 
     def _next(self, whole: torch.Tensor, num_tokens: int) -> torch.Tensor:
         return whole[:, 0, :, self.length : self.length + num_tokens]
+
+
+def num_tokens_of(contents: Sequence[tuple[Address, int]]) -> int:
+    """Return how many tokens the segments have that a buffer lists."""
+    return sum(num_tokens for _, num_tokens in contents)
 
 
 def assemble(shape: KVShape, parts: Sequence[Arrays], *, capacity: int, device: torch.device | None) -> KVBuffer:
@@ -255,23 +288,23 @@ def acquire_prefix(
     order; `longest` is the number of positions that the model has. The buffer belongs to the caller until
     `release_prefix`.
     """
-    capacity = sum(num_tokens for _, num_tokens in contents) + room
-    best = memory.take_best((shape, device), lambda buffer: _rank(buffer, contents))
+    capacity = num_tokens_of(contents) + room
     size = _with_headroom(capacity, shape, longest, memory.budget_nbytes)
+    best = memory.take_best((shape, device), lambda buffer: _rank(buffer, contents))
     if best is None:
         return KVBuffer(shape, capacity=size, device=device)
     buffer: KVBuffer = best
     num_shared = buffer.num_shared(contents)
-    shared, lost = _rank(buffer, contents)
-    if -lost > max(shared, capacity // 8) and memory.room_nbytes >= buffer.nbytes + size * shape.nbytes_per_token:
-        # The buffer is the prefix of another prompt with a common beginning. Both stay, so later neither is read again.
-        copy = buffer.beginning(num_shared, capacity=size)
-        release_prefix(memory, buffer)
-        return copy
-    if buffer.capacity < capacity:
-        return buffer.beginning(num_shared, capacity=size)
-    buffer.truncate(num_shared)
-    return buffer
+    kept = _kept_beside(memory, buffer, contents, capacity=capacity, size=size)
+    if kept is not buffer and buffer.capacity >= capacity:
+        buffer.truncate(num_shared)
+        acquired = buffer
+    else:
+        acquired = _spare(memory, shape, device, size=size)
+        acquired.begin_like(buffer, num_shared)
+    if kept is not None:
+        release_prefix(memory, kept)
+    return acquired
 
 
 def release_prefix(memory: MemoryCache, buffer: KVBuffer) -> None:
@@ -279,10 +312,39 @@ def release_prefix(memory: MemoryCache, buffer: KVBuffer) -> None:
     memory.put(object(), buffer, nbytes=buffer.nbytes, group=(buffer.shape, buffer.device))
 
 
+def _kept_beside(
+    memory: MemoryCache, buffer: KVBuffer, contents: Sequence[tuple[Address, int]], *, capacity: int, size: int
+) -> KVBuffer | None:
+    """Return what stays of a buffer beside one of `size` tokens for other contents; None where it may be lost.
+
+    It is the prefix of another prompt with a common beginning. Where both stay, neither is read again later. One that
+    is mostly air stays in a buffer of its own size, so that its memory can be used for the other contents.
+    """
+    shared, lost = _rank(buffer, contents)
+    num_more = 2 * num_tokens_of(buffer.contents[: buffer.num_kept]) if buffer.is_mostly_air else size
+    has_room = memory.room_nbytes >= buffer.nbytes + num_more * buffer.shape.nbytes_per_token
+    if -lost <= max(shared, capacity // 8) or not has_room:
+        return None
+    return buffer.shrunk() if buffer.is_mostly_air else buffer
+
+
+def _spare(memory: MemoryCache, shape: KVShape, device: torch.device, *, size: int) -> KVBuffer:
+    """Return a buffer for `size` tokens, to be filled: one in memory that is mostly air, without that, or a new one."""
+    spare: KVBuffer | None = memory.take_best(
+        (shape, device),
+        lambda buffer: (-buffer.num_kept,) if buffer.is_mostly_air and buffer.capacity >= size else None,
+    )
+    if spare is None:
+        return KVBuffer(shape, capacity=size, device=device)
+    if spare.num_kept:
+        release_prefix(memory, spare.shrunk())
+    return spare
+
+
 def _rank(buffer: KVBuffer, contents: Sequence[tuple[Address, int]]) -> tuple[int, int]:
     """Return how many tokens a buffer shares with `contents`, and, negative, how many it would lose."""
-    shared = sum(num_tokens for _, num_tokens in contents[: buffer.num_shared(contents)])
-    return shared, shared - sum(num_tokens for _, num_tokens in buffer.contents)
+    num_shared = buffer.num_shared(contents)
+    return num_tokens_of(contents[:num_shared]), -num_tokens_of(buffer.contents[num_shared : buffer.num_kept])
 
 
 def _with_headroom(capacity: int, shape: KVShape, longest: int | None, budget_nbytes: int) -> int:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from huggingface_hub import try_to_load_from_cache
 
 from backprompt_db.catalog.records import Source
+from backprompt_db.compute.inference import sketches
+from backprompt_db.compute.inference.sketches import Sketches
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import ModelMismatch
 from backprompt_db.prompt.ids import ModelIds, TokenizerId
@@ -124,7 +126,8 @@ class GivenModel:
 class PretrainedModel:
     """A model in files. If the ids of exactly these files are known, nothing is loaded until it is needed.
 
-    Where loading shows that they are others, `correct` is called with what is to be known instead.
+    Where loading shows that they are others, `correct` is called with what is to be known instead. What is loaded from
+    files that this machine remembers is recognised by sketches, unless `checks_again`.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class PretrainedModel:
         *,
         known_ids: ModelIds | None,
         key: bytes | None = None,
+        checks_again: bool = False,
         correct: Callable[[Source], None] | None = None,
     ) -> None:
         self.name = name
@@ -142,6 +146,7 @@ class PretrainedModel:
         self._correct = correct
         self.key = key
         """The digest of its files that `source_key` makes."""
+        self._checks_again = checks_again
         self._loaded_defaults: bytes | None = None
 
     @property
@@ -169,7 +174,10 @@ class PretrainedModel:
         from transformers import AutoTokenizer
 
         arguments = {name: value for name, value in self._arguments.items() if name in _TOKENIZER_ARGUMENTS}
-        return SegmentTokenizer(AutoTokenizer.from_pretrained(self.name, **arguments))
+        tokenizer = SegmentTokenizer(AutoTokenizer.from_pretrained(self.name, **arguments))
+        if (known := self._sketches()) is not None:
+            tokenizer.recognise(known.tokenizer_id, sketch=known.tokenizer)
+        return tokenizer
 
     @cached_property
     def runner(self) -> ModelRunner:
@@ -178,15 +186,35 @@ class PretrainedModel:
 
         runner = ModelRunner.load(self.name, self._arguments)
         self._loaded_defaults = _defaults_digest(runner.model)
+        known = self._sketches()
+        is_known = known is not None and runner.recognise(known.weights_id, sketch=known.weights)
         if self._known_ids is not None:  # checked now: later the user may have changed the model
             self._check_source(ModelIds(runner.weights_id, self.tokenizer.id))
+        if not is_known:
+            self._remember(runner)
         return runner
+
+    def _sketches(self) -> Sketches | None:
+        """Return the sketches of the files; None where they have changed, or nothing is to be taken over."""
+        if self._checks_again or self.key is None or not self._is_unchanged():
+            return None
+        return sketches.recalled(self.key)
+
+    def _remember(self, runner: ModelRunner) -> None:
+        """Remember the ids and the sketches of what was loaded, if the files have not changed meanwhile."""
+        if self.key is not None and sketches.are_kept() and self._is_unchanged():
+            tokenizer = self.tokenizer
+            sketches.remember(Sketches(self.key, runner.weights_id, runner.sketch(), tokenizer.id, tokenizer.sketch()))
+
+    def _is_unchanged(self) -> bool:
+        """Whether the files are those that had the key when this was made."""
+        return source_key(self.name, self._arguments) == self.key
 
     def _check_source(self, ids: ModelIds) -> None:
         """Correct the ids that are known of the files, unless they are right, or the files have changed since."""
         if ids == self._known_ids or self._correct is None or self.key is None:
             return
-        if source_key(self.name, self._arguments) == self.key:
+        if self._is_unchanged():
             logger.warning("the catalog had wrong ids for the files of %s; they are corrected", self.name)
             self._correct(Source(self.key, self.name, *ids))
 
@@ -213,7 +241,9 @@ class PretrainedModel:
         return spec_of(self.runner, record)
 
 
-def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: ModelMetadata) -> PretrainedModel:
+def pretrained_model(
+    name: str, arguments: dict[str, Any], *, model_metadata: ModelMetadata, checks_again: bool = False
+) -> PretrainedModel:
     """Return the model of that name or directory. It is loaded, unless the ids of exactly these files are known.
 
     Raises `ModelMismatch` for a path at which no model is; transformers would ask the hub for it.
@@ -226,7 +256,9 @@ def pretrained_model(name: str, arguments: dict[str, Any], *, model_metadata: Mo
     key = source_key(name, arguments)
     known = model_metadata.recall(lambda catalog: catalog.source(key or b""))
     known_ids = ModelIds(known.weights_id, known.tokenizer_id) if known else None
-    model = PretrainedModel(name, arguments, known_ids=known_ids, key=key, correct=model_metadata.save)
+    model = PretrainedModel(
+        name, arguments, known_ids=known_ids, key=key, checks_again=checks_again, correct=model_metadata.save
+    )
     if known is None:
         ids = model.ids  # loads the model, and downloads it if need be
         after = source_key(name, arguments)

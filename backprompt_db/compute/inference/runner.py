@@ -12,14 +12,17 @@ import torch
 import transformers
 
 from backprompt_db.catalog.records import ModelRecord
+from backprompt_db.compute.inference.canary import Canary
 from backprompt_db.compute.inference.fingerprint import ModelIdentity
 from backprompt_db.compute.inference.forward import PassResult, compute_pack
+from backprompt_db.compute.inference.head import head_of
 from backprompt_db.compute.inference.kv_cache import KVBuffer, KVShape, acquire_prefix, release_prefix, short_name
 from backprompt_db.compute.inference.limits import embedding_of, max_columns, max_positions
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
 from backprompt_db.compute.inference.selfcheck import (
     CHECK_VERSION,
     Verdict,
+    canary_numbers,
     examine,
     probe_shape,
     proven_head,
@@ -61,6 +64,14 @@ class ModelRunner:
                 vars(self).pop(name, None)
             self._probed = weights_id
         return weights_id
+
+    def recognise(self, weights_id: WeightsId, *, sketch: bytes) -> bool:
+        """Take over the weights id of files that have not changed, if the model has the sketch of what they were."""
+        return self._identity.trust(weights_id, sketch=sketch)
+
+    def sketch(self) -> bytes:
+        """Return the sketch by which `recognise` knows the model."""
+        return self._identity.sketch()
 
     @cached_property
     def shape(self) -> KVShape:
@@ -145,7 +156,7 @@ class ModelRunner:
         return {"torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version()}
 
     def is_proven(self, weights_id: WeightsId) -> bool:
-        """Whether `prove` has settled how the model is computed, and nothing that matters has changed since."""
+        """Whether `settle` was called for the model as it is, and nothing that matters has changed since."""
         return self._proven == (weights_id, self._checked_with)
 
     def accepts(self, known: ModelRecord | None) -> bool:
@@ -163,8 +174,40 @@ class ModelRunner:
         self._verdict = verdict or self._examine(weights_id)
         form = self._verdict.form
         self._max_positions = max_positions(self.model, masked=form.window) if form else None
-        self._proven = weights_id, self._checked_with
         return None if verdict else self._record(weights_id, self._verdict)
+
+    def settle(self, weights_id: WeightsId) -> None:
+        """Let passes begin: the model was proven, and compared with its canary."""
+        self._proven = weights_id, self._checked_with
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether `prove` has found that nothing of this model can be stored."""
+        return self._verdict.form is None
+
+    def trust(self, canary: Canary) -> None:
+        """Take over what was shown with a canary of this model, so that no pass need show it again."""
+        self.shape = KVShape(*canary.kv_size, dtype=getattr(torch, canary.kv_dtype))
+        self._proven_head = self.model.get_output_embeddings(), head_of(self.model) if canary.has_head else None
+
+    def canary(self, weights_id: WeightsId) -> Canary:
+        """Return the canary of a model that is not refused, as it is computed here and now."""
+        shape, form = self.shape, self.require_supported()
+        return Canary(
+            weights_id=weights_id,
+            conditions=self.conditions,
+            kv_size=(shape.num_layers, shape.num_kv_heads, shape.key_dim, shape.value_dim),
+            kv_dtype=short_name(shape.dtype),
+            has_head=self.head is not None,
+            numbers=canary_numbers(self.model, shape, form=form, head=self.head, longest=self.max_positions),
+        )
+
+    @property
+    def conditions(self) -> str:
+        """What may change the numbers of a pass a little, and legitimately, besides the number of threads."""
+        is_cuda = self.device.type == "cuda"
+        processor = torch.cuda.get_device_name(self.device) if is_cuda else torch.backends.cpu.get_cpu_capability()
+        return f"{self._checked_with}, {self.device.type} {processor}"
 
     def require_supported(self) -> MaskForm:
         """Return the mask form to compute with. Raises `UnsupportedModel`, with the reason, for a refused model."""

@@ -39,7 +39,7 @@ from backprompt_db.compute.inference.limits import (
     with_window,
 )
 from backprompt_db.compute.inference.masks import MaskForm, MaskKind
-from backprompt_db.compute.plan import packs, positions
+from backprompt_db.compute.plan import Pack, packs, positions
 from backprompt_db.errors import UnsupportedModel
 from backprompt_db.prompt.representation import OWN_PARTS, Arrays, Part
 from backprompt_db.prompt.segments import Segment, ancestry
@@ -64,6 +64,10 @@ _CHAINS = MaskForm(MaskKind.CAUSAL)
 _KV_WEIGHT = 0.1
 _ALL = frozenset(OWN_PARTS)
 _SEED = 20230101
+
+_NUM_CANARY_TOKENS = 12
+_NUM_SAMPLES = 128
+"""How many numbers of each kind a canary has."""
 
 _Measured = dict[Segment, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]
 """For each segment, log-probabilities after its last token [vocab_size], and keys and values in standard deviations."""
@@ -142,6 +146,34 @@ def proven_head(model: Any) -> nn.Module | None:
             logits, _ = _plain_pass(model, tokens)
         # The embedding of a padding token is zero, and logits that are all zero prove nothing.
         return head if is_whole_head(head, kept, logits) and bool(logits.any()) else None
+
+
+def canary_numbers(
+    model: Any, shape: KVShape, *, form: MaskForm, head: nn.Module | None, longest: int | None
+) -> dict[str, tuple[float, ...]]:
+    """Return numbers of a fixed pass over a few tokens, computed as prompts are; `longest` is the number of positions.
+
+    They are the log-probabilities of its tokens, and samples of the last logits and of the keys and values.
+    """
+    (segment,) = Text("canary").tips()
+    random = np.random.default_rng(_SEED)
+    vocab_size = embedding_of(model).num_embeddings
+    ids = random.integers(vocab_size, size=min(_NUM_CANARY_TOKENS, longest or _NUM_CANARY_TOKENS))
+    computed = compute_pack(
+        model, Pack((segment,), ()), form=form, head=head, input_ids={segment: ids.tolist()}, starts={segment: 0},
+        context=assemble(shape, (), capacity=len(ids), device=model.device), predictions={}, produce={segment: _ALL},
+    )  # fmt: skip
+    parts = {name: array.torch() for part in OWN_PARTS for name, array in computed.parts[segment, part].items()}
+    logprobs = parts["token_logprobs"][1:]
+    return {"logprobs": tuple(logprobs.tolist())} | {
+        name: _sampled(parts[name], random) for name in ("logits", "keys", "values")
+    }
+
+
+def _sampled(numbers: torch.Tensor, random: np.random.Generator) -> tuple[float, ...]:
+    """Return some of the numbers, at random places: equal steps might meet one dimension only."""
+    places = torch.from_numpy(random.integers(numbers.numel(), size=_NUM_SAMPLES))
+    return tuple(numbers.flatten()[places].double().tolist())
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from backprompt_db.operations.bundles.bundle import Group
 from backprompt_db.operations.bundles.ingest import CheckedPart, Note, admit
 from backprompt_db.operations.bundles.tar import MAX_MEMBER_NBYTES
 from backprompt_db.prompt.representation import Origin, Part
-from backprompt_db.store.contract import Key, Store, needs_of
+from backprompt_db.store.contract import Key, Store, lacks, needs_of
 
 if TYPE_CHECKING:
     from backprompt_db.codec.fidelity import Fidelity
@@ -48,10 +48,14 @@ class PartReader:
         return None if self._latest is None else self._latest.origin
 
     def parts(self, address: Address, *, besides: Store | None = None) -> list[CheckedPart]:
-        """Return the parts of one representation that may leave, without those that `besides` has."""
+        """Return the parts of one representation that may leave, without those that `besides` has as well."""
         keys = (Key(address, part) for part in Part)
-        found = (self._checked(key) for key in keys if besides is None or not besides.has(key))
+        found = (self._checked(key) for key in keys if besides is None or self._is_new_to(besides, key))
         return [part for part in found if part is not None and self._may_leave(part)]
+
+    def _is_new_to(self, other: Store, key: Key) -> bool:
+        nbytes = self._store.size(key)
+        return nbytes is not None and lacks(other, key, nbytes)
 
     def _checked(self, key: Key) -> CheckedPart | None:
         if self._latest is not None and self._latest.key == key:

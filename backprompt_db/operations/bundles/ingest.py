@@ -14,7 +14,7 @@ from backprompt_db.codec.fidelity import Fidelity
 from backprompt_db.database.writer import CatalogMissed
 from backprompt_db.errors import BlobFormat, CatalogError, StoreReadOnly
 from backprompt_db.prompt.representation import Arrays, Origin, Part
-from backprompt_db.store.contract import Blob, Key, needs_of
+from backprompt_db.store.contract import Blob, Key, lacks, needs_of
 
 if TYPE_CHECKING:
     from backprompt_db.database.database import Database
@@ -31,7 +31,7 @@ class Arrivals:
     """What became of the parts that came."""
 
     num_stored: int
-    """Parts that the database did not have."""
+    """Parts that the database did not have, or of which it had less."""
     nbytes_stored: int
     num_known: int
     """Parts that the database had already."""
@@ -64,11 +64,11 @@ class Intake:
 
     def add(self, part: CheckedPart) -> None:
         """Store a part, now or with those that come next."""
-        if self._db.store.has(part.key):
-            self._num_known += 1
-        else:
+        if lacks(self._db.store, part.key, part.blob.nbytes):
             self._batch.append(part)
             self._batch_nbytes += part.blob.nbytes
+        else:
+            self._num_known += 1
         self.remark(part.key.address, part.origin.segment_id, part.note)
 
     def remark(self, address: Address, segment_id: SegmentId, note: Note) -> None:
@@ -113,6 +113,7 @@ class Intake:
     def _count(self, batch: Sequence[CheckedPart], new: set[Key]) -> None:
         for part in batch:
             if part.key in new:
+                self._db.memory.discard(part.key)  # which may hold what it was before it has grown
                 self._num_stored += 1
                 self._nbytes_stored += part.blob.nbytes
             elif self._db.store.has(part.key):  # somebody else has stored it meanwhile

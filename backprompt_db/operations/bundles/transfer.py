@@ -17,7 +17,7 @@ from backprompt_db.operations.bundles.export import PartReader, Remarks
 from backprompt_db.operations.bundles.index import Index
 from backprompt_db.operations.bundles.ingest import Arrivals, CheckedPart, Intake, Note
 from backprompt_db.prompt.representation import Part
-from backprompt_db.store.contract import Key, Store
+from backprompt_db.store.contract import Key, Store, lacks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,8 +136,8 @@ def _addresses(store: Store) -> Iterator[Address]:
 
 def _lacking(theirs: Store, ours: Store) -> Iterator[Address]:
     """Yield each address of which one store has a part that the other lacks."""
-    for address, keys in itertools.groupby((key for key, _ in theirs.keys()), key=lambda key: key.address):
-        if not all(ours.has(key) for key in keys):
+    for address, found in itertools.groupby(theirs.keys(), key=lambda entry: entry[0].address):
+        if any(lacks(ours, key, nbytes) for key, nbytes in found):
             yield address
 
 

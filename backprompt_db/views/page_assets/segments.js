@@ -2,7 +2,7 @@
 
 import { age, bytes, counted, duration, number } from "./words.js";
 
-const PARTS = { kv: "keys and values", logits: "logits", scores: "scores" };
+const PARTS = { kv: "keys and values", logits: "logits", scores: "scores", continuations: "what may follow" };
 
 /** All segments, by number. */
 export class Segments {
@@ -42,8 +42,7 @@ export class Segments {
   }
 
   nbytes(node) {
-    const sizes = [this.kv_nbytes[node], this.logits_nbytes[node], this.scores_nbytes[node]];
-    return sizes.reduce((sum, nbytes) => sum + Math.max(nbytes, 0), 0);
+    return this.sizes(node).reduce((sum, [, nbytes]) => sum + nbytes, 0);
   }
 
   savedSeconds(node) {
