@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -18,8 +19,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from backprompt_db.cli.demo import choose
-from backprompt_db.cli.demo.job import CONTENT_FREE, JobResult, accuracy, load_task
-from backprompt_db.cli.demo.report import Run, failures
+from backprompt_db.cli.demo.job import CONTENT_FREE, ChoiceResult, JobResult, accuracy, load_task
+from backprompt_db.cli.demo.report import Choices, Run, failures
 from backprompt_db.cli.demo.run import run_demo
 from backprompt_db.cli.demo.smollm2 import smollm2_directory
 from backprompt_db.errors import BackpromptError, PromptError, UnsafeLocation, UnsupportedModel
@@ -157,7 +158,13 @@ def test_the_demo_ends_with_a_table_that_fits_a_terminal(
     assert "from 2 requests" in output.out
     assert "\u2026" not in output.out
     assert "identical bit for bit" in output.out
-    assert [line.split()[0] for line in output.err.splitlines()] == ["Model:", "Scoring", "Scoring", "Scoring"]
+    assert [line.split()[0] for line in output.err.splitlines()] == [
+        "Model:",
+        "Scoring",
+        "Scoring",
+        "Finding",
+        "Scoring",
+    ]
     with pytest.raises(UnsafeLocation):
         run_demo(model=str(model_directory), directory=tmp_path / "db", num_requests=2)
 
@@ -170,9 +177,14 @@ def test_a_process_that_fails_ends_the_demo(tmp_path: Path) -> None:
 
 def test_each_broken_promise_is_named() -> None:
     good = JobResult(
-        scores=[[-1.0]], scoring_seconds=0.1, num_asked_tokens=9, num_computed_tokens=0, num_hits=1, num_model_calls=0,
+        scores=[*[[-1.0, -2.0]] * len(CONTENT_FREE), [-1.0, -0.5]], scoring_seconds=0.1, num_asked_tokens=9,
+        num_computed_tokens=0, num_hits=1, num_model_calls=0,
         is_model_loaded=False, has_torch=False,
     )  # fmt: skip
-    bad = dataclasses.replace(good, is_model_loaded=True, has_torch=True, num_model_calls=1, scores=[[-2.0]])
-    assert failures([Run("", 1.0, good, 0), Run("", 1.0, good, 0)], None) == []
-    assert len(failures([Run("", 1.0, good, 0), Run("", 1.0, bad, 0)], None)) == 4
+    bad = dataclasses.replace(good, is_model_loaded=True, has_torch=True, num_model_calls=1, scores=[])
+    right = ChoiceResult(
+        endpoints=[1], gains=[1.5 - math.log(3)], scoring_seconds=0.1, num_computed_tokens=5, num_model_calls=1
+    )
+    wrong = dataclasses.replace(right, endpoints=[0])
+    assert failures([Run("", 1.0, good, 0), Run("", 1.0, good, 0)], Choices(1.0, right), None) == []
+    assert len(failures([Run("", 1.0, good, 0), Run("", 1.0, bad, 0)], Choices(1.0, wrong), None)) == 5

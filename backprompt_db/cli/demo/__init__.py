@@ -54,8 +54,10 @@ def demo_run(
     model: ModelOption = "gpt2",
     directory: Annotated[Path, typer.Option("--dir", metavar="DIR", readable=False, help="The demo's database.")],
     requests: RequestsOption = None,
+    best: Annotated[bool, typer.Option("--best", help="Find the best endpoints only, and do not score all.")] = False,
 ) -> None:
     """Run the demo's requests once, in this process, and print what it took."""
-    from backprompt_db.cli.demo.job import run_once
+    from backprompt_db.cli.demo.job import choose_once, run_once
 
-    raise typer.Exit(run_once(model=model, directory=directory, num_requests=requests))
+    job = choose_once if best else run_once
+    raise typer.Exit(job(model=model, directory=directory, num_requests=requests))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from backprompt_db.database.opening import open_database
 from backprompt_db.errors import PromptError
@@ -57,6 +58,19 @@ class JobResult:
     is_model_loaded: bool
     has_torch: bool
     """Whether anything imported torch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceResult:
+    """What one process did that only looked for the best endpoint of each request."""
+
+    endpoints: list[int]
+    """[num_requests]: their indices, calibrated."""
+    gains: list[float]
+    """[num_requests]: what they were chosen by."""
+    scoring_seconds: float
+    num_computed_tokens: int
+    num_model_calls: int
 
 
 def load_task(num_requests: int | None = None) -> Task:
@@ -110,6 +124,28 @@ def run_once(*, model: str, directory: Path, num_requests: int | None) -> int:
     return 0
 
 
+def choose_once(*, model: str, directory: Path, num_requests: int | None) -> int:
+    """Find the best endpoint of each request, and write a `ChoiceResult` to stdout, as one line of JSON."""
+    task = load_task(num_requests)
+    with open_database(directory) as db:
+        lm = LanguageModel.from_pretrained(model, db=db)
+        prompts = [lm.text(task.context) + ending for ending in task.endings]
+        free, real = prompts[: len(CONTENT_FREE)], prompts[len(CONTENT_FREE) :]
+        began = time.perf_counter()
+        bias = _bias(lm.score(free, task.completions))
+        found = lm.best(real, task.completions, bias=-bias)
+        db.flush()
+        result = ChoiceResult(
+            endpoints=[best.index for best in found],
+            gains=[best.value for best in found],
+            scoring_seconds=time.perf_counter() - began,
+            num_computed_tokens=lm.counters.num_computed_tokens,
+            num_model_calls=lm.counters.num_model_calls,
+        )
+    sys.stdout.write(json.dumps(asdict(result)) + "\n")
+    return 0
+
+
 def _num_asked_tokens(tokenizer: Any, task: Task) -> int:
     """Count what plain running would feed to the model, pair by pair."""
 
@@ -128,7 +164,17 @@ def accuracy(scores: Sequence[Sequence[float]], gold: Sequence[int], *, is_calib
     probability after the content-free requests, so that short or common completions are not preferred (contextual
     calibration, Zhao et al. 2021, arXiv 2102.09690).
     """
-    logprobs = np.asarray(scores)
-    free, real = np.split(logprobs, [len(CONTENT_FREE)])
-    bias = np.logaddexp.reduce(free, axis=0) if is_calibrated else np.zeros(logprobs.shape[1])
-    return float(np.mean((real - bias).argmax(axis=1) == np.asarray(gold)))
+    values = gains(scores) if is_calibrated else np.asarray(scores)[len(CONTENT_FREE) :]
+    return float(np.mean(values.argmax(axis=1) == np.asarray(gold)))
+
+
+def gains(scores: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+    """Return what the completions of each request are chosen by after calibration: [num_requests, num_completions]."""
+    free, real = np.split(np.asarray(scores), [len(CONTENT_FREE)])
+    return real - _bias(free)
+
+
+def _bias(free: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return what is taken from the log-probability of each completion, by those after requests that say nothing."""
+    bias: npt.NDArray[np.float64] = np.logaddexp.reduce(free, axis=0)
+    return bias

@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from backprompt_db.cli.demo.job import CONTENT_FREE, JobResult, Task, accuracy
+from backprompt_db.cli.demo.job import CONTENT_FREE, ChoiceResult, JobResult, Task, accuracy, gains
 from backprompt_db.cli.demo.plain import PlainResult
 from backprompt_db.cli.output import emit
 from backprompt_db.views.console import bare_table
@@ -19,7 +19,7 @@ _TOLERANCE = 1e-3
 
 _MEASURES = (
     "wall time", "of it scoring", "tokens asked for", "tokens computed", "representations found", "model calls",
-    "on disk", "accuracy",
+    "on disk", "accuracy", "lm.best: wall time", "lm.best: tokens",
 )  # fmt: skip
 
 
@@ -31,6 +31,22 @@ class Run:
     seconds: float
     result: JobResult
     nbytes_on_disk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """The process that only looked for the best endpoints, from outside."""
+
+    seconds: float
+    result: ChoiceResult
+
+    def agree_with(self, scores: list[list[float]]) -> bool:
+        """Whether the endpoints are those that all scores say, or as good."""
+        values = gains(scores)
+        chosen = values[np.arange(len(values)), self.result.endpoints]
+        return bool(np.allclose(chosen, values.max(axis=1), atol=_TOLERANCE)) and bool(
+            np.allclose(chosen, self.result.gains, atol=_TOLERANCE)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +67,7 @@ def say(line: str) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(line)
 
 
-def failures(runs: list[Run], plain: Plain | None) -> list[str]:
+def failures(runs: list[Run], choices: Choices, plain: Plain | None) -> list[str]:
     """Return the promises of the demo that were broken; empty when all is well."""
     first, second = (run.result for run in runs)
     promises = {
@@ -59,6 +75,7 @@ def failures(runs: list[Run], plain: Plain | None) -> list[str]:
         "the second process imported torch": not second.has_torch,
         "the second process called the model": not second.num_model_calls and not second.num_computed_tokens,
         "the two processes' scores differ": first.scores == second.scores,
+        "lm.best found other endpoints than scoring all": choices.agree_with(first.scores),
     }
     if plain is not None:
         promises["the scores of plain transformers differ"] = _difference(first, plain) <= _TOLERANCE
@@ -72,20 +89,23 @@ def _difference(ours: JobResult, plain: Plain) -> float:
     return max(float(np.nan_to_num(np.abs(own - other), nan=np.inf).max()) for own, other in pairs)
 
 
-def show(task: Task, runs: list[Run], plain: Plain | None, failed: list[str]) -> None:
+def show(task: Task, runs: list[Run], choices: Choices, plain: Plain | None, failed: list[str]) -> None:
     """Print the table and what follows from it to stdout, `failed` to stderr."""
     result = runs[0].result
-    emit(_table(task, runs, plain), "", _speed(runs, plain), _accuracy(task, result), _agreement(result, plain))
+    emit(
+        _table(task, runs, choices, plain), "", _speed(runs, plain), _accuracy(task, result), _agreement(result, plain)
+    )
     for line in failed:
         say(f"FAILED: {line}")
 
 
-def _table(task: Task, runs: list[Run], plain: Plain | None) -> Table:
+def _table(task: Task, runs: list[Run], choices: Choices, plain: Plain | None) -> Table:
     """Return a table with a column for each way to do the job. A row for each would not fit into 80 characters."""
     num_asked = f"{runs[0].result.num_asked_tokens:,}"
     table = bare_table(padding=(0, 2, 0, 0))
     table.add_column(f"{len(task.gold)} requests,\n{len(task.completions)} endpoints", vertical="bottom", no_wrap=True)
-    columns = [_run_cells(run, num_asked, task) for run in runs]
+    first, second = (_run_cells(run, num_asked, task) for run in runs)
+    columns = [[*first, _seconds(choices.seconds), f"{choices.result.num_computed_tokens:,}"], [*second, "-", "-"]]
     columns += [_plain_cells(result, plain.start_seconds, num_asked) for result in plain.results] if plain else []
     for heading, *_ in columns:
         table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
@@ -107,7 +127,7 @@ def _plain_cells(result: PlainResult, start_seconds: float, num_asked: str) -> l
     return [
         f"transformers,\n{result.name},\nextrapolated\nfrom {plural(result.num_sampled, 'request')}",
         _seconds(start_seconds + result.scoring_seconds), _seconds(result.scoring_seconds), num_asked,
-        f"{result.num_computed_tokens:,}", "-", f"{result.num_model_calls:,}", "-", "same",
+        f"{result.num_computed_tokens:,}", "-", f"{result.num_model_calls:,}", "-", "same", "-", "-",
     ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from backprompt_db.cli.demo.job import JobResult, load_task
+from backprompt_db.cli.demo.job import ChoiceResult, JobResult, load_task
 from backprompt_db.errors import ComputeError, UnsafeLocation
 from backprompt_db.system.platform import room_nbytes
 
@@ -24,11 +24,11 @@ def run_demo(
     """Run the job in two processes on one new database, and a sample of it without; print a table of all.
 
     `directory` must hold no database yet; without it a temporary one is used. Returns 0, or 1 where a promise of the
-    demo was broken: the second process did work, or scores differ. Raises `BackpromptError` where the demo cannot run.
+    demo was broken: the second process did work, or scores or choices differ. Raises `BackpromptError` where the demo cannot run.
     """
     from backprompt_db.cli.demo.choose import choose_model
     from backprompt_db.cli.demo.plain import PlainResult
-    from backprompt_db.cli.demo.report import Plain, Run, failures, say, show
+    from backprompt_db.cli.demo.report import Choices, Plain, Run, failures, say, show
 
     task = load_task(num_requests)
     with _new_database(directory) as place:
@@ -42,14 +42,19 @@ def run_demo(
             say(f"Scoring {task.num_pairs:,} pairs: {name}...")
             result, seconds = _run_child(job, environment)
             runs.append(Run(name, seconds, JobResult(**result), _nbytes_on_disk(place)))
+        say("Finding only the best endpoint of each request, on an empty database...")
+        with _new_database(None) as other:
+            job[job.index("--dir") + 1] = str(other)
+            result, seconds = _run_child([*job, "--best"], environment)
+        choices = Choices(seconds, ChoiceResult(**result))
     plain = None
     if sample > 0:
         say("Scoring a sample of them with transformers alone...")
         arguments = [choice.model, str(len(task.gold)), str(sample)]
         results, seconds = _run_child(["backprompt_db.cli.demo.plain", *arguments], environment)
         plain = Plain(seconds, [PlainResult(**result) for result in results])
-    found = failures(runs, plain)
-    show(task, runs, plain, found)
+    found = failures(runs, choices, plain)
+    show(task, runs, choices, plain, found)
     return 1 if found else 0
 
 

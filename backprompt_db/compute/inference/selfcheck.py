@@ -162,6 +162,7 @@ def canary_numbers(
     computed = compute_pack(
         model, Pack((segment,), ()), form=form, head=head, input_ids={segment: ids.tolist()}, starts={segment: 0},
         context=assemble(shape, (), capacity=len(ids), device=model.device), predictions={}, produce={segment: _ALL},
+        followers={},
     )  # fmt: skip
     parts = {name: array.torch() for part in OWN_PARTS for name, array in computed.parts[segment, part].items()}
     logprobs = parts["token_logprobs"][1:]
