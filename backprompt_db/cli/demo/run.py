@@ -24,7 +24,7 @@ def run_demo(
     """Run the job in two processes on one new database, and a sample of it without; print a table of all.
 
     `directory` must hold no database yet; without it a temporary one is used. Returns 0, or 1 where a promise of the
-    demo was broken: the second process did work, or scores or choices differ. Raises `BackpromptError` where the demo cannot run.
+    demo was broken: it did work twice, or numbers differ. Raises `BackpromptError` where the demo cannot run.
     """
     from backprompt_db.cli.demo.choose import choose_model
     from backprompt_db.cli.demo.plain import PlainResult

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from backprompt_db.compute.inference.distinct import DistinctTokens
 from backprompt_db.compute.inference.head import (
     HiddenStates,
     LogitsQuery,
@@ -70,23 +71,25 @@ def compute_pack(
     began = time.perf_counter()
     lengths = {segment: len(input_ids[segment]) for segment in (*pack.context, *pack.segments)}
     fed = {**lengths, **fed_lengths(pack, lengths, produce)}
-    ids = np.concatenate([np.asarray(input_ids[segment])[: fed[segment]] for segment in pack.segments])
+    tokens = DistinctTokens.of(pack, input_ids, fed)
     first = context.length
     scores = _PackScores(pack, input_ids, fed, produce, followers)
-    if len(ids):
+    if len(tokens):
         places = np.concatenate([starts[segment] + np.arange(fed[segment]) for segment in fed])
         with evaluation(model):
-            mask = attention_mask(pack, fed)
-            scores.read(extend(model, ids, places, mask, context=context, form=form, head=head))
+            mask = tokens.masked(attention_mask(pack, fed))
+            predicted = extend(model, tokens.ids, tokens.placed(places), mask, context=context, form=form, head=head)
+            scores.read(predicted, tokens.columns)
     scores.read_outside(predictions)
     parts: dict[tuple[Segment, Part], Arrays] = {}
     for begin, segment in token_offsets(pack, fed):
-        end = begin + fed[segment]
+        columns = first + tokens.columns[begin : begin + fed[segment]]
         for part in produce[segment]:
-            is_kv = part is Part.KV
-            parts[segment, part] = context.slice(first + begin, first + end) if is_kv else scores.part(segment, part)
-    num_whole = next((n for n, each in enumerate(pack.segments) if fed[each] < lengths[each]), len(pack.segments))
-    return PassResult(parts, time.perf_counter() - began, len(ids), num_whole, scores.followers)
+            parts[segment, part] = context.take(columns) if part is Part.KV else scores.part(segment, part)
+    ends = ((each, begin + fed[each]) for begin, each in token_offsets(pack, fed))
+    is_whole = [fed[each] == lengths[each] and tokens.are_in_order(end) for each, end in ends]
+    num_whole = (*is_whole, False).index(False)
+    return PassResult(parts, time.perf_counter() - began, len(tokens), num_whole, scores.followers)
 
 
 def extend(
@@ -153,17 +156,16 @@ class _PackScores:
             self._outside.setdefault(parent, []).append(segment)
         self._rows.append((segment, num_tokens - len(rows), rows))
 
-    def read(self, predicted: Predictions) -> None:
-        """Read the scores and last logits from the predictions of the pass."""
+    def read(self, predicted: Predictions, columns: npt.NDArray[np.int64]) -> None:
+        """Read scores and last logits from the predictions of a pass, in which each token has one of `columns`."""
         asked = [segment for segment in self._last if segment in self._followers]
         rows = [each for _, _, each in self._rows]
         rows += [np.full(len(self._followers[segment]), self._last[segment]) for segment in asked]
         targets = [np.asarray(self._input_ids[segment])[first:] for segment, first, _ in self._rows]
         targets += [np.asarray(self._followers[segment]) for segment in asked]
         none = np.empty(0, dtype=np.int64)
-        query = LogitsQuery(
-            np.concatenate([none, *rows]), np.concatenate([none, *targets]), np.array([*self._ends.values()], np.int64)
-        )
+        ends = np.array([*self._ends.values()], np.int64)
+        query = LogitsQuery(columns[np.concatenate([none, *rows])], np.concatenate([none, *targets]), columns[ends])
         logprobs, logits = predicted.read(query)
         self._logits = dict(zip(self._ends, logits, strict=True))
         parts = np.split(logprobs, np.cumsum([len(each) for each in rows])[:-1]) if rows else []

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -193,9 +194,13 @@ class KVBuffer:
         layers = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
         return layers == starts and all(layer.keys.shape[-2] == layer.values.shape[-2] == end for layer in cache.layers)
 
-    def slice(self, begin: int, end: int) -> Arrays:
-        """Return a copy of the keys and values of tokens `begin` to `end`, as they are stored."""
-        return {"keys": _copy(self.keys[:, 0, :, begin:end]), "values": _copy(self.values[:, 0, :, begin:end])}
+    def take(self, tokens: npt.NDArray[np.int64]) -> Arrays:
+        """Return a copy of the keys and values of tokens, by their places, as they are stored."""
+        begin, end = (int(tokens[0]), int(tokens[-1]) + 1) if len(tokens) else (0, 0)
+        if end - begin == len(tokens):  # places ascend
+            return {"keys": _copy(self.keys[:, 0, :, begin:end]), "values": _copy(self.values[:, 0, :, begin:end])}
+        places = torch.from_numpy(tokens).to(self.device)
+        return {"keys": _copy(self.keys[:, 0, :, places]), "values": _copy(self.values[:, 0, :, places])}
 
     def _next(self, whole: torch.Tensor, num_tokens: int) -> torch.Tensor:
         return whole[:, 0, :, self.length : self.length + num_tokens]
