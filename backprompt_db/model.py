@@ -49,16 +49,17 @@ if TYPE_CHECKING:
 
 _Texts = Text | str | Iterable[Text | str]
 _Keep = str | Iterable[str]
+_Given = Database | str | PathLike[str] | None
 
 
 class LanguageModel:
     """A causal language model whose representations are kept in a database.
 
-    `model` and `tokenizer` are any decoder-only Hugging Face pair; `db` is a `Database`, the default one if not given.
-    `deterministic` computes each segment in a pass of its own, so that a representation that was evicted is recomputed
-    bit for bit on the same machine and versions; it is slower for many short segments. `exact` demands exact values: a
-    database of another fidelity is not read, and what is computed stays in memory as long as this object. `progress`
-    shows a bar in a terminal for what takes longer than a second.
+    `model` and `tokenizer` are any decoder-only Hugging Face pair; `db` is a `Database` or the directory of one, the
+    default one if not given. `deterministic` computes each segment in a pass of its own, so that a representation that
+    was evicted is recomputed bit for bit on the same machine and versions; it is slower for many short segments.
+    `exact` demands exact values: a database of another fidelity is not read, and what is computed stays in memory as
+    long as this object. `progress` shows a bar in a terminal for what takes longer than a second.
 
     `keep` says what is stored of what is computed, where a call does not say otherwise. With `"auto"`, scores always
     are; keys, values and logits are where something follows or may follow, and else once they are asked for, or
@@ -73,7 +74,7 @@ class LanguageModel:
         model: Any,
         tokenizer: Any,
         *,
-        db: Database | None = None,
+        db: _Given = None,
         deterministic: bool = False,
         exact: bool = False,
         progress: bool = True,
@@ -84,9 +85,13 @@ class LanguageModel:
                 "a LanguageModel is made of a model and a tokenizer, not of their names",
                 hint="Use LanguageModel.from_pretrained(name), or load both with transformers.",
             )
-        _require_database(db)
         self._build(
-            GivenModel(model, tokenizer), db, deterministic=deterministic, exact=exact, progress=progress, keep=keep
+            GivenModel(model, tokenizer),
+            _opened(db),
+            deterministic=deterministic,
+            exact=exact,
+            progress=progress,
+            keep=keep,
         )
 
     @classmethod
@@ -94,7 +99,7 @@ class LanguageModel:
         cls,
         name_or_path: str,
         *,
-        db: Database | None = None,
+        db: _Given = None,
         deterministic: bool = False,
         exact: bool = False,
         progress: bool = True,
@@ -106,9 +111,8 @@ class LanguageModel:
         If the database knows the ids of exactly these files, nothing is loaded until something must be computed.
         Raises `ModelMismatch` for a path at which no model is.
         """
-        _require_database(db)
         lm = cls.__new__(cls)
-        database = db if db is not None else open_database()
+        database = _opened(db) or open_database()
         source = pretrained_model(
             str(name_or_path), arguments, model_metadata=database.model_metadata, checks_again=deterministic
         )
@@ -668,7 +672,6 @@ def language_model_of(model: Any, tokenizer: Any) -> LanguageModel:
     return lm
 
 
-def _require_database(db: object) -> None:
-    """Raise `PromptError` for the place of a database where the database is wanted."""
-    if isinstance(db, str | PathLike):
-        raise PromptError(f"db={db!r} is not a database", hint=f"Give db=bp.open({str(db)!r}).")
+def _opened(db: _Given) -> Database | None:
+    """Return a database that is given as an object or by its place; None for the default one."""
+    return open_database(db) if isinstance(db, str | PathLike) else db

@@ -382,13 +382,15 @@ def test_names_in_place_of_objects_are_told_of_from_pretrained(gpt2: Any, tokeni
             bp.LanguageModel(model, other)
 
 
-def test_the_place_of_a_database_is_told_of_open(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
-    place: Any
-    for place in (str(tmp_path / "db"), tmp_path / "db"):
-        with pytest.raises(PromptError, match=r"is not a database\. Give db=bp\.open\('"):
-            bp.LanguageModel(gpt2, tokenizer, db=place)
-        with pytest.raises(PromptError, match=r"is not a database\. Give db=bp\.open\('"):
-            bp.LanguageModel.from_pretrained("gpt2", db=place)
+def test_the_directory_of_a_database_is_opened(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
+    for place in (str(tmp_path / "one"), tmp_path / "two"):
+        lm = bp.LanguageModel(gpt2, tokenizer, db=place)
+        assert lm.db.directory == Path(place)
+        lm.db.close()
+    gpt2.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with bp.LanguageModel.from_pretrained(str(tmp_path / "model"), db=str(tmp_path / "three")).db as db:
+        assert db.directory == tmp_path / "three"
 
 
 @pytest.mark.parametrize("name", ["{}/none", "{}", "{}/config.json", "./none", "../none", "~/none", "there", "folder"])
