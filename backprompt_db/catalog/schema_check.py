@@ -132,10 +132,10 @@ def _is_own(name: object, definition: object, *, is_newest: bool = True) -> bool
     if definition is None:  # an index that is part of its table
         return name.startswith(_INTERNAL)
     plain = _plain(str(definition))
-    digests = _DIGESTS | _SEARCH_DIGESTS | ({} if is_newest else _EARLIER_DIGESTS)
-    digest = digests.get(name)
+    digest = _DIGESTS.get(name) or _SEARCH_DIGESTS.get(name)
     if digest is not None:
-        return sha256(plain.encode(errors="replace")).hexdigest() == digest
+        own = {digest} if is_newest else {digest, _EARLIER_DIGESTS.get(name)}
+        return sha256(plain.encode(errors="replace")).hexdigest() in own
     # SQLite goes by the definition, whatever kind stands beside it.
     is_known = name in _TABLES or name.startswith(_INTERNAL)
     return is_known and plain.startswith(f"createtable{name}(") and not _computes(plain)

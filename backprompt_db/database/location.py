@@ -152,7 +152,8 @@ def _tie(files: list[_File]) -> StoreReadOnly | None:
 
     Once either is compacted, both have other data and the same lock file, and what one writes the other overwrites.
     """
-    tied = next((file for file in files if file.name in _OWN_FILES and file.status.st_nlink > 1), None)
+    own = (file for file in files if file.name in _OWN_FILES and stat.S_ISREG(file.status.st_mode))
+    tied = next((file for file in own if file.status.st_nlink > 1), None)
     if tied is None:
         return None
     return StoreReadOnly(

@@ -34,14 +34,15 @@ def upgrade() -> None:
     _drop_triggers()
     op.add_column("representations", sa.Column("continuations_nbytes", sa.Integer(), nullable=True))
     op.add_column("sums", sa.Column("continuations_nbytes", sa.Integer(), nullable=False, server_default=sa.text("0")))
-    _create_triggers(_SUMS)
+    names = ", ".join(("weights_id", "namespace", "num_representations", *_SUMS, "saved_seconds"))
+    _create_triggers(_SUMS, into=f"sums ({names})")
 
 
 def downgrade() -> None:
     _drop_triggers()
     for table in ("sums", "representations"):
         op.drop_column(table, "continuations_nbytes")
-    _create_triggers(_OLD_SUMS)
+    _create_triggers(_OLD_SUMS, into="sums")
 
 
 def _drop_triggers() -> None:
@@ -49,12 +50,11 @@ def _drop_triggers() -> None:
         op.execute(f"DROP TRIGGER {trigger}")
 
 
-def _create_triggers(sums: Sequence[str]) -> None:
-    columns, zeros = ", ".join(("num_representations", *sums, "saved_seconds")), ", 0" * (2 + len(sums))
+def _create_triggers(sums: Sequence[str], *, into: str) -> None:
+    zeros = ", 0" * (2 + len(sums))
     op.execute(
         "CREATE TRIGGER representations_inserted AFTER INSERT ON representations BEGIN"
-        f" INSERT INTO sums (weights_id, namespace, {columns}) VALUES (NEW.weights_id, NEW.namespace{zeros})"
-        " ON CONFLICT DO NOTHING;"
+        f" INSERT INTO {into} VALUES (NEW.weights_id, NEW.namespace{zeros}) ON CONFLICT DO NOTHING;"
         f" {_change_sums('NEW', '+', sums)};"
         " INSERT INTO namespaces VALUES (NEW.namespace, 0) ON CONFLICT DO NOTHING;"
         f" {_change_num_segments('NEW', '+')};"

@@ -147,6 +147,7 @@ class TestPanel:
             "keys and values": "29.3 KiB",
             "logits": "2.0 KiB",
             "scores": "143 B",
+            "what may follow": "443 B",
             "computed in": "2 s",
             "hits": "5",
             "saved": "10 s",
