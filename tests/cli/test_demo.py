@@ -136,6 +136,7 @@ def run_child(model: Path, directory: Path) -> dict[str, Any]:
     return dict(json.loads(child.stdout))
 
 
+@pytest.mark.exhaustive
 def test_the_second_process_imports_no_torch_and_gives_the_same_bits(model_directory: Path, tmp_path: Path) -> None:
     first, second = (JobResult(**run_child(model_directory, tmp_path / "db")) for _ in range(2))
     assert first.is_model_loaded

@@ -272,6 +272,7 @@ class TestModel:
 
 
 class TestInterrupts:
+    @pytest.mark.exhaustive
     def test_the_same_command_goes_on_after_an_interrupt(
         self, warm_json: Callable[..., Any], model: Path, tmp_path: Path
     ) -> None:

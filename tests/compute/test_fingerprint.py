@@ -185,6 +185,7 @@ print(weights_id(GPT2LMHeadModel.from_pretrained(sys.argv[1])).hex())
 """
 
 
+@pytest.mark.exhaustive
 def test_another_process_finds_the_same_id(gpt2: Any, tmp_path: Path) -> None:
     gpt2.save_pretrained(tmp_path)
     found = subprocess.run(

@@ -163,6 +163,7 @@ class TestFailing:
 
 
 class TestMany:
+    @pytest.mark.exhaustive
     def test_memory_does_not_grow_with_the_number_of_texts(self, lm: bp.LanguageModel) -> None:
         lm.warm(prompts(50), keep=["scores"])
 

@@ -113,6 +113,7 @@ def test_a_creation_that_was_killed_starts_over(tmp_path: Path) -> None:
         assert check(place) == set(expected("a"))
 
 
+@pytest.mark.exhaustive
 def test_six_processes_that_create_at_once_share_one_database(tmp_path: Path) -> None:
     script = "db = bp.open(place)\ndb.put([new_part(str(os.getpid())), new_part('same')])\ndb.close()"
     place = tmp_path / "new" / "db"
@@ -184,7 +185,7 @@ def put_and_leave(place: Path, number: int, db: Database | None = None) -> None:
     db.put(new_parts(prompt(number)))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", cases(["fork", "spawn", "forkserver"], by_default=["fork"]))
 def test_processes_of_multiprocessing_share_the_database_and_lose_nothing(tmp_path: Path, method: str) -> None:
     with bp.open(tmp_path / "db") as db:
         put_prompts(db, [0])

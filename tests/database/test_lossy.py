@@ -72,6 +72,7 @@ def test_exact_requests_to_an_exact_database_are_hits(make_lm: Callable[..., bp.
     assert make_lm(db=db, exact=True)(CONTEXT).num_computed_tokens == 0
 
 
+@pytest.mark.exhaustive
 def test_what_exact_requests_keep_in_memory_goes_with_the_language_model(
     make_lm: Callable[..., bp.LanguageModel], open_db: Any
 ) -> None:

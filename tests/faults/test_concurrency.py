@@ -152,6 +152,7 @@ print(os.getpid(), len(done))
 )
 
 
+@pytest.mark.exhaustive
 def test_a_thousand_openings_and_closings_at_once_disturb_nobody(tmp_path: Path) -> None:
     with bp.open(tmp_path / "db") as db:
         put_prompts(db, [0])

@@ -197,6 +197,7 @@ CONTEXT = "Pick the endpoint for the request.\n"
 REQUESTS = [f"Request: show me order {number}" for number in range(6)]
 
 
+@pytest.mark.exhaustive
 def test_a_model_computes_again_what_a_killed_process_did_not_store_and_nothing_else(
     tmp_path: Path, make_lm: Callable[..., bp.LanguageModel]
 ) -> None:

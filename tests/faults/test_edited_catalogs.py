@@ -158,6 +158,7 @@ def test_no_edited_cells_change_an_answer(
         assert_unchanged(place, model, expected)
 
 
+@pytest.mark.exhaustive
 @given(seed=st.integers(0, 2**32), number=st.integers(1, 200))
 def test_no_flipped_bits_change_an_answer(
     copied: Callable[[], Any], model: str, expected: Answers, seed: int, number: int

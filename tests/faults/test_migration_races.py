@@ -97,6 +97,7 @@ print(os.getpid())
 )
 
 
+@pytest.mark.exhaustive
 def test_six_processes_that_meet_an_old_catalog_at_once_bring_it_up_to_date(tmp_path: Path) -> None:
     catalog = fill(tmp_path / "db")
     give_revision(catalog, REVISIONS[0])

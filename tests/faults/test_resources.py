@@ -101,6 +101,7 @@ def opened(place: Path) -> contextlib.AbstractContextManager[Database]:
     return bp.open(place, memory_nbytes=0)
 
 
+@pytest.mark.exhaustive
 def test_a_database_that_cannot_be_made_on_a_full_disk_is_made_later(disk: Disk) -> None:
     answers = []
     for num_pages in NUMS_FREE_PAGES:

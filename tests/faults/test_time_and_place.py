@@ -104,6 +104,7 @@ with bp.open(place) as db:
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("environment", cases([POOR, POORER], by_default=[POORER]))
 def test_without_a_locale_texts_and_paths_are_the_same(tmp_path: Path, environment: dict[str, str]) -> None:
     place = tmp_path / "Größe €"

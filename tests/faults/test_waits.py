@@ -156,6 +156,7 @@ def test_with_the_patience_of_users_everything_returns_within_ten_seconds(place:
     assert_nobody_waits_long(place, point)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("impatient")
 def test_a_lock_that_was_waited_for_in_vain_is_not_waited_for_with_each_group(
     place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

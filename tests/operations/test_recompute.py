@@ -129,6 +129,7 @@ class TestFinding:
         texts = {origin.text for p in recomputed(lm).problems if p.address and (origin := _origin(lm.db, p.address))}
         assert texts == {CONTEXT, REQUESTS[0]}
 
+    @pytest.mark.exhaustive
     def test_a_chain_of_many_segments_needs_no_recursion(self, make_lm: Callable[..., bp.LanguageModel]) -> None:
         lm = make_lm(tiny_gpt2(n_positions=2048))
         text = lm.text("a", seams="keep")

@@ -60,6 +60,7 @@ def test_the_wheel_holds_the_package_its_migrations_and_its_data(wheel: Path) ->
     assert not any(name.startswith(("tests", "benchmarks", "migrations")) for name in names)
 
 
+@pytest.mark.exhaustive
 def test_the_installed_wheel_creates_and_upgrades_a_catalog(wheel: Path, tmp_path: Path) -> None:
     environment = tmp_path / ".venv-wheel"
     venv.create(environment, with_pip=True)

@@ -58,6 +58,7 @@ def first(database: Path) -> list[tuple[float, bool]]:
         return answers
 
 
+@pytest.mark.exhaustive
 def test_choices_have_the_log_likelihoods_and_greedy_flags_of_the_hf_model(
     hf: Any, first: list[tuple[float, bool]]
 ) -> None:

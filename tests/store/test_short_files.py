@@ -74,6 +74,7 @@ def directory(tmp_path: Path, short: tuple[bytes, dict[Key, bytes]]) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("readonly", [False, True])
 def test_it_is_opened_and_everything_in_it_is_found(
     directory: Path, short: tuple[bytes, dict[Key, bytes]], *, readonly: bool
