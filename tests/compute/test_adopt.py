@@ -18,7 +18,7 @@ from backprompt_db.errors import ModelMismatch, StoreReadOnly
 from backprompt_db.operations.verify import verify
 from tests.conftest import cases, plain_logprobs, tiny_gpt2, train_tokenizer
 from tests.support.adopt import CHECKS, PIECES, TOLERANCE, MakeLM, chain, ids_of, plain, tensors
-from tests.support.families import SUPPORTED, family_cases
+from tests.support.families import REPRESENTED, family_cases
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -180,7 +180,7 @@ def test_another_process_finds_what_was_adopted(
     assert other.counters.num_model_calls == 0
 
 
-@pytest.mark.parametrize("family", family_cases(SUPPORTED))
+@pytest.mark.parametrize("family", family_cases(REPRESENTED))
 def test_families_adopt_what_plain_passes_compute_and_nothing_else(family: Any, make_lm: MakeLM) -> None:
     lm = make_lm(family.build())
     ids = ids_of(lm.tokenizer)

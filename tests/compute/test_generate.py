@@ -18,7 +18,7 @@ from transformers.generation import LogitsProcessor, StoppingCriteria
 import backprompt_db as bp
 from backprompt_db.prompt.text import Text
 from tests.conftest import CORPUS, cases
-from tests.support.families import SUPPORTED, family_cases
+from tests.support.families import REPRESENTED, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits, plain
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -27,7 +27,7 @@ CONTEXT = "Pick the endpoint for the request.\nGET /users lists users. POST /ord
 PROMPTS = [CONTEXT + "Request: show me everyone", "Request:", "a", "The quick brown fox jumps over the lazy dog"]
 
 
-@pytest.fixture(params=family_cases(SUPPORTED))
+@pytest.fixture(params=family_cases(REPRESENTED))
 def any_lm(request: pytest.FixtureRequest, make_lm: MakeLM) -> bp.LanguageModel:
     """A tiny seeded model of each of several families."""
     return make_lm(request.param.build())

@@ -18,7 +18,7 @@ from backprompt_db.prompt.representation import Part
 from backprompt_db.prompt.text import Text
 from backprompt_db.store.contract import Blob, Key
 from tests.conftest import VOCAB_SIZE, cases, plain_logprobs, tiny_gpt2
-from tests.support.families import SUPPORTED, by_name, family_cases
+from tests.support.families import REPRESENTED, by_name, family_cases
 from tests.support.generation import TOLERANCE, assert_equals_plain, decoded_by_hand, only_digits
 
 MakeLM = Callable[..., bp.LanguageModel]
@@ -84,7 +84,7 @@ def test_every_sequence_of_a_prompt_is_stored(lm: bp.LanguageModel, num_beams: i
         assert_stored_like_a_plain_pass(lm, result)
 
 
-@pytest.mark.parametrize("family", family_cases(SUPPORTED))
+@pytest.mark.parametrize("family", family_cases(REPRESENTED))
 def test_families_store_what_they_generate(family: Any, make_lm: MakeLM) -> None:
     lm = make_lm(family.build())
     for result in lm.generate(PROMPTS, max_new_tokens=8, **digits(lm)):

@@ -171,6 +171,10 @@ REPRESENTATIVES = {
 """What is tested by default: each mask form, verdict and shape of a cache at least once. Others are `exhaustive`."""
 
 
+REPRESENTED = [family for family in SUPPORTED if family.name in REPRESENTATIVES]
+"""What capabilities are tested on that do with a cache and a mask what passes do: all others are so, too."""
+
+
 def by_name(name: str) -> Family:
     return next(family for family in FAMILIES if family.name == name)
 
