@@ -97,13 +97,17 @@ class Changes(CatalogFile):
                 reach("catalog.evict.inside")
                 events.remember_evictions(connection, {address for address, _ in gone}, at=at)
 
+    def forget_encodings(self) -> None:
+        """Forget which tokens strings have."""
+        with self.writing() as connection:
+            connection.execute(delete(EncodingRow))
+
     def erase(self, keys: Iterable[tuple[Address, Part]]) -> None:
         """Forget parts that have left the store, and that there was anything under their addresses."""
         if gone := list(keys):
             addresses = {address for address, _ in gone}
             with self.writing() as connection:
                 models.forget_continuations(connection, addresses)  # first: it needs to know what they follow
-                connection.execute(delete(EncodingRow))  # which strings these are tokens of, nobody can tell
                 forget(connection, gone)
                 search.clear(connection)
                 events.forget_events(connection, addresses)

@@ -8,6 +8,7 @@ about the same prompt computes only what is new.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from backprompt_db.compute.healing import Ending, merged_donors
 from backprompt_db.compute.plan import MAX_PACK_TOKENS, Wanted
 from backprompt_db.compute.prefill import Prefill
 from backprompt_db.compute.token_tree import Continuations, TokenTree, Values
-from backprompt_db.errors import PromptError
+from backprompt_db.errors import PromptError, StoreError
 from backprompt_db.prompt.ids import SegmentId
 from backprompt_db.prompt.numbers import plain_int
 from backprompt_db.prompt.representation import Array, Part
@@ -126,6 +127,8 @@ class _Search:
     """What is stored of the tokens after each root."""
     nodes: dict[int, Segment] = field(default_factory=dict)
     """The nodes that were computed, or are now."""
+    is_undefined: bool = False
+    """Whether the model gave no number for some token: then the search cannot end, and all is scored."""
 
     @property
     def tree(self) -> TokenTree:
@@ -146,6 +149,7 @@ class _Search:
 
     def learn(self, number: int, logprobs: npt.NDArray[np.float32]) -> None:
         """Take the log-probabilities of the followers of a root or a node."""
+        self.is_undefined |= bool(np.isnan(logprobs).any())
         self.choice.learn(dict(zip(self.tree.children(number), logprobs.tolist(), strict=True)))
 
     def unknown_roots(self) -> list[int]:
@@ -190,7 +194,9 @@ class Chooser:
         self._recall(list(searches.values()), addresses)
         self._read_scores([search for search in searches.values() if search.choice.open], addresses)
         unanswered = [search for search in searches.values() if search.choice.open]
-        if unanswered and self.engine.prove().takes_packs:
+        answered = [root for search in searches.values() if not search.choice.open for root in search.roots]
+        self.engine.count_found(ancestry(answered), addresses)
+        if unanswered and self.engine.prove(addresses).takes_packs:
             for group in self._groups(unanswered):
                 _Passes.of(self, group, addresses).compute()
         return [
@@ -206,7 +212,7 @@ class Chooser:
         """Return the searches of prompts whose completions each follow one segment; none where each is run alone."""
         if self.engine.is_deterministic:
             return {}
-        numbers = [number for number, endings in enumerate(prompts) if all(map(_has_root, endings))]
+        numbers = [number for number, endings in enumerate(prompts) if all(map(_is_chain, endings))]
         endings = [ending for number in numbers for ending in prompts[number]]
         ids = self.encodings.encode(dict.fromkeys([each for ending in endings for each in ending.segments]))
         without = dict.fromkeys([segment for ending in endings for segment in ending.without], _SCORES)
@@ -222,12 +228,11 @@ class Chooser:
         """Learn what is stored of the tokens that follow prompts."""
         wanted = dict.fromkeys([root for search in searches for root in search.roots], _CONTINUATIONS)
         found = self.engine.look(wanted, addresses).found
+        known = {root: Continuations(found.get((root, Part.CONTINUATIONS))) for root in wanted}
         for search in searches:
             for number, root in enumerate(search.roots):
-                search.continuations.append(Continuations(found.get((root, Part.CONTINUATIONS))))
-                search.choice.learn(search.continuations[-1].known(search.tree, root=number))
-        answered = [root for search in searches if not search.choice.open for root in search.roots]
-        self.engine.find({root: wanted[root] for root in answered}, addresses)
+                search.continuations.append(known[root])
+                search.choice.learn(known[root].known(search.tree, root=number))
 
     def _read_scores(self, searches: Sequence[_Search], addresses: Addresses) -> None:
         """Learn from completions that were scored before."""
@@ -252,18 +257,30 @@ class Chooser:
 
     def _groups(self, searches: Sequence[_Search]) -> Iterator[list[_Search]]:
         """Divide searches into groups whose prompts together are not too long to be held in memory."""
-        group, tokens = list[_Search](), dict[Segment, int]()
+        group, known, num_added = list[_Search](), set[Segment](), 0
         for search in searches:
             ids = self.source.tokenizer.encode(ancestry(search.roots))
-            new = {segment: len(each) for segment, each in ids.items() if segment not in tokens}
-            if group and sum(tokens.values()) + sum(new.values()) > MAX_PACK_TOKENS:
+            num_new = sum(len(each) for segment, each in ids.items() if segment not in known)
+            if group and num_added + num_new > MAX_PACK_TOKENS:
                 yield group
-                group, tokens = [], {}
-                new = {segment: len(each) for segment, each in ids.items()}
+                group, known, num_added = [], set(), 0
+            elif group:  # what the first one has is there in any case
+                num_added += num_new
             group.append(search)
-            tokens |= new
+            known |= ids.keys()
         if group:
             yield group
+
+    def check_lengths(self, searches: Sequence[_Search]) -> None:
+        """Raise `ContextLengthExceeded` for a completion that is too long, even if the search would not get there."""
+        limit = self.source.runner.max_positions
+        for search in searches:
+            ids = self.source.tokenizer.encode(ancestry(search.roots))
+            num_tokens = {segment: len(each) for segment, each in ids.items()}
+            starts = plan.positions(ids, num_tokens)
+            for number, root in enumerate(search.roots):
+                longest = int(search.tree.lengths[search.tree.roots == number].max())
+                plan.check_context_length({root: starts[root] + num_tokens[root]}, {root: longest - 1}, limit)
 
     def _scored(self, endings: Sequence[Ending], number: int, ranking: Ranking) -> list[Found]:
         """Return the best completions of a prompt after scoring all of them."""
@@ -294,6 +311,7 @@ class _Passes:
         keep = chooser.keeper.of_endings(endings, chooser.keep, addresses)
         roots = [root for search in searches for root in search.roots]
         lacking = [search.segment(root) for search in searches for root in search.unknown_roots()]
+        chooser.check_lengths(searches)
         call = chooser.engine.represent(
             dict.fromkeys(lacking, _LOGITS),
             keep=keep,
@@ -307,7 +325,7 @@ class _Passes:
         """Compute tokens until the best completions are known, and store what was learned."""
         self._read_logits()
         began = self.engine.seconds, self.engine.num_computed_tokens
-        while searches := [search for search in self.searches if search.choice.open]:
+        while searches := [search for search in self.searches if search.choice.open and not search.is_undefined]:
             self._look_further(searches)
         seconds, num_tokens = self.engine.seconds - began[0], self.engine.num_computed_tokens - began[1]
         self._store(seconds_per_token=seconds / max(1, num_tokens))
@@ -328,13 +346,19 @@ class _Passes:
         for search in searches:
             for node in search.choice.next_nodes(search.nodes, budget=budget):
                 asked.setdefault(search.segment(node), []).append((search, node))
-        followers = {segment: each[0][0].followers(each[0][1]) for segment, each in asked.items()}
+        followers = {
+            segment: list(dict.fromkeys(token for search, node in each for token in search.followers(node)))
+            for segment, each in asked.items()
+        }
         logprobs = self._follow(followers)
         for segment, each in asked.items():
-            for search, node in each:
-                search.learn(node, logprobs[segment])
+            known = dict(zip(followers[segment], logprobs[segment], strict=True))
+            for search, node in each:  # prompts that end in parts of one word may have a root in common
+                search.learn(node, np.array([known[token] for token in search.followers(node)], dtype=np.float32))
 
-    def _follow(self, followers: Mapping[Segment, Sequence[int]]) -> Mapping[Segment, npt.NDArray[np.float32]]:
+    def _follow(
+        self, followers: Mapping[Segment, Sequence[int]], *, are_held: bool = False
+    ) -> Mapping[Segment, npt.NDArray[np.float32]]:
         """Return the log-probabilities of the followers of each node; nodes come after those before them."""
         segments = ancestry(followers)
         written = [segment for segment in segments if not isinstance(segment, _TokenNode)]
@@ -342,11 +366,13 @@ class _Passes:
         input_ids |= {segment: [segment.token] for segment in segments if isinstance(segment, _TokenNode)}
         prefill = self._prefill(followers, {segment: input_ids[segment] for segment in segments})
         logprobs = self.engine.follow(self.call, prefill)
+        if logprobs is None and are_held:
+            raise StoreError("keys and values of a prompt are damaged", hint="Find them with `backprompt-db verify`.")
         if logprobs is None:  # evicted meanwhile, or not stored at all: held here from now on
             wanted = dict.fromkeys(written, _KV)
             held = self.engine.represent(wanted, keep=self.keep, addresses=self.addresses)
             self.call.found.update(held.found)
-            return self._follow(followers)
+            return self._follow(followers, are_held=True)
         return logprobs
 
     def _prefill(
@@ -382,6 +408,8 @@ class _Passes:
                 if known.learn(search.tree, search.choice.logprobs, root=number):
                     self.engine.store_continuations(root, known.arrays(), ids=ids, num_tokens=self._num_tokens(root))
             for completion in search.choice.known:
+                if search.tree.lengths[completion] == 1:  # its only token cost nothing, and is stored beside the prompt
+                    continue
                 for segment, tokens, logprobs in search.scores(completion):
                     if not self.engine.is_stored(segment, ids=ids, parts=_SCORES):
                         arrays = {"input_ids": Array.from_numpy(tokens), "token_logprobs": Array.from_numpy(logprobs)}
@@ -423,6 +451,10 @@ def _search(
     return _Search(endings, roots, lengths, num_tokens, choice)
 
 
-def _has_root(ending: Ending) -> bool:
-    """Whether a completion directly follows one segment, and that all of its own segments follow one another."""
-    return all(len(segment.parents) == 1 for segment in ending.segments)
+def _is_chain(ending: Ending) -> bool:
+    """Whether a completion directly follows one segment, and its own segments each other, without gaps."""
+    segments = ending.segments
+    pairs = itertools.pairwise((*segments[0].parents[:1], *segments))
+    return all(after.parents == (before,) for before, after in pairs) and all(
+        len(each.parents) == 1 and each.start is None for each in segments
+    )

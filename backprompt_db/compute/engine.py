@@ -117,9 +117,12 @@ class Engine:
                     self.num_computed_tokens += prefill.num_tokens(pack)
                 call.fetch_from_others(claims.deferred)
 
-    def prove(self) -> ModelRunner:
-        """Return the loaded model after its self-check. Raises `UnsupportedModel` for one that cannot be cached."""
-        return self._prover.runner(self.addresses())
+    def prove(self, addresses: Addresses | None = None) -> ModelRunner:
+        """Return the loaded model after its self-check.
+
+        Raises `UnsupportedModel` for one that cannot be cached, and `ModelMismatch` if it is not that of `addresses`.
+        """
+        return self._prover.runner(addresses or self.addresses())
 
     def find(self, wanted: Wanted, addresses: Addresses) -> Call:
         """Return the call with those of the wanted parts that are stored; nothing is computed."""
@@ -149,6 +152,10 @@ class Engine:
             self.seconds += result.seconds
             logprobs.update(result.followers)
         return logprobs
+
+    def count_found(self, segments: Iterable[Segment], addresses: Addresses) -> None:
+        """Count the tokens of segments that were asked about, and needed no computation."""
+        self.num_cached_tokens += sum(self._db.num_tokens(addresses.address(each)) or 0 for each in segments)
 
     def count_decoded(self, num_tokens: int, *, seconds: float) -> None:
         """Count tokens that were generated."""
@@ -267,7 +274,8 @@ class Engine:
         """
         lost = call.fetch((segment, Part.LOGITS) for segment in pack.predictors)
         contents = call.contents(pack.context, prefill)
-        self._db.touch(address for address, _ in contents)
+        # A segment without a string is a token of a search, of which nothing is ever stored.
+        self._db.touch(address for each, (address, _) in zip(pack.context, contents, strict=True) if each.string)
         context = prefill.runner.acquire_prefix(self._db.memory, contents, room=prefill.num_tokens(pack))
         lost += self._load_prefix(call, prefill, pack, context)
         if not lost:

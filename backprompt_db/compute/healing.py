@@ -41,6 +41,9 @@ _NUM_TRIES = 3
 _MIN_CHARS = 24
 """A shorter beginning is not worth a segment of its own."""
 
+_MAX_ENCODED_CHARS = 1 << 19
+"""About so much is encoded at a time."""
+
 _MAX_REMEMBERED = 1 << 18
 
 _warned: weakref.WeakSet[SegmentTokenizer] = weakref.WeakSet()
@@ -154,15 +157,34 @@ class Healer:
 
     def _cut(self, chains: Mapping[bytes, Sequence[Segment]], tokenizer_id: bytes) -> dict[bytes, tuple[int, ...]]:
         """Return where to cut the joined strings of chains."""
-        cutter = _Cutter(self._source.tokenizer)
-        ends = []
-        for chain in chains.values():
+        found: dict[bytes, tuple[int, ...]] = {}
+        waiting = dict(chains)
+        while waiting:
+            cutter = _Cutter(self._source.tokenizer)
+            some = self._ends(waiting, tokenizer_id, cutter)
+            cutter.encode(seam for seam in some.values() if seam is not None)
+            found |= {key: self._cuts(waiting.pop(key), tokenizer_id, cutter) for key in some}
+        return found
+
+    def _ends(
+        self, chains: Mapping[bytes, Sequence[Segment]], tokenizer_id: bytes, cutter: _Cutter
+    ) -> dict[bytes, _SeamWindow | None]:
+        """Return what is read at the ends of the first chains, as far as their beginnings are known.
+
+        They are many where many completions follow one prompt, and no more than can be held in memory.
+        """
+        ends: dict[bytes, _SeamWindow | None] = {}
+        num_characters = 0
+        for key, chain in chains.items():
+            ends[key] = None
             cuts = self._remembered.get(_key(tokenizer_id, chain[-2])) if len(chain) > 2 else ()
-            if cuts is not None:  # as where many completions follow one prompt
+            if cuts is not None:
                 before = "".join(segment.string for segment in chain[:-1])
-                ends.append(cutter.seam(before, cuts, chain[-1].string))
-        cutter.encode(ends)
-        return {key: self._cuts(chain, tokenizer_id, cutter) for key, chain in chains.items()}
+                ends[key] = seam = cutter.seam(before, cuts, chain[-1].string)
+                num_characters += len(seam.string)
+            if num_characters > _MAX_ENCODED_CHARS:
+                break
+        return ends
 
     def _cuts(self, chain: Sequence[Segment], tokenizer_id: bytes, cutter: _Cutter) -> tuple[int, ...]:
         """Return where to cut the joined string of a chain, piece by piece from the left."""

@@ -37,7 +37,8 @@ class Purged:
 def doomed(db: Database, selection: Selection) -> list[Address]:
     """Return the addresses of what is selected, and of all that follows it: that holds the text too, in other forms.
 
-    What the catalog does not list is entered first, or it would stay. What only the catalog lists counts too: a purge
+    The tokens of completions are forgotten in any case: nobody can tell whose they are. What the catalog does not list
+    is entered first, or it would stay. What only the catalog lists counts too: a purge
     that was killed may have left it. Raises `PromptError` for a selection of nothing or of everything,
     `CatalogError` without a catalog to go by, and `StoreLocked` when others have been writing for too long.
     """
@@ -47,6 +48,7 @@ def doomed(db: Database, selection: Selection) -> list[Address]:
     db.flush()
     db.evictor.catch_up()
     _enter_unlisted(db, catalog)
+    catalog.forget_encodings()
     found = _selected(catalog, selection)
     if not found:
         raise PromptError("nothing is selected", hint="See what there is with `backprompt-db ls`.")

@@ -282,7 +282,9 @@ class TestDemo:
             return 7
 
         monkeypatch.setitem(sys.modules, "backprompt_db.cli.demo.run", SimpleNamespace(run_demo=record))
-        monkeypatch.setitem(sys.modules, "backprompt_db.cli.demo.job", SimpleNamespace(run_once=record))
+        monkeypatch.setitem(
+            sys.modules, "backprompt_db.cli.demo.job", SimpleNamespace(run_once=record, choose_once=record)
+        )
         assert run("demo").exit_code == 7
         assert run("demo", "--model", "m", "--dir", tmp_path, "--requests", "3", "--sample", "0").exit_code == 7
         assert run("demo-run", "--model", "m", "--dir", tmp_path).exit_code == 7

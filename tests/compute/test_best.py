@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import backprompt_db as bp
-from backprompt_db.errors import PromptError
+from backprompt_db.compute.best import Chooser
+from backprompt_db.compute.inference import head
+from backprompt_db.errors import ContextLengthExceeded, PromptError
 from tests.support.families import by_name
 from tests.support.tokenizers import tokenizer_of
 
@@ -139,6 +141,35 @@ class TestSameAsSortingScores:
         lm.db.flush()
         assert_best(lm.best(CONTEXT, LABELS, k=2), lm.score(CONTEXT, LABELS), k=2)
 
+    def test_completions_that_are_no_chains(self, make_lm: MakeLM) -> None:
+        """Branches in a completion do not see each other, and explicit starts are where they say."""
+        labels = [
+            bp.parallel(" GET /users", " POST /orders") + " x",
+            bp.Text(" GET /users lists", start=60),
+            bp.Text(" GET /users lists", start=20),
+            bp.Text(" GET /users lists"),
+        ]
+        lm = make_lm()
+        assert_best(lm.best(CONTEXT, labels, k=4), make_lm().score(CONTEXT, labels), k=4)
+        assert np.allclose(lm.score(CONTEXT, [" POST /orders"]), make_lm().score(CONTEXT, [" POST /orders"]))
+
+    @pytest.mark.parametrize("labels", [["overx", "overy", "erz"], ["overx", "overz", "erq"]])
+    def test_prompts_that_end_in_parts_of_one_word(self, make_lm: MakeLM, labels: list[str]) -> None:
+        """Cut before that word, both have the same segment before, and other tokens after it."""
+        begin = "The quick brown fox jumps over the lazy dog, and the"
+        prompts = [begin + " ", begin + " ov"]
+        lm = make_lm()
+        expected = make_lm().score(prompts, labels)
+        for best, scores in zip(lm.best(prompts, labels, k=3), expected, strict=True):
+            assert_best(best, scores, k=3)
+        np.testing.assert_allclose(lm.score(prompts, labels), expected, atol=TOLERANCE)
+
+    def test_numbers_that_are_none(self, lm: bp.LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the model gives no number for a token, the search does not wait for one."""
+        monkeypatch.setattr(Chooser, "_scored", lambda *_: [])
+        monkeypatch.setattr(head, "first_logprobs", lambda _, targets: np.full(len(targets), np.nan, np.float32))
+        assert lm.best(CONTEXT, LABELS, k=1) == []
+
 
 class TestLearnedOnce:
     def test_another_process_asks_no_model(self, lm: bp.LanguageModel, make_lm: MakeLM) -> None:
@@ -215,6 +246,10 @@ class TestLearnedOnce:
 
 
 class TestRefused:
+    def test_completions_that_are_too_long_whatever_the_search_would_do(self, lm: bp.LanguageModel) -> None:
+        with pytest.raises(ContextLengthExceeded):
+            lm.best(CONTEXT, [" a", " the" + " x" * 300], bias=[0, -1e6])
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

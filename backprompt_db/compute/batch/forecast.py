@@ -93,7 +93,7 @@ class _Counts:
     num_passes: int = 0
     units: float = 0.0
     """The sum of `pass_units` over the passes."""
-    nbytes: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(Part, 0))
+    nbytes: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(OWN_PARTS, 0))
     overhead_nbytes: int = 0
     pages_nbytes: int = 0
     peak: Peak = field(default_factory=Peak)
