@@ -144,7 +144,7 @@ class TestSameAsSortingScores:
     def test_completions_that_are_no_chains(self, make_lm: MakeLM) -> None:
         """Branches in a completion do not see each other, and explicit starts are where they say."""
         labels = [
-            bp.parallel(" GET /users", " POST /orders") + " x",
+            bp.parallel(" GET /users", " POST /orders"),
             bp.Text(" GET /users lists", start=60),
             bp.Text(" GET /users lists", start=20),
             bp.Text(" GET /users lists"),

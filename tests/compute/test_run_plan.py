@@ -13,7 +13,7 @@ import backprompt_db as bp
 from backprompt_db.compute.batch.run_plan import RunPlan, Warmed
 from backprompt_db.database.config import Config, write_config
 from backprompt_db.errors import ContextLengthExceeded
-from backprompt_db.prompt.representation import Part
+from backprompt_db.prompt.representation import OWN_PARTS, Part
 from tests.conftest import cases, tiny_gpt2
 from tests.support.families import Family, by_name
 
@@ -60,7 +60,7 @@ def stored_arrays(db: bp.Database) -> dict[Part, int]:
     """Bytes of the arrays of everything stored, by part."""
     from backprompt_db.codec.blob import decode
 
-    sizes = dict.fromkeys(Part, 0)
+    sizes = dict.fromkeys(OWN_PARTS, 0)
     for key, _ in list(db.store.keys()):
         blob = db.store.get(key)
         assert blob is not None
