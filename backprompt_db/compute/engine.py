@@ -84,7 +84,7 @@ class Engine:
     ) -> Call:
         """Return the call, with the wanted parts and the segments that were computed for them.
 
-        `keep` has the parts to store of each segment that is computed; all three of a segment that it does not contain.
+        `keep` has the parts to store of each segment that is computed; of one that it does not contain, all of its own.
         `welcome` has parts that are returned too of segments that are computed; nothing is computed for them alone.
         `donors` has, for segments that are the beginning of others, those others: what is stored of them is used.
         """
