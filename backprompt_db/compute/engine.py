@@ -131,7 +131,7 @@ class Engine:
         """Do as `find`, without counting what was found as tokens that needed no computation."""
         return Call(self._db, self._source, addresses, wanted=wanted, keep={})
 
-    def follow(self, call: Call, prefill: Prefill) -> dict[Segment, npt.NDArray[np.float32]] | None:
+    def score_followers(self, call: Call, prefill: Prefill) -> dict[Segment, npt.NDArray[np.float32]] | None:
         """Compute passes of which nothing is stored, and return the log-probabilities of the followers asked for.
 
         Keys and values stay in `call.found`. None where those of a context are not there any more.
