@@ -153,9 +153,9 @@ class _Search:
         """Return the tokens that follow a root or a node in any completion."""
         return [self.tree.token(child) for child in self.tree.children(number)]
 
-    def learn(self, number: int, logprobs: npt.NDArray[np.float32]) -> None:
-        """Take the log-probabilities of the followers of a root or a node."""
-        self.choice.learn(dict(zip(self.tree.children(number), logprobs.tolist(), strict=True)))
+    def learn(self, number: int, logprobs: Mapping[int, float]) -> None:
+        """Take the log-probabilities of tokens after a root or a node, among them those of all its followers."""
+        self.choice.learn({child: logprobs[self.tree.token(child)] for child in self.tree.children(number)})
 
     def unknown_roots(self) -> list[int]:
         """Return the numbers of the roots after which the log-probability of some first token is not known."""
@@ -330,20 +330,22 @@ class _Passes:
         for search in self.searches:
             for root in search.unknown_roots():
                 logits = self.call.found[search.segment(root), Part.LOGITS]["logits"]
-                search.learn(root, first_logprobs(logits.torch(), np.array(search.followers(root))))
+                followers = search.followers(root)
+                logprobs = first_logprobs(logits.torch(), np.array(followers))
+                search.learn(root, dict(zip(followers, logprobs.tolist(), strict=True)))
 
     def _look_further(self, searches: Sequence[_Search]) -> None:
         """Compute the tokens that say most about searches that have not ended."""
         budget = self.source.runner.costs.tokens_per_pass / len(searches)
-        asked: dict[Segment, list[tuple[_Search, int]]] = {}
-        for search in searches:
-            for node in search.choice.next_nodes(search.held, budget=budget):
-                asked.setdefault(search.segment(node), []).append((search, node))
-        followers = {segment: each[0][0].followers(each[0][1]) for segment, each in asked.items()}
-        logprobs = self._score_followers(followers)
-        for segment, each in asked.items():
-            for search, node in each:
-                search.learn(node, logprobs[segment])
+        asked = [(search, node) for search in searches for node in search.choice.next_nodes(search.held, budget=budget)]
+        followers: dict[Segment, dict[int, None]] = {}
+        for search, node in asked:  # where tokens cross the seam, other tokens may follow in another prompt's tree
+            followers.setdefault(search.segment(node), {}).update(dict.fromkeys(search.followers(node)))
+        tokens = {segment: list(each) for segment, each in followers.items()}
+        scored = self._score_followers(tokens)
+        logprobs = {segment: dict(zip(each, scored[segment].tolist(), strict=True)) for segment, each in tokens.items()}
+        for search, node in asked:
+            search.learn(node, logprobs[search.segment(node)])
 
     def _score_followers(self, followers: Mapping[Segment, Sequence[int]]) -> Mapping[Segment, npt.NDArray[np.float32]]:
         """Return the log-probabilities of the followers of each node; nodes come after those before them."""
