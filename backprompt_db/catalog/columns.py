@@ -103,15 +103,15 @@ def misfits(table: Table) -> ColumnElement[bool]:
 
 def _is_misfit(column: Column[Any]) -> ColumnElement[bool]:
     kind = column.type.python_type
-    names = [*_NAMES.get(kind, ("text",)), *(["null"] if column.nullable else [])]
-    is_misfit = func.typeof(column).not_in(names)
+    classes = [*_STORAGE_CLASSES.get(kind, ("text",)), *(["null"] if column.nullable else [])]
+    is_misfit = func.typeof(column).not_in(classes)
     return or_(is_misfit, func.abs(column) > MAX_NUMBER) if kind is float else is_misfit
 
 
-_NAMES: dict[type, tuple[str, ...]] = {
+_STORAGE_CLASSES: dict[type, tuple[str, ...]] = {
     bytes: ("blob",),
     int: ("integer",),
     bool: ("integer",),
     float: ("real", "integer"),
 }
-"""What SQLite calls values of a type; all others are text."""
+"""What SQLite calls the values of a type; those of all others are text."""

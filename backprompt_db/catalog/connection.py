@@ -83,10 +83,10 @@ def catalog_errors(path: Path) -> Iterator[None]:
 
 
 def _is_busy(cause: BaseException) -> bool:
-    return _kind(cause) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    return kind_of(cause) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
-def _kind(cause: BaseException) -> int:
+def kind_of(cause: BaseException | None) -> int:
     """Return SQLite's kind of error: the low byte of its code, the rest of which says where it arose; 0 of others."""
     return getattr(cause, "sqlite_errorcode", 0) & 0xFF
 
@@ -94,7 +94,7 @@ def _kind(cause: BaseException) -> int:
 def _hint(cause: BaseException) -> str:
     match cause:
         case sqlite3.Error():
-            return _SQLITE_HINTS.get(_kind(cause), _OTHER)
+            return _SQLITE_HINTS.get(kind_of(cause), _OTHER)
         case TimeoutError():
             return _BUSY
         case PermissionError():

@@ -33,14 +33,13 @@ _TIMINGS = """
     ORDER BY created_at DESC LIMIT :limit
 """
 
-
-_SIDE_FILES = ("", "-journal", "-wal", "-shm")
-"""What SQLite adds to a file's name for the others that it opens with it."""
+SUFFIXES = ("", "-journal", "-wal", "-shm")
+"""What SQLite adds to a file's name for the files that belong together: itself, and those that it opens with it."""
 
 
 def require_regular(path: Path) -> None:
     """Raise `CatalogError` for a link, a pipe or a device where SQLite would open a file: it would follow, or wait."""
-    for suffix in _SIDE_FILES:
+    for suffix in SUFFIXES:
         file = path.with_name(path.name + suffix)
         with contextlib.suppress(OSError):  # which SQLite will tell
             if not stat.S_ISREG(file.lstat().st_mode):

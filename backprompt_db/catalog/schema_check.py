@@ -21,24 +21,13 @@ _VERSION = "alembic_version"
 _OBJECTS = "SELECT type, name, sql FROM sqlite_master"
 """The table is SQLite's own: nothing can stand in its place."""
 
-_TABLES = frozenset(
-    {
-        *(_VERSION, "models", "tokenizers", "segments", "parents", "representations"),
-        *(
-            "sources",
-            "cuts",
-            "encodings",
-            "greedy_paths",
-            "generations",
-            "counts",
-            "events",
-            "evictions",
-            "namespaces",
-            "sums",
-        ),
-        *("searchable", "unsearchable", "search_data", "search_idx", "search_config"),
-    }
-)
+_TABLES = frozenset({
+    _VERSION, "models", "tokenizers", "segments", "parents", "representations", "namespaces", "sums", "counts",
+    "events", "evictions", "sources", "cuts", "encodings", "greedy_paths", "generations",
+    "searchable", "unsearchable", "search_data", "search_idx", "search_config",
+})  # fmt: skip
+"""The last ones are there once somebody has asked for an index."""
+
 _DIGESTS = {
     "ix_parents_parent_id": "b12d3e5c80b013a7fc082a41f81a66a8c1fd80bcdacf9c773b380f1c0935c720",
     "ix_representations_segment_id": "af4cf65d807ac19e563734404be949d84bf8a3bb076fdf44e697d9344a022a99",
@@ -49,6 +38,8 @@ _DIGESTS = {
     "representations_updated": "b562f13b19b9428ca9341249454e083da65b47a507594871ddfc226d832611ec",
     "representations_deleted": "5757bfa8e480bbb279543b3e239caec13529cd79143f9b1ca4eeb2ee92dead17",
 }
+"""SHA-256 of definitions as `_plain` returns them."""
+
 _EARLIER_DIGESTS = {
     "representations_inserted": "639a8e9d77d3f32d4e5f471648ec7370c537c4f258a0367f9c1096c61113bffd",
     "representations_updated": "5c59a5fc49a0c2568d852085504062102fd5d06d14d8de948cd21b4d7bc3ab19",
@@ -60,7 +51,7 @@ _SEARCH_DIGESTS = {
     "search": "199892e9eabb295b0a34b88ddeadf50d9962b29b2fb2cfa5e0410de2c8357402",
     "segments_inserted": "549c144926aeb050b34dcdfd9931dd6655e1c16f42e8ad5f6f3c09056cf56597",
 }
-"""SHA-256 of definitions as `_plain` returns them; the second group is there once somebody has asked for an index."""
+"""Those of what is there once somebody has asked for an index."""
 
 _INTERNAL = "sqlite_"
 """How the names begin that SQLite gives to indexes of keys and to its statistics, and to nothing that others make."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from backprompt_db.compute.choice import Choice
 from backprompt_db.compute.healing import Ending, merged_donors
 from backprompt_db.compute.plan import MAX_PACK_TOKENS, Wanted
 from backprompt_db.compute.prefill import Prefill
-from backprompt_db.compute.token_tree import Continuations, TokenTree, Values
+from backprompt_db.compute.token_tree import Continuations, TokenTree, Values, root_node
 from backprompt_db.errors import PromptError, StoreError
 from backprompt_db.prompt.ids import SegmentId
 from backprompt_db.prompt.numbers import plain_int
@@ -40,6 +42,9 @@ _NODE = b"backprompt-db/continuation/1\0"
 _SCORES, _LOGITS, _KV, _CONTINUATIONS = (
     frozenset({part}) for part in (Part.SCORES, Part.LOGITS, Part.KV, Part.CONTINUATIONS)
 )
+
+_Completions = tuple[tuple[int, tuple[int, ...]], ...]
+"""The number of the root and the token ids of each completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +73,29 @@ class Ranking:
         k = plain_int(k)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise PromptError(f"k={k!r} is not a number of completions", hint="Give an int of 1 or more.")
-        shape = num_prompts, len(completions)
-        weight: Values | None
-        if normalize is None:
-            weight = np.ones(len(completions))
-        elif isinstance(normalize, str) and normalize == "tokens":
-            weight = None
-        elif isinstance(normalize, str) and normalize == "bytes":
-            weight = 1 / np.array([max(1, len(each.encode())) for each in completions])
-        else:
-            hint = "Give None, 'tokens', 'bytes', or a weight above 0 for each completion."
-            weight = _numbers("normalize", normalize, shape[1:], hint=hint)
-            if not (weight > 0).all():
-                raise PromptError("normalize has weights that are not above 0", hint=hint)
+        weight = _weight(normalize, completions)
         hint = "Give a number for each completion, or a row of such numbers for each prompt."
+        shape = num_prompts, len(completions)
         return cls(k, _numbers("bias", 0.0 if bias is None else bias, shape, hint=hint), weight)
 
     def weights(self, num_tokens: Sequence[int]) -> Values:
         """Return the weight of each completion of a prompt, by how many tokens they add."""
         return 1 / np.maximum(num_tokens, 1) if self.weight is None else self.weight
+
+
+def _weight(normalize: Any, completions: Sequence[str]) -> Values | None:
+    """Return the weight of each completion; None for one over the number of tokens, which follows from the prompt."""
+    if normalize is None:
+        return np.ones(len(completions))
+    if isinstance(normalize, str) and normalize == "tokens":
+        return None
+    if isinstance(normalize, str) and normalize == "bytes":
+        return 1 / np.array([max(1, len(each.encode())) for each in completions])
+    hint = "Give None, 'tokens', 'bytes', or a weight above 0 for each completion."
+    weight = _numbers("normalize", normalize, (len(completions),), hint=hint)
+    if not (weight > 0).all():
+        raise PromptError("normalize has weights that are not above 0", hint=hint)
+    return weight
 
 
 def _numbers(name: str, given: Any, shape: tuple[int, ...], *, hint: str) -> Values:
@@ -125,8 +134,8 @@ class _Search:
     choice: Choice
     continuations: list[Continuations] = field(default_factory=list)
     """What is stored of the tokens after each root."""
-    nodes: dict[int, Segment] = field(default_factory=dict)
-    """The nodes that were computed, or are now."""
+    held: dict[int, Segment] = field(default_factory=dict)
+    """The nodes that were computed, or are now, as segments."""
     is_undefined: bool = False
     """Whether the model gave no number for some token: then the search cannot end, and all is scored."""
 
@@ -137,41 +146,46 @@ class _Search:
     def segment(self, number: int) -> Segment:
         """Return a root, or a node as a segment of one token."""
         if number < 0:
-            return self.roots[-1 - number]
-        if number not in self.nodes:
+            return self.roots[root_node(number)]
+        if number not in self.held:
             parent, token = self.tree.nodes[number]
-            self.nodes[number] = _TokenNode.follow(self.segment(parent), token)
-        return self.nodes[number]
+            self.held[number] = _TokenNode.follow(self.segment(parent), token)
+        return self.held[number]
 
     def followers(self, number: int) -> list[int]:
         """Return the tokens that follow a root or a node in any completion."""
-        return [self.tree.nodes[child][1] for child in self.tree.children(number)]
+        return [self.tree.token(child) for child in self.tree.children(number)]
 
-    def learn(self, number: int, logprobs: npt.NDArray[np.float32]) -> None:
-        """Take the log-probabilities of the followers of a root or a node."""
-        self.is_undefined |= bool(np.isnan(logprobs).any())
-        self.choice.learn(dict(zip(self.tree.children(number), logprobs.tolist(), strict=True)))
+    def learn(self, number: int, logprobs: Mapping[int, float]) -> None:
+        """Take the log-probabilities of tokens after a root or a node, among them those of all its followers."""
+        known = {child: logprobs[self.tree.token(child)] for child in self.tree.children(number)}
+        self.is_undefined |= any(map(math.isnan, known.values()))
+        self.choice.learn(known)
 
     def unknown_roots(self) -> list[int]:
-        """Return the roots after which the log-probability of some first token is not known."""
-        firsts = {-1 - number: self.tree.children(-1 - number) for number in range(len(self.roots))}
-        return [root for root, first in firsts.items() if np.isnan(self.choice.logprobs[first]).any()]
+        """Return the numbers of the roots after which the log-probability of some first token is not known."""
+        numbers = [root_node(root) for root in range(len(self.roots))]
+        return [each for each in numbers if np.isnan(self.choice.logprobs[self.tree.children(each)]).any()]
 
     def found(self) -> list[Found]:
         """Return the best completions, once all is known of them."""
         choice = self.choice
         return [Found(each, choice.value(each), choice.logprob(each), self.num_tokens[each]) for each in choice.best]
 
-    def scores(self, completion: int) -> Iterator[tuple[Segment, npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
-        """Yield the segments of a completion of which all is known, with their tokens and log-probabilities [T]."""
-        path = self.tree.paths[completion, : self.tree.lengths[completion]]
-        ids = np.array([self.tree.nodes[node][1] for node in path], dtype=np.int32)
-        logprobs = self.choice.logprobs[path].astype(np.float32)
-        begin = 0
-        for segment, num_tokens in zip(self.endings[completion].segments, self.lengths[completion], strict=True):
-            end = begin + num_tokens
-            yield segment, ids[begin:end], logprobs[begin:end]
-            begin = end
+    def scores(self) -> Iterator[tuple[Segment, npt.NDArray[np.int32], npt.NDArray[np.float32]]]:
+        """Yield the segments of completions of which all is known, with their tokens and log-probabilities [T].
+
+        Those of one token cost nothing beyond the prompt, beside which they are stored.
+        """
+        for completion in self.choice.known:
+            if self.tree.lengths[completion] == 1:
+                continue
+            path = self.tree.paths[completion, : self.tree.lengths[completion]]
+            ids = np.array([self.tree.token(node) for node in path], dtype=np.int32)
+            logprobs = self.choice.logprobs[path].astype(np.float32)
+            ends = itertools.accumulate(self.lengths[completion], initial=0)
+            for segment, (begin, end) in zip(self.endings[completion].segments, itertools.pairwise(ends), strict=True):
+                yield segment, ids[begin:end], logprobs[begin:end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +235,11 @@ class Chooser:
             keep = self.keeper.of_endings(endings, self.keep, addresses)
             donors = merged_donors(endings)
             found = self.engine.represent(without, keep=keep, addresses=addresses, donors=donors).found
-        trees: dict[Any, TokenTree] = {}
-        return {number: _search(prompts[number], ids, found, ranking, number, trees) for number in numbers}
+        tree_of = cache(TokenTree)  # prompts whose completions have the same tokens share their tree
+        return {
+            number: _search(prompts[number], ids, found=found, ranking=ranking, number=number, tree_of=tree_of)
+            for number in numbers
+        }
 
     def _recall(self, searches: Sequence[_Search], addresses: Addresses) -> None:
         """Learn what is stored of the tokens that follow prompts."""
@@ -278,9 +295,9 @@ class Chooser:
             ids = self.source.tokenizer.encode(ancestry(search.roots))
             num_tokens = {segment: len(each) for segment, each in ids.items()}
             starts = plan.positions(ids, num_tokens)
-            for number, root in enumerate(search.roots):
-                longest = int(search.tree.lengths[search.tree.roots == number].max())
-                plan.check_context_length({root: starts[root] + num_tokens[root]}, {root: longest - 1}, limit)
+            for ending, length in zip(search.endings, search.tree.lengths.tolist(), strict=True):
+                (root,) = ending.segments[0].parents
+                plan.check_context_length({root: starts[root] + num_tokens[root]}, {root: length - 1}, limit)
 
     def _scored(self, endings: Sequence[Ending], number: int, ranking: Ranking) -> list[Found]:
         """Return the best completions of a prompt after scoring all of them."""
@@ -337,26 +354,24 @@ class _Passes:
         for search in self.searches:
             for root in search.unknown_roots():
                 logits = self.call.found[search.segment(root), Part.LOGITS]["logits"]
-                search.learn(root, first_logprobs(logits.torch(), np.array(search.followers(root))))
+                followers = search.followers(root)
+                logprobs = first_logprobs(logits.torch(), np.array(followers))
+                search.learn(root, dict(zip(followers, logprobs.tolist(), strict=True)))
 
     def _look_further(self, searches: Sequence[_Search]) -> None:
         """Compute the tokens that say most about searches that have not ended."""
         budget = self.source.runner.costs.tokens_per_pass / len(searches)
-        asked: dict[Segment, list[tuple[_Search, int]]] = {}
-        for search in searches:
-            for node in search.choice.next_nodes(search.nodes, budget=budget):
-                asked.setdefault(search.segment(node), []).append((search, node))
-        followers = {
-            segment: list(dict.fromkeys(token for search, node in each for token in search.followers(node)))
-            for segment, each in asked.items()
-        }
-        logprobs = self._follow(followers)
-        for segment, each in asked.items():
-            known = dict(zip(followers[segment], logprobs[segment], strict=True))
-            for search, node in each:  # prompts that end in parts of one word may have a root in common
-                search.learn(node, np.array([known[token] for token in search.followers(node)], dtype=np.float32))
+        asked = [(search, node) for search in searches for node in search.choice.next_nodes(search.held, budget=budget)]
+        followers: dict[Segment, dict[int, None]] = {}
+        for search, node in asked:  # where tokens cross the seam, other tokens may follow in another prompt's tree
+            followers.setdefault(search.segment(node), {}).update(dict.fromkeys(search.followers(node)))
+        tokens = {segment: list(each) for segment, each in followers.items()}
+        scored = self._score_followers(tokens)
+        logprobs = {segment: dict(zip(each, scored[segment].tolist(), strict=True)) for segment, each in tokens.items()}
+        for search, node in asked:
+            search.learn(node, logprobs[search.segment(node)])
 
-    def _follow(
+    def _score_followers(
         self, followers: Mapping[Segment, Sequence[int]], *, are_held: bool = False
     ) -> Mapping[Segment, npt.NDArray[np.float32]]:
         """Return the log-probabilities of the followers of each node; nodes come after those before them."""
@@ -365,14 +380,14 @@ class _Passes:
         input_ids: dict[Segment, Sequence[int]] = dict(self.source.tokenizer.encode(written))
         input_ids |= {segment: [segment.token] for segment in segments if isinstance(segment, _TokenNode)}
         prefill = self._prefill(followers, {segment: input_ids[segment] for segment in segments})
-        logprobs = self.engine.follow(self.call, prefill)
+        logprobs = self.engine.score_followers(self.call, prefill)
         if logprobs is None and are_held:
             raise StoreError("keys and values of a prompt are damaged", hint="Find them with `backprompt-db verify`.")
         if logprobs is None:  # evicted meanwhile, or not stored at all: held here from now on
             wanted = dict.fromkeys(written, _KV)
             held = self.engine.represent(wanted, keep=self.keep, addresses=self.addresses)
             self.call.found.update(held.found)
-            return self._follow(followers, are_held=True)
+            return self._score_followers(followers, are_held=True)
         return logprobs
 
     def _prefill(
@@ -407,16 +422,12 @@ class _Passes:
             for number, (root, known) in enumerate(zip(search.roots, search.continuations, strict=True)):
                 if known.learn(search.tree, search.choice.logprobs, root=number):
                     self.engine.store_continuations(root, known.arrays(), ids=ids, num_tokens=self._num_tokens(root))
-            for completion in search.choice.known:
-                if search.tree.lengths[completion] == 1:  # its only token cost nothing, and is stored beside the prompt
-                    continue
-                for segment, tokens, logprobs in search.scores(completion):
-                    if not self.engine.is_stored(segment, ids=ids, parts=_SCORES):
-                        arrays = {"input_ids": Array.from_numpy(tokens), "token_logprobs": Array.from_numpy(logprobs)}
-                        seconds = seconds_per_token * len(tokens)
-                        self.engine.store(
-                            segment, {Part.SCORES: arrays}, ids=ids, num_tokens=len(tokens), seconds=seconds
-                        )
+        scores = itertools.chain.from_iterable(search.scores() for search in self.searches)
+        for segment, tokens, logprobs in scores:
+            if not self.engine.is_stored(segment, ids=ids, parts=_SCORES):
+                arrays = {"input_ids": Array.from_numpy(tokens), "token_logprobs": Array.from_numpy(logprobs)}
+                seconds = seconds_per_token * len(tokens)
+                self.engine.store(segment, {Part.SCORES: arrays}, ids=ids, num_tokens=len(tokens), seconds=seconds)
 
     def _num_tokens(self, root: Segment) -> int:
         return len(self.source.tokenizer.encode([root])[root])
@@ -425,23 +436,22 @@ class _Passes:
 def _search(
     endings: Sequence[Ending],
     ids: Mapping[Segment, Sequence[int]],
+    *,
     found: answers.Parts,
     ranking: Ranking,
     number: int,
-    trees: dict[Any, TokenTree],
+    tree_of: Callable[[_Completions], TokenTree],
 ) -> _Search:
-    """Return the search of one prompt; prompts whose completions have the same tokens share their tree."""
+    """Return the search of the prompt with this number; `found` has the scores of what its endings are `without`."""
     parents = [ending.segments[0].parents[0] for ending in endings]
     roots = list(dict.fromkeys(parents))
     tokens = [tuple(token for segment in ending.segments for token in ids[segment]) for ending in endings]
-    completions = [(roots.index(parent), each) for parent, each in zip(parents, tokens, strict=True)]
-    same = tuple(completions)
-    tree = trees[same] if same in trees else trees.setdefault(same, TokenTree(completions))
+    completions = tuple((roots.index(parent), each) for parent, each in zip(parents, tokens, strict=True))
     num_tokens = [
         len(each) - answers.num_tokens(found, ending.without) for each, ending in zip(tokens, endings, strict=True)
     ]
     choice = Choice(
-        tree,
+        tree_of(completions),
         ranking.num_wanted,
         bias=ranking.bias[number],
         weight=ranking.weights(num_tokens),

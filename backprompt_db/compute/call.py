@@ -75,7 +75,7 @@ class Call:
         self.taken = plan.merged([wanted, welcome])
         """What is wanted, and what else is taken of segments that are computed."""
         self.keep = keep
-        """Parts to store of a segment that is computed; all three where this says nothing."""
+        """Parts to store of a segment that is computed; all of its own where this says nothing."""
         self.found: dict[Need, Arrays] = {}
         self.computed: set[Segment] = set()
         self.spare: dict[Segment, Callable[[], None]] = {}

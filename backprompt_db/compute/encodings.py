@@ -31,20 +31,28 @@ class Encodings:
         """
         segments = list(segments)
         strings = list(dict.fromkeys(segment.string for segment in segments))
+        if not strings:
+            return {}
         tokenizer_id = self._source.tokenizer_id
         key = _key(tokenizer_id, strings)
-        known = self._metadata.recall(lambda catalog: catalog.encoding(key)) if strings else None
-        if known is not None and len(known.offsets) == len(strings):
-            pairs = itertools.pairwise((0, *known.offsets))
-            ids = {string: known.token_ids[begin:end] for string, (begin, end) in zip(strings, pairs, strict=True)}
-            return {segment: ids[segment.string] for segment in segments}
-        encoded: dict[Segment, Sequence[int]] = dict(self._source.tokenizer.encode(segments))
-        if strings and self._source.tokenizer_id == tokenizer_id:  # once loaded, it may be another than was recorded
+        ids = self._recalled(key, strings)
+        if ids is None:
+            encoded = self._source.tokenizer.encode(segments)
             ids = {segment.string: tuple(encoded[segment]) for segment in segments}
-            ends = itertools.accumulate(len(ids[string]) for string in strings)
-            tokens = itertools.chain.from_iterable(ids[string] for string in strings)
-            self._metadata.save(EncodingRecord(key, tuple(ends), tuple(tokens)))
-        return encoded
+            if self._source.tokenizer_id == tokenizer_id:  # once loaded, it may be another than was recorded
+                self._remember(key, [ids[string] for string in strings])
+        return {segment: ids[segment.string] for segment in segments}
+
+    def _recalled(self, key: bytes, strings: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+        known = self._metadata.recall(lambda catalog: catalog.encoding(key))
+        if known is None or len(known.offsets) != len(strings):
+            return None
+        spans = itertools.pairwise((0, *known.offsets))
+        return {string: known.token_ids[begin:end] for string, (begin, end) in zip(strings, spans, strict=True)}
+
+    def _remember(self, key: bytes, ids: Sequence[Sequence[int]]) -> None:
+        ends = itertools.accumulate(map(len, ids))
+        self._metadata.save(EncodingRecord(key, tuple(ends), tuple(itertools.chain.from_iterable(ids))))
 
 
 def _key(tokenizer_id: bytes, strings: Sequence[str]) -> bytes:

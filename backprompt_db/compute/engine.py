@@ -84,7 +84,7 @@ class Engine:
     ) -> Call:
         """Return the call, with the wanted parts and the segments that were computed for them.
 
-        `keep` has the parts to store of each segment that is computed; all three of a segment that it does not contain.
+        `keep` has the parts to store of each segment that is computed; of one that it does not contain, all of its own.
         `welcome` has parts that are returned too of segments that are computed; nothing is computed for them alone.
         `donors` has, for segments that are the beginning of others, those others: what is stored of them is used.
         """
@@ -134,7 +134,7 @@ class Engine:
         """Do as `find`, without counting what was found as tokens that needed no computation."""
         return Call(self._db, self._source, addresses, wanted=wanted, keep={})
 
-    def follow(self, call: Call, prefill: Prefill) -> dict[Segment, npt.NDArray[np.float32]] | None:
+    def score_followers(self, call: Call, prefill: Prefill) -> dict[Segment, npt.NDArray[np.float32]] | None:
         """Compute passes of which nothing is stored, and return the log-probabilities of the followers asked for.
 
         Keys and values stay in `call.found`. None where those of a context are not there any more.

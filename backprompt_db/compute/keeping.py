@@ -64,7 +64,7 @@ class Keeper:
         """By the ids of its parents, the first continuation of a text; None where several came together."""
 
     def of_run(self, tips: Iterable[Segment], keep: Keep, addresses: Addresses) -> Wanted:
-        """Return the parts to store of segments that are run up to `tips`; all three of any other segment."""
+        """Return the parts to store of segments that are run up to `tips`; all of their own of any others."""
         segments = ancestry(tips)
         if keep.parts is not None:
             return dict.fromkeys(segments, keep.parts)

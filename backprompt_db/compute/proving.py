@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 class Prover:
     """Gets the model of a source, loaded and proven.
 
-    With `checks_again`, nothing that could be shown again is taken from what this machine remembers of passes.
+    With `checks_again`, the canary that this machine remembers spares no pass: the shape of keys and values, and the
+    head, are shown anew.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class Prover:
         place = canary.place_of(weights_id, runner.conditions)
         if place is None:
             return
-        heard = runner.canary(weights_id)
+        computed = runner.canary(weights_id)
         if known is None:
-            canary.remember(heard)
-        elif not heard.is_like(known):
+            canary.remember(computed)
+        elif not computed.is_like(known):
             raise ModelMismatch(
                 f"{runner.name} computes other numbers than it did on this machine, and nothing that has an id differs",
                 hint="Nothing was stored. Start again without what patches torch or transformers, or chooses other "

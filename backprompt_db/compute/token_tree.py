@@ -13,12 +13,19 @@ from backprompt_db.prompt.representation import Array, Arrays
 Numbers = npt.NDArray[np.int64]
 Values = npt.NDArray[np.float64]
 
+_COLUMNS = ("input_ids", "parents", "token_logprobs")
+_NOWHERE = -2
+
+
+def root_node(root: int) -> int:
+    """Return the number that stands for a root where a node's would; `root_node` of it is the root again."""
+    return -1 - root
+
 
 class TokenTree:
     """The tokens of completions, in which completions that begin alike share their beginnings.
 
-    Each completion follows one of several roots. A node is a token after those before it; the root `r` has the number
-    `-1 - r` where a node's would stand.
+    Each completion follows one of several roots. A node is a token after those before it.
     """
 
     def __init__(self, completions: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -27,13 +34,11 @@ class TokenTree:
         self.paths: Numbers = np.full((len(completions), max(len(ids) for _, ids in completions)), -1)
         """[num_completions, most tokens]: the nodes of each completion, then -1."""
         for row, (root, ids) in zip(self.paths, completions, strict=True):
-            node = -1 - root
+            node = root_node(root)
             for place, token in enumerate(ids):
                 node = row[place] = numbers.setdefault((int(node), token), len(numbers))
         self.nodes = list(numbers)
         """The parent and the token of each node, parents before children."""
-        self.roots: Numbers = np.array([root for root, _ in completions])
-        """[num_completions]: the root that each follows."""
         self.lengths: Numbers = (self.paths >= 0).sum(axis=1)
         """[num_completions]: how many tokens each has."""
 
@@ -43,10 +48,6 @@ class TokenTree:
     def token(self, node: int) -> int:
         """Return the token id of a node."""
         return self.nodes[node][1]
-
-    def parent(self, node: int) -> int:
-        """Return the node before a node, or its root."""
-        return self.nodes[node][0]
 
     def children(self, node: int) -> Sequence[int]:
         """Return the nodes directly after a node or a root."""
@@ -67,7 +68,7 @@ class Continuations:
         self._numbers: dict[tuple[int, int], int] = {}
         self._logprobs: list[float] = []
         if arrays is not None:
-            ids, parents, logprobs = (arrays[name].numpy().tolist() for name in _NAMES)
+            ids, parents, logprobs = (arrays[name].numpy().tolist() for name in _COLUMNS)
             self._numbers = {key: number for number, key in enumerate(zip(parents, ids, strict=True))}
             self._logprobs = logprobs
 
@@ -76,7 +77,7 @@ class Continuations:
 
     def known(self, tree: TokenTree, *, root: int) -> dict[int, float]:
         """Return what is known of the nodes of a tree after one of its roots: their log-probabilities."""
-        places, logprobs = {-1 - root: -1}, {}
+        places, logprobs = {root_node(root): -1}, {}
         for node, (parent, token) in enumerate(tree.nodes):
             number = self._numbers.get((places.get(parent, _NOWHERE), token))
             if number is not None:
@@ -86,7 +87,7 @@ class Continuations:
 
     def learn(self, tree: TokenTree, logprobs: Values, *, root: int) -> bool:
         """Add the nodes after a root whose log-probabilities are known; whether there were new ones."""
-        places, num_before = {-1 - root: -1}, len(self)
+        places, num_before = {root_node(root): -1}, len(self)
         for node, (parent, token) in enumerate(tree.nodes):
             if parent in places and not np.isnan(logprobs[node]):
                 places[node] = number = self._numbers.setdefault((places[parent], token), len(self))
@@ -98,10 +99,5 @@ class Continuations:
         """Return the tree as it is stored."""
         keys = np.array(list(self._numbers), dtype=np.int32).reshape(-1, 2)
         columns = keys[:, 1], keys[:, 0], np.array(self._logprobs, dtype=np.float32)
-        return {
-            name: Array.from_numpy(np.ascontiguousarray(column)) for name, column in zip(_NAMES, columns, strict=True)
-        }
-
-
-_NAMES = ("input_ids", "parents", "token_logprobs")
-_NOWHERE = -2
+        named = zip(_COLUMNS, columns, strict=True)
+        return {name: Array.from_numpy(np.ascontiguousarray(column)) for name, column in named}

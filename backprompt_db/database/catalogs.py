@@ -18,6 +18,7 @@ from backprompt_db.database.config import Limits
 from backprompt_db.database.location import CATALOG
 from backprompt_db.database.signatures import is_genuine, signed
 from backprompt_db.errors import CatalogError
+from backprompt_db.system.locks import AGAIN_SECONDS
 
 if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     from backprompt_db.catalog.catalog import Catalog
@@ -37,9 +38,6 @@ if TYPE_CHECKING:  # a run of hits needs no SQLAlchemy
     _Read = TypeVar("_Read")
 
 logger = logging.getLogger(__name__)
-
-_AGAIN_SECONDS = 30.0
-"""After how long a catalog that another process held is tried again."""
 
 
 class Catalogs:
@@ -68,7 +66,7 @@ class Catalogs:
                 self._own = _open(self._directory, readonly=self.readonly, mode=self._limits.modes.file)
             except CatalogError as error:
                 logger.warning("working without the catalog: %s", error)
-                self._look_at = now + _AGAIN_SECONDS if isinstance(error.__cause__, TimeoutError) else math.inf
+                self._look_at = now + AGAIN_SECONDS if isinstance(error.__cause__, TimeoutError) else math.inf
         return self._own
 
     @cached_property

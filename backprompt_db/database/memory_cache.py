@@ -146,7 +146,7 @@ class MemoryCache:
 
 
 class FreeShare:
-    """Says how much a process may hold: an eighth of the memory that is free, or that it holds itself.
+    """Says how much a process may hold: an eighth of the memory that would be free if it held nothing.
 
     What others take in the meantime is not free any more: eight processes together never hold all of it, but half.
     """

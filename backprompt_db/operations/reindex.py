@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backprompt_db.catalog.plain_sql import SUFFIXES
 from backprompt_db.database.config import sharing_of
 from backprompt_db.database.database import Database
 from backprompt_db.database.location import CATALOG, REINDEX_LOCK
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from backprompt_db.catalog.catalog import Catalog
 
 _KEEPING_UP_SECONDS = 2.0
-
-_SIDE_FILES = ("", "-journal", "-wal", "-shm")
-"""SQLite would play a journal that is left behind back into the new catalog."""
 
 _PASSING = frozenset(
     {
@@ -110,29 +108,33 @@ def _check_integrity(path: Path) -> None:
     if verdict == "ok" and dangling is not None:
         verdict = f"a row of {dangling[0]} refers to a row of {dangling[2]} that is not there"
     if verdict != "ok":
-        raise CatalogError(f"the catalog {path} is damaged: {verdict}", hint="Run `backprompt-db reindex`.")
+        raise _damaged(path, verdict)
 
 
 def _check_values(catalog: Catalog, path: Path) -> None:
     """Raise `CatalogError` for a value that does not belong in its column: nobody knows what stood there."""
     tables = catalog.misfit_tables()
     if tables:
-        verdict = f"values in {', '.join(tables)} do not belong there"
-        raise CatalogError(f"the catalog {path} is damaged: {verdict}", hint="Run `backprompt-db reindex`.")
+        raise _damaged(path, f"values in {', '.join(tables)} do not belong there")
+
+
+def _damaged(path: Path, detail: str) -> CatalogError:
+    return CatalogError(f"the catalog {path} is damaged: {detail}", hint="Run `backprompt-db reindex`.")
 
 
 def _is_damage(error: CatalogError) -> bool:
+    from backprompt_db.catalog.connection import kind_of
+
     cause = getattr(error.__cause__, "orig", None) or error.__cause__
     if isinstance(error, CatalogTooNew) or isinstance(cause, OSError):
         return False
-    # The low byte is the kind of error; the bytes above it say where in SQLite it arose.
-    return getattr(cause, "sqlite_errorcode", 0) & 0xFF not in _PASSING
+    return kind_of(cause) not in _PASSING
 
 
 def _move_aside(path: Path) -> Path:
     timestamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     aside = path.with_name(f"{path.name}.damaged-{timestamp}")
-    for suffix in _SIDE_FILES:
+    for suffix in SUFFIXES:  # SQLite would play a journal that is left behind back into the new catalog
         with contextlib.suppress(FileNotFoundError):
             Path(f"{path}{suffix}").replace(f"{aside}{suffix}")
     return aside

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from backprompt_db.store.contract import Key
 from backprompt_db.store.environment import release, shared_environment
+from backprompt_db.store.files import DATA
 from backprompt_db.store.lmdb_pages import check_pages
 from backprompt_db.store.records import CHUNK_NBYTES, DIGEST_NBYTES, blob_key, blob_nbytes, record_key
 from backprompt_db.store.transaction import CheckedTransaction
@@ -46,7 +47,7 @@ def flaws(directory: Path) -> Iterator[Flaw]:
 
     Raises the `StoreError` that fits when the file itself cannot be walked through.
     """
-    check_pages(directory / "data.mdb", however_many=True)
+    check_pages(directory / DATA, however_many=True)
     environment = shared_environment(directory, readonly=True)
     position: bytes | None = b""
     try:

@@ -42,12 +42,12 @@ def compact(environment: Environment) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
         try:
             environment.copy_to(scratch)
-            copy = scratch / "data.mdb"
+            copy = scratch / DATA
             number_transactions(copy, last_transaction_id)
             check_length(copy)
-            _dress(copy, like=directory / "data.mdb")
+            _dress(copy, like=directory / DATA)
             reach("store.compact.copied")
-            copy.replace(directory / "data.mdb")
+            copy.replace(directory / DATA)
             sync_directory(directory)
             reach("store.compact.renamed")
         finally:

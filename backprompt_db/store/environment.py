@@ -21,11 +21,11 @@ import lmdb
 
 from backprompt_db.errors import StoreClosed, StoreCorrupt, StoreLocked
 from backprompt_db.store.contract import Usage
-from backprompt_db.store.files import Identity, identity_of, make_lock_file
-from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.files import DATA, READER_TABLE, Identity, identity_of, make_reader_table
+from backprompt_db.store.lmdb_errors import RESTORE, store_errors
 from backprompt_db.store.lmdb_file import CheckedFile
 from backprompt_db.store.lmdb_free import FreeLists
-from backprompt_db.store.lmdb_meta import newest_meta
+from backprompt_db.store.lmdb_meta import NUM_META_PAGES, newest_meta
 from backprompt_db.store.lmdb_pages import check_length, check_pages
 from backprompt_db.store.lmdb_trees import CheckedTree
 from backprompt_db.store.transaction import CheckedTransaction
@@ -42,7 +42,6 @@ _MIN_MAP_NBYTES = 1 << 28
 _FORK_SECONDS = 10
 _LOOK_SECONDS = 0.1
 
-_NUM_META_PAGES = 2
 _LOCK_HEADER_NBYTES, _READER_NBYTES = 192, 64
 """Sizes in LMDB's lock file: the header, which has room for one reader, and each further reader."""
 
@@ -66,8 +65,8 @@ class Environment:
         self._was_forked_in_use = False
         self._newest_tree: CheckedTree | None = None
         self._is_lockless = False
-        self._data = directory / "data.mdb"
-        self._lock_name = str(directory / "lock.mdb")  # a str: making a Path takes longer than asking for a lock
+        self._data = directory / DATA
+        self._lock_name = str(directory / READER_TABLE)  # a str: making a Path takes longer than asking for a lock
         self._env: lmdb.Environment | None = self._open()
         self._pid = os.getpid()
 
@@ -99,7 +98,7 @@ class Environment:
                 env = self._enter(use, write=False)
                 self._file.require_uncut()
                 stat = env.stat()
-                nbytes = (self.directory / "data.mdb").stat().st_size
+                nbytes = self._data.stat().st_size
             finally:
                 self._active.discard(use)
                 self._leave(use)
@@ -226,11 +225,10 @@ class Environment:
         So whoever opens the file finds it whole at once. The caller has its turn among the writers.
         """
         assert self._env is not None  # noqa: S101 - a transaction has just ended
-        data = self.directory / "data.mdb"
         nbytes = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
         with suppress(OSError):  # it is not needed for correctness
-            if data.stat().st_size < nbytes and self._is_current():
-                os.truncate(data, nbytes)
+            if self._data.stat().st_size < nbytes and self._is_current():
+                os.truncate(self._data, nbytes)
 
     def _check_alone(self) -> None:
         """Raise `StoreLocked` while anybody who may write has the store open.
@@ -319,10 +317,10 @@ class Environment:
         The lock file counts the transactions. A restored backup is behind that count, and another database has another
         lock file.
         """
-        if identity_of(self.directory / "lock.mdb") != self.lock_identity:
+        if identity_of(self.directory / READER_TABLE) != self.lock_identity:
             return False
         before = self._last_transaction_id()
-        meta = newest_meta(self.directory / "data.mdb")
+        meta = newest_meta(self._data)
         return meta is not None and before <= meta.transaction_id <= self._last_transaction_id() + 1
 
     def _last_transaction_id(self) -> int:
@@ -342,24 +340,23 @@ class Environment:
     def _open(self) -> lmdb.Environment:
         with store_errors(self.directory):
             while True:
-                data = self.directory / "data.mdb"
-                identity = identity_of(data)
+                identity = identity_of(self._data)
                 if identity is None:
                     raise missing(self.directory)
                 if not self.readonly:
                     prepare_turns(self.directory)
-                    make_lock_file(self.directory, nbytes=_LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
+                    make_reader_table(self.directory, nbytes=_LOCK_HEADER_NBYTES + (MAX_READERS - 1) * _READER_NBYTES)
                 env = self._open_largest_map()
                 try:
-                    self._file = CheckedFile(data)
+                    self._file = CheckedFile(self._data)
                 except BaseException:
                     env.close()
                     raise
-                if identity_of(data) == identity == self._file.identity:
+                if identity_of(self._data) == identity == self._file.identity:
                     break
                 self._close(env)  # a compaction came in between: nobody knows which of the two files this is
             self._free_lists, self._newest_tree = FreeLists(self._file), None
-            self.data_identity, self.lock_identity = identity, identity_of(self.directory / "lock.mdb")
+            self.data_identity, self.lock_identity = identity, identity_of(self.directory / READER_TABLE)
             if not self.readonly:
                 env.reader_check()
             return env
@@ -404,15 +401,15 @@ class Environment:
 
 def live_nbytes(stat: Mapping[str, Any]) -> int:
     """Return the bytes of the pages in use, from what LMDB says of its tree."""
-    num_pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + _NUM_META_PAGES
+    num_pages = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + NUM_META_PAGES
     return int(num_pages * stat["psize"])
 
 
 def missing(directory: Path) -> StoreCorrupt:
     """Return the error for a store without its file."""
     return StoreCorrupt(
-        f"{directory / 'data.mdb'} is missing or empty although the database was created",
-        hint="Restore it from a backup, or delete the database directory: it will be computed again.",
+        f"{directory / DATA} is missing or empty although the database was created",
+        hint=RESTORE,
     )
 
 
@@ -432,8 +429,8 @@ def shared_environment(directory: Path, *, readonly: bool, is_new: bool = False)
         if environment is None:
             if not is_new:
                 _check_presence(directory)
-                check_length(directory / "data.mdb")
-                check_pages(directory / "data.mdb")
+                check_length(directory / DATA)
+                check_pages(directory / DATA)
             environment = Environment(directory, readonly=readonly)
             _environments.append(environment)
         elif not readonly:
@@ -447,7 +444,7 @@ def _open_already(directory: Path) -> Environment | None:
 
     The lock files are compared too: a compaction replaces the data file, and the lock file stays.
     """
-    data, lock = (identity_of(directory / name) for name in ("data.mdb", "lock.mdb"))
+    data, lock = (identity_of(directory / name) for name in (DATA, READER_TABLE))
     for environment in _environments:
         if data == environment.data_identity or (lock is not None and lock == environment.lock_identity):
             environment.follow()
@@ -466,7 +463,7 @@ def release(environment: Environment) -> None:
 
 def _check_presence(directory: Path) -> None:
     try:
-        is_empty = not (directory / "data.mdb").stat().st_size
+        is_empty = not (directory / DATA).stat().st_size
     except FileNotFoundError:
         raise missing(directory) from None
     if is_empty:

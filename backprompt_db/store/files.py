@@ -107,8 +107,8 @@ def locked(path: Path, *, is_alone: bool = True, mode: int, timeout_seconds: flo
         yield
 
 
-def make_lock_file(directory: Path, *, nbytes: int) -> None:
-    """Make the lock file of a store if it has none, with room for `nbytes` and permissions like those of the data.
+def make_reader_table(directory: Path, *, nbytes: int) -> None:
+    """Make a store's table of readers if it has none, with room for `nbytes` and permissions like those of the data.
 
     LMDB would apply the umask. And it maps holes: a process that writes into one on a full disk is killed.
     """

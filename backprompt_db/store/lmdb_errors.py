@@ -21,17 +21,17 @@ from backprompt_db.errors import (
 )
 from backprompt_db.system.platform import max_file_nbytes
 
-_RESTORE = "Restore the file from a backup, or delete the database directory: it will be computed again."
+RESTORE = "Restore the file from a backup, or delete the database directory: it will be computed again."
 _FREE_SPACE = "Free some space; computation goes on without storing."
 _CLOSE_FILES = "Close some files or raise the limit (ulimit -n)."
 
 _BY_CLASS: dict[type[Exception], tuple[type[StoreError], str]] = {
     lmdb.MapFullError: (StoreFull, "Evict something, or open the database with a larger address space."),
     lmdb.TxnFullError: (StoreFull, "Store fewer parts at once."),
-    lmdb.CorruptedError: (StoreCorrupt, _RESTORE),
-    lmdb.PageNotFoundError: (StoreCorrupt, _RESTORE),
-    lmdb.InvalidError: (StoreCorrupt, _RESTORE),
-    lmdb.VersionMismatchError: (StoreCorrupt, "The file was written by another generation of LMDB. " + _RESTORE),
+    lmdb.CorruptedError: (StoreCorrupt, RESTORE),
+    lmdb.PageNotFoundError: (StoreCorrupt, RESTORE),
+    lmdb.InvalidError: (StoreCorrupt, RESTORE),
+    lmdb.VersionMismatchError: (StoreCorrupt, "The file was written by another generation of LMDB. " + RESTORE),
     lmdb.PanicError: (StoreCorrupt, "Close every process that has the database open, then open it again."),
     lmdb.ReadersFullError: (StoreLocked, "Close processes that have the database open; 2,048 may read at once."),
     lmdb.LockError: (StoreLocked, "Another process holds the lock file; try again."),

@@ -13,7 +13,7 @@ import xxhash
 
 from backprompt_db.errors import StoreCorrupt
 from backprompt_db.store.files import Identity
-from backprompt_db.store.lmdb_errors import store_errors
+from backprompt_db.store.lmdb_errors import RESTORE, store_errors
 from backprompt_db.store.lmdb_meta import META_NBYTES, NUM_META_PAGES, Meta, parse_meta
 from backprompt_db.store.lmdb_nodes import (
     HEADER_NBYTES,
@@ -28,7 +28,6 @@ from backprompt_db.store.lmdb_nodes import (
 from backprompt_db.system.files import open_regular
 from backprompt_db.system.platform import read_at
 
-RESTORE = "Restore it from a backup, or delete the database directory: it will be computed again."
 _CLOSE = (
     "Close every handle of this database, then restore it from a backup. Never copy over a file that is open: "
     "copy beside it, then rename the copy with `mv`."

@@ -21,14 +21,12 @@ from backprompt_db.store.lmdb_errors import store_errors
 from backprompt_db.system.files import open_regular
 from backprompt_db.system.platform import sync
 
-_META = struct.Struct("=16x II 16x IHH32xQ 4xHH24xQQ QQ".replace(" ", ""))
+_META = struct.Struct("=16x II 16x IHH32xQ 4xHH24xQQ QQ")
 META_NBYTES = _META.size
 _BODY_BEGIN = 16
 _TRANSACTION_BEGIN = _META.size - 8
 _MAGIC = 0xBEEFC0DE
 _VERSION = 1
-_SMALLEST_PAGE_NBYTES = 4096
-"""A meta page lies within this many bytes."""
 
 NUM_META_PAGES = 2
 NO_PAGE = 2**64 - 1
@@ -60,11 +58,11 @@ class Meta(NamedTuple):
 def newest_meta(data: Path) -> Meta | None:
     """Return the meta page that counts; None for a file that has none."""
     with store_errors(data), open_regular(data) as file:
-        first = parse_meta(file.read(_SMALLEST_PAGE_NBYTES))
+        first = parse_meta(file.read(META_NBYTES))
         if first is None:
             return None
         file.seek(first.page_nbytes)
-        second = parse_meta(file.read(_SMALLEST_PAGE_NBYTES))
+        second = parse_meta(file.read(META_NBYTES))
     return max((meta for meta in (first, second) if meta), key=lambda meta: meta.transaction_id)
 
 

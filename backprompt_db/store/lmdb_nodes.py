@@ -77,7 +77,7 @@ def parse_page(content: bytes, number: int, *, are_names_numbers: bool) -> Page:
 
     Names that are numbers, as those of the tree of free pages, are made such that they ascend as bytes too.
     """
-    is_leaf, begin, positions = _positions(content, number)
+    is_leaf, begin, positions = _layout(content, number)
     try:
         page, spans = (_leaf if is_leaf else _branch)(content, number, positions)
     except struct.error:
@@ -97,13 +97,13 @@ def find_value(content: bytes, number: int, name: bytes) -> Value | None:
     This and `find_below` are for those who only read: they look at just what LMDB looks at on its way, in a tenth of
     the time of `parse_page`. They raise `ValueError` where that is wrong.
     """
-    positions = _positions_of(content, number, is_leaf=True)
-    position, is_found = _search(content, number, positions, name, first=0)
+    positions = _positions(content, number, is_leaf=True)
+    index, is_found = _search(content, number, positions, name, first=0)
     if not is_found:
         return None
-    low, high, flags, _ = _NODE.unpack_from(content, positions[position])
+    low, high, flags, _ = _NODE.unpack_from(content, positions[index])
     try:
-        value = _value(content, positions[position] + _NODE.size + len(name), low | high << 16, flags)
+        value = _value(content, positions[index] + _NODE.size + len(name), low | high << 16, flags)
     except struct.error:
         raise _outside(number) from None
     if value.end > len(content):
@@ -113,18 +113,19 @@ def find_value(content: bytes, number: int, name: bytes) -> Value | None:
 
 def find_below(content: bytes, number: int, name: bytes) -> int:
     """Return the page below a branch in which a name belongs."""
-    positions = _positions_of(content, number, is_leaf=False)
-    position, is_found = _search(content, number, positions, name, first=1)
+    positions = _positions(content, number, is_leaf=False)
+    index, is_found = _search(content, number, positions, name, first=1)
     try:
-        low, middle, high, _ = _NODE.unpack_from(content, positions[position if is_found else position - 1])
+        low, middle, high, _ = _NODE.unpack_from(content, positions[index if is_found else index - 1])
     except struct.error:
         raise _outside(number) from None
     return int(low | middle << 16 | high << 32)
 
 
-def _positions_of(content: bytes, number: int, *, is_leaf: bool) -> tuple[int, ...]:
-    is_really, _, positions = _positions(content, number)
-    if is_really != is_leaf:
+def _positions(content: bytes, number: int, *, is_leaf: bool) -> tuple[int, ...]:
+    """Return where the nodes of a leaf, or of a branch, are."""
+    is_of_leaf, _, positions = _layout(content, number)
+    if is_of_leaf != is_leaf:
         raise ValueError(f"page {number} belongs elsewhere in the tree")
     return positions
 
@@ -162,7 +163,7 @@ def num_run_pages(value: Value, page_nbytes: int) -> int:
     return -(-(HEADER_NBYTES + value.nbytes) // page_nbytes)
 
 
-def _positions(content: bytes, number: int) -> tuple[bool, int, tuple[int, ...]]:
+def _layout(content: bytes, number: int) -> tuple[bool, int, tuple[int, ...]]:
     """Return whether a page is a leaf, where its nodes begin, and where each of them is."""
     if len(content) < HEADER_NBYTES:
         raise ValueError(f"page {number} is not there")

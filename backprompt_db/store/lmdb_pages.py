@@ -6,8 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 from backprompt_db.errors import StoreCorrupt
-from backprompt_db.store.lmdb_errors import store_errors
-from backprompt_db.store.lmdb_file import RESTORE, CheckedFile
+from backprompt_db.store.lmdb_errors import RESTORE, store_errors
+from backprompt_db.store.lmdb_file import CheckedFile
 from backprompt_db.store.lmdb_free import FreeLists
 from backprompt_db.store.lmdb_meta import Meta, newest_meta
 
@@ -26,10 +26,7 @@ def check_length(data: Path) -> None:
         nbytes = data.stat().st_size
     expected = 0 if meta is None else (meta.last_page + 1) * meta.page_nbytes
     if meta is None or (expected > nbytes and not _are_free(data, meta, nbytes // meta.page_nbytes)):
-        raise StoreCorrupt(
-            f"{data} is not a whole LMDB file: {nbytes} bytes of {expected}",
-            hint=RESTORE,
-        )
+        raise StoreCorrupt(f"{data} is not a whole LMDB file: {nbytes} bytes of {expected}", hint=RESTORE)
 
 
 def _are_free(data: Path, meta: Meta, first: int) -> bool:

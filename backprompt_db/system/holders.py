@@ -37,7 +37,7 @@ def holders(path: Path) -> list[Holder]:
         table = _LOCKS.read_bytes().split(b"\n")
     except OSError:
         return []
-    found = {pid: process(pid) for pid in sorted(set(_pids(table, place)))}
+    found = {pid: _process(pid) for pid in sorted(set(_pids(table, place)))}
     return [holder for holder in found.values() if holder is not None]
 
 
@@ -58,7 +58,7 @@ def is_held_by_stopped(path: Path, offset: int) -> bool:
         pids = [int(each.name) for each in _PROCESSES.iterdir() if each.name.isdigit()]
     except OSError:
         return False
-    stopped = (holder.pid for holder in map(process, pids) if holder is not None and holder.is_stopped)
+    stopped = (holder.pid for holder in map(_process, pids) if holder is not None and holder.is_stopped)
     return any(_has_locked(pid, place, offset) for pid in stopped)
 
 
@@ -71,7 +71,7 @@ def _has_locked(pid: int, place: bytes, offset: int) -> bool:
     return any(line.startswith(b"lock:") and line.endswith(end) for each in descriptors for line in each.split(b"\n"))
 
 
-def process(pid: int) -> Holder | None:
+def _process(pid: int) -> Holder | None:
     """Return what the kernel tells of a process; None of one that is gone, or in a container that is not seen."""
     try:
         lines = (_PROCESSES / str(pid) / "status").read_text(encoding="utf-8", errors="replace").split("\n")

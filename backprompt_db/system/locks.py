@@ -42,8 +42,8 @@ _NUM_HOLDERS = 3
 NOTICE_SECONDS = 1.0
 """After how long it is logged that somebody waits."""
 
-_AGAIN_SECONDS = 30.0
-"""For how long a lock that was waited for in vain is hardly waited for again."""
+AGAIN_SECONDS = 30.0
+"""For how long what was waited for in vain is hardly waited for again."""
 
 _MOMENT_SECONDS = 0.05
 """How long it is waited for meanwhile."""
@@ -169,7 +169,7 @@ _refusals: dict[Path, _Refusal] = {}
 def refuse(path: Path, *, progress: int = 0) -> None:
     """Remember that a lock was waited for in vain."""
     if not _is_refused(path, progress=progress):
-        _refusals[path] = _Refusal(progress, time.monotonic() + _AGAIN_SECONDS)
+        _refusals[path] = _Refusal(progress, time.monotonic() + AGAIN_SECONDS)
 
 
 def forgive(path: Path) -> None:

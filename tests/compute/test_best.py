@@ -106,6 +106,13 @@ class TestSameAsSortingScores:
         labels = ["the dog", "ch dog", " fox", "\nusers", "x", "the", "Users"]
         assert_best(make_lm().best(prompt, labels, k=3), make_lm().score(prompt, labels), k=3)
 
+    def test_where_a_prompt_goes_on_from_another_one_inside_a_token(self, make_lm: MakeLM) -> None:
+        """After the same tokens of both prompts, the completions go on with other ones."""
+        prompt = CONTEXT + "Request: show me everyone"
+        prompts, labels = [prompt, prompt + " t"], [" the fox", "he dog"]
+        for best, scores in zip(make_lm().best(prompts, labels, k=2), make_lm().score(prompts, labels), strict=True):
+            assert_best(best, scores, k=2)
+
     @pytest.mark.parametrize("kind", ["Gemma", "Unigram", "WordPiece"])
     def test_with_other_tokenizers(self, gpt2: Any, open_db: Any, kind: str) -> None:
         tokenizer = tokenizer_of(kind)

@@ -219,7 +219,7 @@ def test_another_number_of_threads_is_no_other_model(
     canary_file(place)
 
 
-def sung(**numbers: tuple[float, ...]) -> Canary:
+def canary_of(**numbers: tuple[float, ...]) -> Canary:
     id_ = weights_id(torch.nn.Linear(1, 1))
     return Canary(id_, "here", (1, 1, 1, 1), "float32", has_head=True, numbers=numbers)
 
@@ -228,18 +228,18 @@ def sung(**numbers: tuple[float, ...]) -> Canary:
     ("error", "is_like"), [(0.0, True), (1e-4, True), (1e-3, False), (float("nan"), False), (float("inf"), False)]
 )
 def test_rounding_is_let_pass_and_nothing_else(error: float, *, is_like: bool) -> None:
-    known = sung(logits=(1.0, -1.0), keys=(10.0, -10.0))
-    assert sung(logits=(1.0 + error, -1.0 - error), keys=(10.0, -10.0)).is_like(known) is is_like
+    known = canary_of(logits=(1.0, -1.0), keys=(10.0, -10.0))
+    assert canary_of(logits=(1.0 + error, -1.0 - error), keys=(10.0, -10.0)).is_like(known) is is_like
 
 
 def test_another_shape_or_another_number_of_numbers_is_another_canary() -> None:
-    known = sung(logits=(1.0, -1.0))
-    assert not sung(logits=(1.0, -1.0, 1.0)).is_like(known)
-    assert not sung(keys=(1.0, -1.0)).is_like(known)
+    known = canary_of(logits=(1.0, -1.0))
+    assert not canary_of(logits=(1.0, -1.0, 1.0)).is_like(known)
+    assert not canary_of(keys=(1.0, -1.0)).is_like(known)
     assert not replace(known, kv_dtype="float64").is_like(known)
     assert not replace(known, kv_size=(1, 1, 1, 2)).is_like(known)
 
 
 def test_numbers_that_are_not_finite_are_not_remembered(place: Path) -> None:
-    canary.remember(sung(logits=(1.0, float("-inf"))))
+    canary.remember(canary_of(logits=(1.0, float("-inf"))))
     assert not place.exists()

@@ -195,7 +195,7 @@ def test_a_database_that_another_process_is_stopped_while_making_is_locked(tmp_p
 def test_without_the_catalog_that_a_stopped_process_is_making_all_is_stored(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backprompt_db.database.catalogs._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("backprompt_db.database.catalogs.AGAIN_SECONDS", 0.0)
     (place / "catalog.sqlite").unlink()
     with stopped(WRITE, place, "migration.first") as holder, bp.open(place) as db:
         assert in_time(lambda: put_prompts(db, [2])) is None

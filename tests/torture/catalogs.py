@@ -24,16 +24,10 @@ from tests.faults.test_edited_catalogs import Answers, answers
 from tests.support.damage import in_a_fork
 from tests.support.harness import save_model
 from tests.support.operations import catalog_of
+from tests.torture.damage import flip
 
 _VALUES = (None, 0, 1, -1, 2**62, 0.5, "", "packs", "chains", "[]", "[5, 9]", "x", b"", b"\0" * 32)
 _PAGE_NBYTES = 4096
-
-
-def _flip(path: Path, dice: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    for _ in range(dice.randint(1, 200)):
-        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-    path.write_bytes(content)
 
 
 def _overwrite(path: Path, dice: random.Random) -> None:
@@ -67,7 +61,7 @@ def _edit(path: Path, dice: random.Random) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "flipped bits": _flip,
+    "flipped bits": partial(flip, most=200),
     "overwritten bytes": _overwrite,
     "swapped pages": _swap_pages,
     "edited cells": _edit,

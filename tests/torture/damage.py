@@ -31,8 +31,9 @@ def _overwrite(path: Path, position: int, content: bytes) -> None:
         file.write(content)
 
 
-def _flip(path: Path, dice: random.Random) -> None:
-    for _ in range(dice.randint(1, _MOST_FLIPS)):
+def flip(path: Path, dice: random.Random, *, most: int = _MOST_FLIPS) -> None:
+    """Flip some bits of a file, anywhere."""
+    for _ in range(dice.randint(1, most)):
         position = dice.randrange(path.stat().st_size)
         with path.open("rb") as file:
             file.seek(position)
@@ -81,12 +82,12 @@ def _truncate(path: Path, dice: random.Random) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    "flipped bits in the store": lambda place, dice: _flip(place / "store" / "data.mdb", dice),
+    "flipped bits in the store": lambda place, dice: flip(place / "store" / "data.mdb", dice),
     "flipped bits in the tree": lambda place, dice: _flip_structure(place / "store" / "data.mdb", dice),
     "pages overwritten in the store": lambda place, dice: _scribble(place / "store" / "data.mdb", dice),
     "zeros in the store": lambda place, dice: _zero(place / "store" / "data.mdb", dice),
     "a truncated store": lambda place, dice: _truncate(place / "store" / "data.mdb", dice),
-    "flipped bits in the catalog": lambda place, dice: _flip(place / "catalog.sqlite", dice),
+    "flipped bits in the catalog": lambda place, dice: flip(place / "catalog.sqlite", dice),
     "a truncated catalog": lambda place, dice: _truncate(place / "catalog.sqlite", dice),
     "no lock file": lambda place, _: (place / "store" / "lock.mdb").unlink(),
 }

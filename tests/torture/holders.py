@@ -59,7 +59,7 @@ _AT_POINTS = {
 }
 _AT_LOCKS = [
     ".", "store", "manifest.lock", "writing.lock", "turnstile.lock", "collect.lock", "reindex.lock",
-    "catalog.sqlite.lock", "store/lock.mdb", "store/data.mdb",
+    "catalog.sqlite.lock", "store/turn.lock", "store/lock.mdb", "store/data.mdb",
 ]  # fmt: skip
 
 HOLDERS = {

@@ -1,4 +1,7 @@
-"""The rounds of the torture: one without a limit, one with, and then damage to copies of what they left."""
+"""The rounds of the torture: one without a limit, one with, each followed by damage to copies of what it left.
+
+Then a large store and catalogs are damaged, and holders of locks are stopped.
+"""
 
 from __future__ import annotations
 

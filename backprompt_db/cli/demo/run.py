@@ -21,7 +21,9 @@ from backprompt_db.system.platform import room_nbytes
 def run_demo(
     *, model: str = "gpt2", directory: Path | None = None, num_requests: int | None = None, sample: int = 8
 ) -> int:
-    """Run the job in two processes on one new database, and a sample of it without; print a table of all.
+    """Run the job in two processes on one new database, only its best answers on another, a sample of it on none.
+
+    Prints a table of all.
 
     `directory` must hold no database yet; without it a temporary one is used. Returns 0, or 1 where a promise of the
     demo was broken: it did work twice, or numbers differ. Raises `BackpromptError` where the demo cannot run.
@@ -35,17 +37,15 @@ def run_demo(
         choice = choose_model(model)
         say(f"Model: {choice.reason}.")
         environment = _environment(is_local=choice.is_local)
-        job = ["backprompt_db", "demo-run", "--model", choice.model, "--dir", str(place)]
-        job += ["--requests", str(len(task.gold))]
+        job = ["backprompt_db", "demo-run", "--model", choice.model, "--requests", str(len(task.gold)), "--dir"]
         runs = []
         for name in ("first process", "second process"):
             say(f"Scoring {task.num_pairs:,} pairs: {name}...")
-            result, seconds = _run_child(job, environment)
+            result, seconds = _run_child([*job, str(place)], environment)
             runs.append(Run(name, seconds, JobResult(**result), _nbytes_on_disk(place)))
         say("Finding only the best endpoint of each request, on an empty database...")
         with _new_database(None) as other:
-            job[job.index("--dir") + 1] = str(other)
-            result, seconds = _run_child([*job, "--best"], environment)
+            result, seconds = _run_child([*job, str(other), "--best"], environment)
         choices = Choices(seconds, ChoiceResult(**result))
     plain = None
     if sample > 0:

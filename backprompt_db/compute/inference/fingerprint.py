@@ -108,10 +108,10 @@ class ModelIdentity:
         return self._id
 
     def sketch(self) -> bytes:
-        """Return a digest of all that the weights id covers, but of samples of the tensors' bytes."""
+        """Return a digest of what the weights id covers, with samples in place of all bytes of the tensors."""
         return self._sketch(self._observe())
 
-    def trust(self, known: WeightsId, *, sketch: bytes) -> bool:
+    def recognise(self, known: WeightsId, *, sketch: bytes) -> bool:
         """Take over an id without reading the tensors, if the model has the sketch that belongs to it."""
         signature = self._observe()
         if self._sketch(signature) != sketch:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from huggingface_hub import try_to_load_from_cache
 
 from backprompt_db.catalog.records import Source
-from backprompt_db.compute.inference import sketches
+from backprompt_db.compute.inference import memos, sketches
 from backprompt_db.compute.inference.sketches import Sketches
 from backprompt_db.compute.tokens import SegmentTokenizer
 from backprompt_db.errors import ModelMismatch
@@ -202,7 +202,7 @@ class PretrainedModel:
 
     def _remember(self, runner: ModelRunner) -> None:
         """Remember the ids and the sketches of what was loaded, if the files have not changed meanwhile."""
-        if self.key is not None and sketches.are_kept() and self._is_unchanged():
+        if self.key is not None and memos.are_kept() and self._is_unchanged():
             tokenizer = self.tokenizer
             sketches.remember(Sketches(self.key, runner.weights_id, runner.sketch(), tokenizer.id, tokenizer.sketch()))
 

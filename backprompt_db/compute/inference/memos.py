@@ -24,11 +24,16 @@ VARIABLE = "BACKPROMPT_DB_VERDICTS"
 _Memo = TypeVar("_Memo")
 
 
+def are_kept() -> bool:
+    """Whether anything is remembered on this machine."""
+    return os.environ.get(VARIABLE) != ""
+
+
 def place_of(name: str) -> Path | None:
     """Return the path of the file of that name; None where nothing is to be remembered."""
-    given = os.environ.get(VARIABLE)
-    if given == "":
+    if not are_kept():
         return None
+    given = os.environ.get(VARIABLE)
     directory = Path(given) if given else Path(platformdirs.user_cache_dir("backprompt-db-verdicts", appauthor=False))
     return directory / f"{name}.json"
 

@@ -67,7 +67,7 @@ class ModelRunner:
 
     def recognise(self, weights_id: WeightsId, *, sketch: bytes) -> bool:
         """Take over the weights id of files that have not changed, if the model has the sketch of what they were."""
-        return self._identity.trust(weights_id, sketch=sketch)
+        return self._identity.recognise(weights_id, sketch=sketch)
 
     def sketch(self) -> bytes:
         """Return the sketch by which `recognise` knows the model."""

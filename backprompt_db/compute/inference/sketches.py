@@ -25,11 +25,6 @@ class Sketches:
     tokenizer: bytes
 
 
-def are_kept() -> bool:
-    """Whether there is a place where something is remembered."""
-    return memos.place_of("") is not None
-
-
 def recalled(key: bytes) -> Sketches | None:
     """Return what was remembered of the files with this key; None where nothing was."""
     found = memos.recalled(_name(key), Sketches)
