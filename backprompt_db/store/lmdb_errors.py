@@ -21,7 +21,7 @@ from backprompt_db.errors import (
 )
 from backprompt_db.system.platform import max_file_nbytes
 
-RESTORE = "Restore the file from a backup, or delete the database directory: it will be computed again."
+RESTORE = "Restore it from a backup, or delete the database directory: it will be computed again."
 _FREE_SPACE = "Free some space; computation goes on without storing."
 _CLOSE_FILES = "Close some files or raise the limit (ulimit -n)."
 
