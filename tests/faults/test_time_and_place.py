@@ -87,8 +87,7 @@ def test_with_a_clock_that_stands_still_eviction_leaves_no_gaps(
         assert verify(db).is_clean
 
 
-POOR = {"LANG": "C", "LC_ALL": "C"}
-POORER = POOR | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+POOR = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 """Without these Python takes C for UTF-8."""
 
 TEXTS = ("Größe: 10 €\n", " Δοκιμή 🦜", " 漢字")
@@ -105,17 +104,16 @@ with bp.open(place) as db:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("environment", cases([POOR, POORER], by_default=[POORER]))
-def test_without_a_locale_texts_and_paths_are_the_same(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_without_a_locale_texts_and_paths_are_the_same(tmp_path: Path) -> None:
     place = tmp_path / "Größe €"
-    assert run(IN_ANY_LANGUAGE, place, environment=environment) == (["9", "9", "0", "True"], "")
+    assert run(IN_ANY_LANGUAGE, place, environment=POOR) == (["9", "9", "0", "True"], "")
     with bp.open(place) as db:
         found = db.fetch(wanted_of(segments(*TEXTS)))
         assert (len(found), wrong(found), db.counters.num_hits) == (9, [], 3)
     for command in (["stats"], ["ls"], ["ls", "--json"], ["verify"], ["reindex"]):
-        done = run_process(*command, "--db", place, environment=environment)
+        done = run_process(*command, "--db", place, environment=POOR)
         assert (done.returncode, done.stderr) == (0, b""), command
-    listed = run_process("ls", "--json", "--db", place, environment=environment).stdout
+    listed = run_process("ls", "--json", "--db", place, environment=POOR).stdout
     assert [row["text"] for row in json.loads(listed)] == list(reversed(TEXTS))
 
 
