@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.batches import unrelated_prompts
+from benchmarks.best import endpoints, names
 from benchmarks.churn import churn
 from benchmarks.exactness import exactness
 from benchmarks.fidelity import lossy_databases
@@ -53,6 +54,7 @@ PARTS: dict[str, tuple[Callable[[Path], list[Measurement]], ...]] = {
     "exactness": (exactness,),
     "seams": (seams,),
     "keeping": (keeping,),
+    "best": (endpoints, names),
     "limits": (limits,),
     "memory": (memory,),
     "churn": (churn,),
