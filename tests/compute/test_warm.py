@@ -147,7 +147,7 @@ class TestFailing:
         lm = make_lm(db=open_db(tmp_path / "db", mode="r"))
         with pytest.raises(bp.errors.StoreReadOnly):
             lm.warm(prompts(1))
-        assert lm.plan(prompts(1)).nbytes == dict.fromkeys(Part, 0)
+        assert lm.plan(prompts(1)).nbytes == dict.fromkeys(OWN_PARTS, 0)
 
     def test_what_cannot_be_stored_is_an_error(self, make_lm: MakeLM, open_db: Open, tmp_path: Path) -> None:
         lm = make_lm(db=open_db(tmp_path / "db"))
